@@ -1,0 +1,37 @@
+# The commands CI runs, by name. All but `venv` and `ci` use the active environment.
+
+# The build CI checks with; a plain `torch` fetches gigabytes of CUDA on Linux.
+TORCH ?= torch==2.13.0
+
+.PHONY: venv install test lint types ci example bench clean
+
+venv:
+	python3 -m venv .venv
+	.venv/bin/pip install '$(TORCH)'
+	.venv/bin/pip install -e '.[dev]'
+
+install:
+	pip install -e '.[dev]'
+
+test:
+	python -m pytest -q -n 2
+
+lint:
+	ruff check .
+	ruff format --check .
+
+types:
+	mypy
+
+ci:
+	bash .ci/run
+
+example:
+	set -e; for script in examples/[a-z]*.py; do python "$$script"; done
+
+bench:
+	set -e; for script in benchmarks/[a-z]*.py; do python "$$script"; done
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -1,0 +1,42 @@
+"""Influence functions for PyTorch (Koh & Liang, ICML 2017): which training samples helped or harmed a prediction."""
+
+from .calc_influence_function import (
+    calc_all_grad_then_test,
+    calc_grad_z,
+    calc_img_wise,
+    calc_influence_function,
+    calc_influence_single,
+    calc_influences,
+    calc_s_test,
+    calc_s_test_single,
+    get_dataset_sample_ids,
+    get_dataset_sample_ids_per_class,
+    load_grad_z,
+    load_s_test,
+    version,
+)
+from .config import Config, get_default_config
+from .gradients import NonFiniteError
+from .influence import InfluenceFunction
+from .influence_function import calc_loss, grad_z, hvp, s_test
+from .results import InfluenceResult
+from .system import CurvatureWarning, DeviceWarning, DivergenceError, ToleranceWarning, VaryingDataWarning
+from .utils import display_progress, init_logging, save_json
+
+__version__ = version()
+
+__all__ = [
+    # runs
+    "calc_img_wise", "calc_all_grad_then_test", "calc_influences", "InfluenceFunction", "InfluenceResult",
+    # options
+    "Config", "get_default_config",
+    # the paper
+    "calc_loss", "grad_z", "hvp", "s_test",
+    # steps of the old package
+    "calc_grad_z", "calc_s_test", "calc_s_test_single", "calc_influence_function", "calc_influence_single",
+    "load_grad_z", "load_s_test", "get_dataset_sample_ids", "get_dataset_sample_ids_per_class",
+    # what can go wrong
+    "NonFiniteError", "DivergenceError", "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning",
+    # logs and files
+    "init_logging", "display_progress", "save_json",
+]  # fmt: skip

@@ -1,0 +1,226 @@
+"""Options: a plain dict on the outside; inside one frozen, validated, typed dataclass."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+ALIASES = {"r_averaging": "r", "test_start_index": "test_sample_start_per_class"}
+IGNORED = {"dataset"}
+CALC_METHODS = ("img_wise", "all_grad_then_test")
+SOLVER_NAMES = ("lissa", "cg", "exact", "ekfac", "auto")
+CURVATURES = ("hessian", "ggn")
+PRECONDITIONERS = ("ekfac",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options of a run; `Config(**options)` takes the same keys as the dict, aliases included in `Config.of`.
+
+    `None` for `recursion_depth`, `r`, `damp` or `scale` is their default.
+
+    Attributes:
+        outdir: folder for results.
+        save_pth: folder for `s_test` and `grad_z`; None is inside `outdir` where a mode needs them.
+        log_filename: also log to this file.
+        progress: progress bars.
+        seed: of every generator that is used; the global random state stays as it is.
+        gpu: CUDA device id; -1 is the CPU.
+        calc_method: `"img_wise"` or `"all_grad_then_test"`, for `calc_influences`.
+        test_sample_start_per_class: first test sample of each class to take; False is 0.
+        test_sample_num: test samples per class; False is the whole test set.
+        num_classes: classes 0 to num_classes - 1; None finds them from the labels.
+        recursion_depth: LiSSA's number of steps.
+        r: independent LiSSA recursions that are averaged.
+        damp: LiSSA's damping, in units of `scale`.
+        scale: LiSSA's scale; above the largest eigenvalue of a minibatch's curvature.
+        solver: `"lissa"`, `"cg"`, `"exact"`, `"ekfac"` or `"auto"`.
+        curvature: `"hessian"` or `"ggn"`; None is the Hessian for lissa, Gauss-Newton for the others.
+        damping: lambda in (H + lambda I); None is damp * scale, `"auto"` is chosen from the model.
+        preconditioner: `"ekfac"`, for lissa and cg.
+        tolerance: relative residual at which an iteration may stop; None runs all its steps.
+        batch_size: training samples at a time when scoring; None fits `max_memory`.
+        max_memory: MiB for working tensors; None is a quarter of what is free.
+        loss_func: (output, target) -> mean loss of a batch; None is cross-entropy.
+        model_loss: (model, batch) -> mean loss, for batches that are not (input, target).
+        parameters: names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.
+        top_k: how many of `harmful` and `helpful` each test sample's entry keeps.
+    """
+
+    outdir: str | os.PathLike[str] = "outdir"
+    save_pth: str | os.PathLike[str] | None = None
+    log_filename: str | os.PathLike[str] | None = None
+    progress: bool = True
+    seed: int = 42
+    gpu: int = -1
+    calc_method: Literal["img_wise", "all_grad_then_test"] = "img_wise"
+    test_sample_start_per_class: int | bool = False
+    test_sample_num: int | bool = False
+    num_classes: int | None = None
+    recursion_depth: int | str = 5000
+    r: int | str = 1
+    damp: float = 0.01
+    scale: float | str = 25
+    solver: str = "lissa"
+    curvature: Literal["hessian", "ggn"] | None = None
+    damping: float | str | None = None
+    preconditioner: str | None = None
+    tolerance: float | None = 0.01
+    batch_size: int | None = None
+    max_memory: float | None = None
+    loss_func: Callable[..., Any] | None = None
+    model_loss: Callable[..., Any] | None = None
+    parameters: str | Sequence[str] | None = None
+    top_k: int = 500
+
+    def __post_init__(self) -> None:
+        for key in ("recursion_depth", "r", "damp", "scale"):
+            if getattr(self, key) is None:
+                object.__setattr__(self, key, DEFAULTS[key])
+        for key, (valid, expected) in RULES.items():
+            value = getattr(self, key)
+            if not valid(value):
+                kind = TypeError if _ill_typed(key, value) else ValueError
+                raise kind(f"config[{key!r}]: expected {expected}, got {value!r}")
+        if self.loss_func is not None and self.model_loss is not None:
+            raise ValueError(
+                "config: both 'loss_func' and 'model_loss' are given; loss_func(output, target) is for (input, target) "
+                "batches, model_loss(model, batch) for any other: give one of them"
+            )
+
+    @classmethod
+    def of(cls, config: Config | Mapping[str, Any] | None, **options: Any) -> Config:
+        """A `Config` from a dict (some keys missing, old names welcome), a `Config` or None, with `options` on top."""
+        if config is not None and not isinstance(config, Config | Mapping):
+            raise TypeError(f"config: expected a dict, a Config or None, got {type(config).__name__}")
+        given = config.asdict() if isinstance(config, Config) else dict(config or {})
+        merged: dict[str, Any] = {}
+        for key, value in {**given, **options}.items():
+            name = known_key(key)
+            if name is None:
+                continue
+            if key in ALIASES and (name in given or name in options):
+                raise ValueError(f"config: {key!r} is another name of {name!r}; give one of the two")
+            merged[name] = value
+        return cls(**merged)
+
+    def asdict(self) -> dict[str, Any]:
+        """The options as a plain dict."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def replace(self, **options: Any) -> Config:
+        """A copy with these options changed."""
+        return dataclasses.replace(self, **options)
+
+    @property
+    def out_folder(self) -> Path:
+        """`outdir` as a path."""
+        return Path(self.outdir)
+
+    @property
+    def start(self) -> int:
+        """First test sample of each class."""
+        return int(self.test_sample_start_per_class)
+
+    @property
+    def fixed_damping(self) -> float | None:
+        """Lambda, or None where it is to be chosen from the model."""
+        if self.damping is None:
+            return self.damp * (float(self.scale) if self.scale != "auto" else float(DEFAULTS["scale"]))
+        return None if self.damping == "auto" else float(self.damping)
+
+
+def get_default_config() -> dict[str, Any]:
+    """A new plain dict with every option and its default."""
+    return Config().asdict()
+
+
+def known_key(key: str) -> str | None:
+    """The option that a key or an old alias means; None for a key that is accepted and has no effect.
+
+    Raises:
+        ValueError: no such option; names the nearest one.
+    """
+    if key in IGNORED:
+        return None
+    name = ALIASES.get(key, key)
+    if name not in DEFAULTS:
+        near = difflib.get_close_matches(str(key), [*DEFAULTS, *ALIASES], n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(DEFAULTS)}"
+        raise ValueError(f"config: unknown key {key!r}; {hint}")
+    return name
+
+
+def _int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike) and str(value) != ""
+
+
+def _names(value: Any) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, Sequence) and len(value) > 0 and all(isinstance(name, str) for name in value)
+    )
+
+
+def _ill_typed(key: str, value: Any) -> bool:
+    numeric = isinstance(DEFAULTS[key], int | float) or key in ("tolerance", "max_memory", "batch_size", "num_classes")
+    return (
+        not (isinstance(value, int | float) and not isinstance(value, bool)) if numeric else not isinstance(value, str)
+    )
+
+
+def _optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or rule(value)
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return " or ".join(f'"{name}"' for name in names)
+
+
+_whole_or_auto = (lambda v: v == "auto" or _int(v, 1), 'a whole number of at least 1, or "auto"')
+RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "outdir": (_path, "a folder (str or path)"),
+    "save_pth": (_optional(lambda v: v is False or _path(v)), "a folder (str or path) or None"),
+    "log_filename": (_optional(_path), "a file name (str or path) or None"),
+    "progress": (lambda v: isinstance(v, bool), "True or False"),
+    "seed": (lambda v: _int(v, 0), "a whole number of at least 0"),
+    "gpu": (lambda v: _int(v, -1), "a CUDA device id (0, 1, ...), or -1 for the CPU"),
+    "calc_method": (lambda v: v in CALC_METHODS, _quoted(CALC_METHODS)),
+    "test_sample_start_per_class": (lambda v: v is False or _int(v, 0), "a whole number of at least 0, or False for 0"),
+    "test_sample_num": (
+        lambda v: v is False or _int(v, 1),
+        "a whole number of at least 1 (test samples per class), or False for the whole test set",
+    ),
+    "num_classes": (_optional(lambda v: _int(v, 1)), "a whole number of at least 1, or None to find it"),
+    "recursion_depth": _whole_or_auto,
+    "r": _whole_or_auto,
+    "damp": (lambda v: _real(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
+    "scale": (lambda v: v == "auto" or (_real(v) and v > 0), 'a number above 0, or "auto"'),
+    "solver": (lambda v: v in SOLVER_NAMES, _quoted(SOLVER_NAMES)),
+    "curvature": (_optional(lambda v: v in CURVATURES), _quoted(CURVATURES) + " or None"),
+    "damping": (
+        _optional(lambda v: v == "auto" or (_real(v) and v >= 0)),
+        'a number of at least 0, "auto", or None for damp * scale',
+    ),
+    "preconditioner": (_optional(lambda v: v in PRECONDITIONERS), _quoted(PRECONDITIONERS) + " or None"),
+    "tolerance": (_optional(lambda v: _real(v) and v > 0), "a number above 0, or None to run all steps"),
+    "batch_size": (_optional(lambda v: _int(v, 1)), "a whole number of at least 1, or None"),
+    "max_memory": (_optional(lambda v: _real(v) and v > 0), "a number of MiB above 0, or None"),
+    "loss_func": (_optional(callable), "a callable (output, target) -> mean loss, or None for cross-entropy"),
+    "model_loss": (_optional(callable), "a callable (model, batch) -> mean loss, or None"),
+    "parameters": (_optional(_names), "a name or pattern, a list of them, or None"),
+    "top_k": (lambda v: _int(v, 0), "a whole number of at least 0"),
+}
+DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}

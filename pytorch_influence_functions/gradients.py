@@ -1,0 +1,126 @@
+r"""Per-sample gradients, and products of them with vectors that never build them.
+
+The products g_i . s_k of B samples with K vectors come by one of three ways, all equal in value:
+forward mode (one Jacobian-vector product of the B losses per vector), per-sample gradients of a block of samples times
+all vectors, or one sample at a time where the model allows neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.func import grad, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from .data import Batch
+from .objective import Objective
+
+
+class NonFiniteError(ValueError):
+    """A loss or gradient is NaN or infinite."""
+
+
+def require_finite(rows: Tensor, indices: Sequence[int], name: str, what: str) -> None:
+    """Raise `NonFiniteError` that names the first sample whose row is NaN or infinite."""
+    finite = rows.isfinite() if rows.dim() == 1 else rows.isfinite().all(dim=1)
+    if not bool(finite.all()):
+        index = int(indices[int((~finite).nonzero()[0])])
+        raise NonFiniteError(
+            f"{name}: the {what} of sample {index} is NaN or infinite; look at this sample's input and target, "
+            "and at whether the model's training diverged"
+        )
+
+
+# ---- gradients
+
+
+def gradient(objective: Objective, batch: Batch) -> Tensor:
+    """Gradient of the mean loss of a batch -> [P]; zero for a parameter that the loss does not reach."""
+    theta = objective.theta.detach().requires_grad_()
+    loss = objective.loss(theta, batch)
+    if not loss.requires_grad:
+        return torch.zeros_like(objective.theta)
+    (g,) = torch.autograd.grad(loss, theta, allow_unused=True, materialize_grads=True)
+    return g
+
+
+def per_sample_gradients(objective: Objective, batch: Batch, max_bytes: float = math.inf) -> Tensor:
+    """Gradient of each sample's loss -> [B, P]."""
+    if batch.size == 1:
+        return gradient(objective, batch).unsqueeze(0)
+    if not objective.paths.vmap:
+        return torch.stack([gradient(objective, batch.rows(i, i + 1)) for i in range(batch.size)])
+    size = _block(objective, batch, max_bytes)
+    blocks = (batch.rows(i, min(i + size, batch.size)) for i in range(0, batch.size, size))
+    return torch.cat([vmap_gradients(objective, block) for block in blocks])
+
+
+def gradient_products(objective: Objective, batch: Batch, vectors: Tensor, max_bytes: float = math.inf) -> Tensor:
+    """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of a batch -> [K, B]."""
+    if objective.paths.forward and (len(vectors) < FEW or not objective.paths.vmap or reuse(objective, batch) < REUSED):
+        return forward_products(objective, batch, vectors, max_bytes)
+    size = _block(objective, batch, max_bytes) if objective.paths.vmap else 1
+    blocks = (batch.rows(i, min(i + size, batch.size)) for i in range(0, batch.size, size))
+    return torch.cat([vectors @ per_sample_gradients(objective, block).T for block in blocks], dim=1)
+
+
+FEW = 4
+"""Below this number of vectors forward mode is cheaper than per-sample gradients."""
+REUSED = 3.0
+"""Below this number of uses of a parameter per sample the gradients cost more to store than to compute."""
+CACHE_BYTES = 32 * 2**20
+"""Blocks of per-sample gradients and stacks of products are about this large."""
+
+
+def forward_products(objective: Objective, batch: Batch, vectors: Tensor, max_bytes: float = math.inf) -> Tensor:
+    along = lambda s: jvp(lambda theta: objective.losses(theta, batch), (objective.theta,), (s,))[1]  # noqa: E731
+    if not objective.paths.stacked:
+        return torch.stack([along(s) for s in vectors])
+    size = max(1, int(min(len(vectors), max_bytes / (3 * batch.size * activation_bytes(objective, batch)))))
+    if size == 1:
+        return torch.stack([along(s) for s in vectors])
+    return torch.cat([vmap(along)(part) for part in vectors.split(size)])
+
+
+def vmap_gradients(objective: Objective, batch: Batch) -> Tensor:
+    one = grad(lambda theta, *leaves: objective.sample_loss(theta, leaves, batch.rebuild))
+    return vmap(one, in_dims=(None, *(0 for _ in batch.leaves)))(objective.theta, *batch.leaves)
+
+
+def _block(objective: Objective, batch: Batch, max_bytes: float) -> int:
+    """How many samples' gradients to hold at once."""
+    row = 2 * objective.P * objective.theta.element_size() + 3 * activation_bytes(objective, batch)
+    return max(1, int(min(batch.size, max_bytes / row, 4 * CACHE_BYTES / row)))
+
+
+# ---- cost
+
+
+def reuse(objective: Objective, batch: Batch) -> float:
+    """How often one sample's forward pass uses each parameter: 1 for an MLP, many for a convolution."""
+    return _cost(objective, batch)[0]
+
+
+def activation_bytes(objective: Objective, batch: Batch) -> int:
+    """Bytes that one sample's forward pass keeps for the backward pass."""
+    return _cost(objective, batch)[1]
+
+
+def _cost(objective: Objective, batch: Batch) -> tuple[float, int]:
+    if objective.cost is None:
+        one = batch.rows(0, 1) if batch.sliceable else batch
+        kept: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            kept[t.data_ptr()] = t.numel() * t.element_size()
+            return t
+
+        theta = objective.theta.detach().requires_grad_()
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            objective.losses(theta, one)
+        total = sum(kept.values()) - objective.P * objective.theta.element_size()
+        objective.cost = (counter.get_total_flops() / (2 * objective.P), max(total, 4096))
+    return objective.cost

@@ -1,0 +1,194 @@
+r"""`InfluenceFunction`: a model, its training set and a solver.
+
+influence[k, i] = s_k . g_i / n with s_k = (H + \lambda I)^{-1} \nabla \ell(z_k, \theta) and g_i = \nabla \ell(z_i, \theta):
+the predicted rise of test sample k's loss if training sample i is left out of the n (Koh & Liang 2017, equation 2;
+their I_up,loss is -n times this). Positive is helpful.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .config import Config
+from .data import Batch, Samples, as_batch
+from .gradients import gradient, gradient_products, per_sample_gradients, require_finite
+from .solvers import DEFAULT_CURVATURE, SOLVERS
+from .system import Solution, Solve, ToleranceWarning, make_system
+
+logger = logging.getLogger(__name__)
+
+
+class InfluenceFunction:
+    """Influence of each training sample on predictions of a trained model.
+
+    Args:
+        model: the trained model; it comes back as it was.
+        train_loader: DataLoader over the training set; its dataset, batch size, `collate_fn` and workers are used.
+        config: options as a dict or `Config`; None is the defaults.
+        **options: single options on top of `config`.
+
+    Raises:
+        TypeError, ValueError: an option, the loader or the model cannot be used; the message says what to change.
+        NonFiniteError: a loss or gradient is NaN or infinite; the message names the sample.
+
+    Example:
+        >>> influence = InfluenceFunction(model, train_loader, solver="lissa")
+        >>> scores = influence.scores(test_loader)   # [number of test samples, number of training samples]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        train_loader: DataLoader[Any],
+        config: Config | dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = Config.of(config, **options)
+        if self.config.solver not in SOLVERS:
+            raise NotImplementedError(
+                f"config['solver']: {self.config.solver!r} is not there yet; use {', '.join(SOLVERS)}"
+            )
+        self.system = make_system(model, train_loader, self.config, DEFAULT_CURVATURE.get(self.config.solver, "ggn"))
+        self.objective, self.samples = self.system.objective, self.system.samples
+        self.report: dict[str, Any] = {}
+        self._solver: Solve | None = None
+        self._warned = False
+
+    # ---- what it answers
+
+    def s_test(self, tests: Any) -> Tensor:
+        """(H + damping I)^-1 of the loss gradient of each test sample of a batch or loader -> [K, P]."""
+        with self.system.guard():
+            return torch.cat([self._solve(g).vectors for g in self._test_gradients(tests)])
+
+    def s_test_of_mean(self, batch: Any) -> Tensor:
+        """(H + damping I)^-1 of the gradient of a batch's mean loss -> [P]."""
+        with self.system.guard():
+            wrapped = as_batch(batch).to(self.objective.device)
+            g = gradient(self.objective, wrapped).unsqueeze(0)
+            require_finite(g, wrapped.indices, "test batch", "gradient")
+            return self._solve(g).vectors[0]
+
+    def scores(self, tests: Any) -> Tensor:
+        """Influence of each training sample on each test sample of a batch or loader -> [K, n], on the CPU."""
+        with self.system.guard():
+            return torch.cat([self._products(self._solve(g))[0] for g in self._test_gradients(tests)])
+
+    def self_influence(self) -> Tensor:
+        r"""Influence of each training sample on its own loss, g_i (H + \lambda I)^{-1} g_i / n -> [n], on the CPU.
+
+        High for samples that the model fits against the others: wrong labels stand at the top.
+        """
+        with self.system.guard():
+            groups = self.samples.ordered(self.system.group_size, text="Self-influence")
+            return torch.cat([self._own(self._gradients(group, self.samples)) for group in groups])
+
+    # ---- the same, a group at a time (for the drivers)
+
+    def groups(
+        self, tests: Samples, indices: Sequence[int]
+    ) -> Iterator[tuple[list[int], Solution, Tensor, Tensor | None]]:
+        """For each group of test samples: indices, solution, scores [k, n] and their standard errors or None."""
+        for part in _split(indices, self.system.group_size):
+            with self.system.guard():
+                solution = self._solve(self.gradients_of(tests, part))
+                scores, stderr = self._products(solution)
+            yield part, solution, scores, stderr
+
+    def solutions(self, tests: Samples, indices: Sequence[int]) -> Iterator[tuple[list[int], Solution]]:
+        """For each group of test samples: indices and solution."""
+        for part in _split(indices, self.system.group_size):
+            with self.system.guard():
+                solution = self._solve(self.gradients_of(tests, part))
+            yield part, solution
+
+    def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
+        """Loss gradients of these samples -> [K, P]."""
+        with self.system.guard():
+            batches = tests.ordered(self.system.scoring_batch, indices)
+            return torch.cat([self._gradients(batch, tests) for batch in batches])
+
+    def gradient_rows(self, indices: Sequence[int], text: str | None = None) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Loss gradients of training samples, a block at a time: indices, [B, P]."""
+        with self.system.guard():
+            for batch in self.samples.ordered(self.system.scoring_batch, indices, text=text):
+                yield batch.indices, self._gradients(batch, self.samples)
+
+    def scores_of(self, solutions: Tensor) -> Tensor:
+        """Influence of each training sample for solutions that are already known, [K, P] -> [K, n]."""
+        with self.system.guard():
+            return self._score(solutions)
+
+    # ---- inside
+
+    def _solve(self, v: Tensor) -> Solution:
+        if self._solver is None:
+            self._solver = SOLVERS[self.config.solver](self.system)
+        solution = self._solver(v)
+        self.report = {
+            "solver": self.config.solver, "curvature": self.system.curvature.kind, "damping": self.system.damping,
+            **solution.report,
+        }  # fmt: skip
+        self._warn_if_inexact(solution)
+        return solution
+
+    def _products(self, solution: Solution) -> tuple[Tensor, Tensor | None]:
+        """Scores [K, n] of the solutions and, from their chains, the standard errors."""
+        if solution.chains is None:
+            return self._score(solution.vectors), None
+        r, k = solution.chains.shape[:2]
+        scores = self._score(solution.chains.flatten(0, 1)).view(r, k, -1)
+        return scores.mean(0), scores.std(0) / r**0.5
+
+    def _score(self, vectors: Tensor) -> Tensor:
+        n = self.samples.n
+        scores = torch.empty(len(vectors), n, dtype=self.objective.dtype)
+        for batch in self.samples.ordered(self.system.scoring_batch, text="Scoring the training set"):
+            block = gradient_products(self.objective, batch, vectors, self.system.max_bytes) / n
+            require_finite(block.T, batch.indices, self.samples.name, "gradient")
+            scores[:, torch.as_tensor(batch.indices)] = block.detach().cpu()
+        return scores
+
+    def _own(self, gradients: Tensor) -> Tensor:
+        return ((self._solve(gradients).vectors * gradients).sum(1) / self.samples.n).cpu()
+
+    def _test_gradients(self, tests: Any) -> Iterator[Tensor]:
+        if not hasattr(tests, "dataset"):
+            batch = as_batch(tests).to(self.objective.device)
+            for start in range(0, batch.size, self.system.group_size):
+                part = (
+                    batch.rows(start, start + self.system.group_size) if batch.size > self.system.group_size else batch
+                )
+                yield self._gradients(part, None)
+            return
+        samples = Samples(tests, device=self.objective.device, name="test_loader", progress=self.config.progress)
+        for part in _split(range(samples.n), self.system.group_size):
+            yield self.gradients_of(samples, part)
+
+    def _gradients(self, batch: Batch, samples: Samples | None) -> Tensor:
+        rows = per_sample_gradients(self.objective, batch, self.system.max_bytes)
+        require_finite(rows, batch.indices, "test batch" if samples is None else samples.name, "gradient")
+        return rows
+
+    def _warn_if_inexact(self, solution: Solution) -> None:
+        tolerance, worst = self.config.tolerance, float(solution.relative_residual.max())
+        if tolerance is None or worst <= tolerance or self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
+            f"{self.system.advice}",
+            ToleranceWarning, stacklevel=4,
+        )  # fmt: skip
+
+
+def _split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])

@@ -1,0 +1,320 @@
+r"""A model and a loss as functions of a flat parameter vector.
+
+\ell(z_i, \theta) is the loss of sample i as a batch of one, L(\theta) the mean over a batch. Everything above works on
+this object alone: nothing else in the package knows what a batch looks like.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .data import Batch, flatten_tree
+
+logger = logging.getLogger(__name__)
+Rebuild = Callable[[Sequence[Tensor]], Any]
+
+
+def calc_loss(y: Tensor, t: Tensor) -> Tensor:
+    """Mean cross-entropy of logits `y` [B, C, ...] with targets `t`: class ids [B, ...] or probabilities like `y`.
+
+    Raises:
+        TypeError, ValueError: targets that cross-entropy cannot take.
+    """
+    if not isinstance(y, Tensor) or not isinstance(t, Tensor):
+        raise TypeError(
+            f"cross-entropy takes tensors (logits, targets), got {type(y).__name__} and {type(t).__name__}; "
+            "pass config['loss_func'] or config['model_loss'] for other outputs"
+        )
+    if t.is_floating_point() and t.shape != y.shape:
+        raise TypeError(
+            f"cross-entropy takes whole class ids, or probabilities shaped like the output {tuple(y.shape)}, got "
+            f"{t.dtype} targets of shape {tuple(t.shape)}; pass config['loss_func'], e.g. torch.nn.MSELoss()"
+        )
+    if not t.is_floating_point() and t.shape != y.shape[:1] + y.shape[2:]:
+        raise ValueError(
+            f"cross-entropy with output {tuple(y.shape)} takes class ids of shape {tuple(y.shape[:1] + y.shape[2:])}, "
+            f"got {tuple(t.shape)}; pass config['loss_func'] for another loss"
+        )
+    return F.cross_entropy(y, t if t.is_floating_point() else t.long())
+
+
+class Paths(NamedTuple):
+    """What a model allows; found by `probe` on two samples, the slow way round until then."""
+
+    rows: bool = False
+    """A row of a collated batch is that sample: batches can be cut apart."""
+    batched: bool = False
+    """One call of the model gives each sample's loss."""
+    vmap: bool = False
+    """`torch.func.vmap` over samples."""
+    forward: bool = False
+    """Forward-mode derivatives of the losses."""
+    stacked: bool = False
+    """`vmap` over forward-mode derivatives."""
+    hessian: bool = False
+    """`vmap` over Hessian-vector products."""
+    ggn: bool = False
+    """`vmap` over Gauss-Newton products."""
+
+
+class Objective:
+    r"""The losses \ell(z_i, \theta) of a model as functions of its trainable parameters as one vector theta [P].
+
+    Args:
+        model: a trained module; taken in evaluation mode, its own mode and parameters stay as they are.
+        loss_func: (output, target) -> mean (or sum) loss of a batch; None is cross-entropy.
+        model_loss: (model, batch) -> mean loss, for batches that are not (input, target).
+        parameters: names or patterns of the parameters to use; None is all with `requires_grad`.
+        device: where to compute; None is where the model is.
+
+    Attributes:
+        theta: the parameters as one vector [P], a copy.
+        names, shapes: of each parameter, in the order of theta; tied parameters once.
+
+    Raises:
+        ValueError: no parameter is left to differentiate.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        loss_func: Callable[..., Any] | None = None,
+        model_loss: Callable[..., Any] | None = None,
+        parameters: str | Sequence[str] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        self.model = _unwrapped(model)
+        self.loss_func = calc_loss if loss_func is None else loss_func
+        self.model_loss = model_loss
+        chosen = select_parameters(self.model, parameters)
+        first = next(iter(chosen.values()))
+        self.device = first.device if device is None else device
+        self.names, self.shapes = list(chosen), [p.shape for p in chosen.values()]
+        self.sizes = [p.numel() for p in chosen.values()]
+        self.dtypes = [p.dtype for p in chosen.values()]
+        self.dtype = _widest(self.dtypes)
+        self.theta = torch.cat([p.detach().reshape(-1).to(self.device, self.dtype) for p in chosen.values()]).clone()
+        self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
+        self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
+        self._loss_module = _Loss(self.model, self._batch_loss)
+        self.paths = Paths()
+        self.cost: tuple[float, int] | None = None
+
+    @property
+    def P(self) -> int:
+        """Number of parameters."""
+        return len(self.theta)
+
+    # ---- the functions
+
+    def loss(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Mean loss of a batch at theta [P] -> scalar."""
+        if batch.size > 1 and not (self.paths.rows and batch.sliceable):
+            return self._call(theta, batch.tree)
+        return self.losses(theta, batch).mean()
+
+    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+        """Loss of each sample of a batch at theta [P] -> [B]."""
+        if batch.size == 1:
+            return self._call(theta, batch.tree).reshape(1)
+        if self.paths.batched and self.model_loss is None:
+            return self.output_losses(self.outputs(theta, batch), batch)
+        if self.paths.vmap:
+            return vmap(lambda *leaves: self.sample_loss(theta, leaves, batch.rebuild))(*batch.leaves)
+        return torch.stack([self._call(theta, batch.rows(i, i + 1).tree) for i in range(batch.size)])
+
+    def sample_loss(self, theta: Tensor, leaves: Sequence[Tensor], rebuild: Rebuild) -> Tensor:
+        """Loss of one sample, its tensors given without the batch dimension -> scalar."""
+        return self._call(theta, rebuild([t.unsqueeze(0) for t in leaves]))
+
+    def outputs(self, theta: Tensor, batch: Batch) -> Any:
+        """What the model returns for a batch at theta [P]: one row per sample in each of its tensors."""
+        if self.model_loss is None:
+            return functional_call(self.model, self._state(theta), (self._pair(batch.tree)[0],))
+        return vmap(lambda *leaves: self._recorded(theta, batch.rebuild([t.unsqueeze(0) for t in leaves])))(
+            *batch.leaves
+        )
+
+    def output_losses(self, outputs: Any, batch: Batch) -> Tensor:
+        """Loss of each sample of a batch from the model's outputs -> [B]."""
+        if self.model_loss is None and self.loss_func is calc_loss:
+            return _cross_entropies(outputs, self._pair(batch.tree)[1])
+        rows, rebuild = flatten_tree(outputs)
+        count = len(rows)
+
+        def one(*leaves: Tensor) -> Tensor:
+            tree = batch.rebuild([t.unsqueeze(0) for t in leaves[count:]])
+            if self.model_loss is not None:
+                return cast(Tensor, self.model_loss(_Replay(self.model, rebuild(leaves[:count])), tree)).reshape(())
+            output = rebuild([t.unsqueeze(0) for t in leaves[:count]])
+            return cast(Tensor, self.loss_func(output, self._pair(tree)[1])).reshape(())
+
+        return vmap(one)(*rows, *batch.leaves)
+
+    # ---- flat and structured
+
+    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Tensors shaped like the parameters -> [P]."""
+        return torch.cat([t.detach().reshape(-1).to(self.device, self.dtype) for t in tensors])
+
+    def unflatten(self, vector: Tensor) -> list[Tensor]:
+        """[P] -> tensors shaped like the parameters."""
+        return [part.view(shape) for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)]
+
+    # ---- inside
+
+    def _state(self, theta: Tensor) -> dict[str, Tensor]:
+        tensors = zip(self.names, self.unflatten(theta), self.dtypes, strict=True)
+        return {**self._fixed, **{name: t if t.dtype == dtype else t.to(dtype) for name, t, dtype in tensors}}
+
+    def _call(self, theta: Tensor, tree: Any) -> Tensor:
+        state = {f"model.{name}": t for name, t in self._state(theta).items()}
+        return cast(Tensor, functional_call(self._loss_module, state, (tree,)))
+
+    def _recorded(self, theta: Tensor, tree: Any) -> Any:
+        """What the model returned inside `model_loss`."""
+        recorder: list[Any] = []
+        state = {f"model.{name}": t for name, t in self._state(theta).items()}
+        spying = _Loss(self.model, lambda model, tree: self.model_loss(_Record(model, recorder), tree))  # type: ignore[misc]
+        functional_call(spying, state, (tree,))
+        if len(recorder) != 1:
+            raise NotImplementedError(
+                f"model_loss calls the model {len(recorder)} times; the Gauss-Newton product needs one call: "
+                "use config['curvature'] = 'hessian'"
+            )
+        return recorder[0]
+
+    def _batch_loss(self, model: nn.Module, tree: Any) -> Tensor:
+        if self.model_loss is not None:
+            return cast(Tensor, self.model_loss(model, tree)).reshape(())
+        x, t = self._pair(tree)
+        return cast(Tensor, self.loss_func(model(x), t)).reshape(())
+
+    @staticmethod
+    def _pair(tree: Any) -> tuple[Any, Any]:
+        if not isinstance(tree, list | tuple) or len(tree) != 2:
+            what = f"{type(tree).__name__} of length {len(tree)}" if hasattr(tree, "__len__") else type(tree).__name__
+            raise TypeError(
+                f"expected an (input, target) batch, got a {what}; "
+                "pass config['model_loss'] = (model, batch) -> mean loss for batches of another structure"
+            )
+        return tree[0], tree[1]
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        """Inside: the model in evaluation mode, and every operation one that can be differentiated twice."""
+        modes = {module: module.training for module in self.model.modules()}
+        fast_path = torch.backends.mha.get_fastpath_enabled()
+        recurrent = any(isinstance(module, nn.RNNBase) for module in modes)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            if recurrent:  # cuDNN's recurrent kernels have no second derivative, nor a first one in evaluation mode
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            try:
+                self.model.eval()
+                torch.backends.mha.set_fastpath_enabled(False)
+                yield
+            finally:
+                torch.backends.mha.set_fastpath_enabled(fast_path)
+                for module, training in modes.items():
+                    module.training = training
+
+
+class _Loss(nn.Module):
+    """`loss(model, batch)` as a module, so that `functional_call` can replace the model's parameters in it."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.model, self._loss = model, loss
+
+    def forward(self, tree: Any) -> Tensor:
+        return self._loss(self.model, tree)
+
+
+class _Record:
+    """The model, keeping what it returns."""
+
+    def __init__(self, model: nn.Module, recorder: list[Any]) -> None:
+        self._model, self._recorder = model, recorder
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._recorder.append(self._model(*args, **kwargs))
+        return self._recorder[-1]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class _Replay:
+    """The model, returning an output that is already known."""
+
+    def __init__(self, model: nn.Module, output: Any) -> None:
+        self._model, self._output = model, output
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._output
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _cross_entropies(y: Tensor, t: Tensor) -> Tensor:
+    """Cross-entropy of each row of logits [B, C, ...], mean over the positions of one sample -> [B]."""
+    per_position = F.cross_entropy(y, t if t.is_floating_point() else t.long(), reduction="none")
+    return per_position if per_position.dim() == 1 else per_position.flatten(1).mean(1)
+
+
+def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """The trainable parameters whose name, or a module above them, matches one of `patterns`; tied ones once."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "model: no parameter has requires_grad=True; influence is about trained parameters, so set "
+            "requires_grad_(True) on those that were trained"
+        )
+    if patterns is None:
+        return trainable
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in trainable):
+            raise ValueError(
+                f"config['parameters']: {pattern!r} matches no trainable parameter; there are {', '.join(trainable)}"
+            )
+    return {name: p for name, p in trainable.items() if any(_matches(name, pattern) for pattern in patterns)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def _widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    widest = dtypes[0]
+    for dtype in dtypes[1:]:
+        widest = torch.promote_types(widest, dtype)
+    return widest

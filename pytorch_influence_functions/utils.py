@@ -1,0 +1,192 @@
+"""Logging, progress, JSON files, and the global random state left as it was."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
+_PACKAGE = __name__.split(".")[0]
+_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+def init_logging(filename: str | os.PathLike[str] | None = None) -> None:
+    """Show the package's log lines on stderr and, with `filename`, append them to that file too.
+
+    Only the logger of this package is set up; the root logger stays as it is. May be called again.
+    """
+    log = logging.getLogger(_PACKAGE)
+    log.setLevel(logging.INFO)
+    if not any(type(h) is logging.StreamHandler for h in log.handlers):
+        _add_handler(log, logging.StreamHandler())
+    if filename is not None:
+        path = os.path.abspath(filename)
+        if not any(isinstance(h, logging.FileHandler) and h.baseFilename == path for h in log.handlers):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            _add_handler(log, logging.FileHandler(path))
+
+
+@contextlib.contextmanager
+def log_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
+    """Append the package's log lines to a file while inside; no file for None."""
+    if filename is None:
+        yield
+        return
+    log, level = logging.getLogger(_PACKAGE), logging.getLogger(_PACKAGE).level
+    Path(filename).parent.mkdir(parents=True, exist_ok=True)
+    handler = _add_handler(log, logging.FileHandler(filename))
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        handler.close()
+
+
+def _add_handler(log: logging.Logger, handler: logging.Handler) -> logging.Handler:
+    handler.setFormatter(logging.Formatter(_FORMAT))
+    log.addHandler(handler)
+    return handler
+
+
+def display_progress(
+    text: str, current_step: int, last_step: int, enabled: bool = True, fix_zero_start: bool = True
+) -> None:
+    """Draw a progress bar on one line of stderr, for a loop that calls it once per step.
+
+    Args:
+        text: what is being done.
+        current_step: the step that was done; counted from 0 with `fix_zero_start`, else from 1.
+        last_step: how many steps there are.
+        enabled: draw nothing where False.
+        fix_zero_start: count `current_step` from 0.
+    """
+    if not enabled:
+        return
+    done = min(current_step + int(fix_zero_start), last_step)
+    line = tqdm.format_meter(
+        done, last_step, elapsed=0, prefix=text.rstrip(": "), bar_format="{l_bar}{bar:40}| {n_fmt}/{total_fmt}"
+    )
+    sys.stderr.write("\r" + line + ("\n" if done >= last_step else ""))
+    sys.stderr.flush()
+
+
+def progress_bar(text: str | None, *, total: int | None, unit: str, enabled: bool) -> tqdm[Any]:
+    """A tqdm bar (a widget in notebooks); silent without `text` or where not `enabled`."""
+    return tqdm(total=total, desc=text, unit=unit, disable=not enabled or text is None, leave=False, dynamic_ncols=True)
+
+
+@contextlib.contextmanager
+def random_state(seed: int) -> Iterator[None]:
+    """Seed torch, numpy and `random` inside, and put their global states back afterwards."""
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
+    cuda_states = torch.cuda.get_rng_state_all() if cuda else []
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.default_generator.manual_seed(seed)
+    if cuda:
+        torch.cuda.manual_seed_all(seed)
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+        torch.set_rng_state(torch_state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda_states)
+
+
+def save_json(
+    json_obj: Any,
+    json_path: str | os.PathLike[str],
+    append_if_exists: bool = False,
+    overwrite_if_exists: bool = False,
+    unique_fn_if_exists: bool = True,
+) -> Path:
+    """Write `json_obj` to `json_path`: beside it first, then renamed, so that a kill never leaves half a file.
+
+    Where the file exists: `overwrite_if_exists` replaces it; `append_if_exists` adds to it (lists are extended,
+    dicts updated); `unique_fn_if_exists` takes the first free name `name_1.json`, `name_2.json`, ...
+
+    Returns:
+        The path that was written.
+
+    Raises:
+        ValueError: a NaN or an infinite number, which JSON cannot hold.
+        FileExistsError: the file exists and all three options are False.
+    """
+    path = Path(json_path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not overwrite_if_exists:
+        if append_if_exists:
+            json_obj = _joined(json.loads(path.read_text(encoding="utf-8")), json_obj, path)
+        elif unique_fn_if_exists:
+            path = unused_path(path)
+        else:
+            raise FileExistsError(
+                f"{path} exists; pass overwrite_if_exists, append_if_exists or unique_fn_if_exists as True"
+            )
+    write_atomically(path, json.dumps(json_obj, default=_plain, allow_nan=False, indent=None).encode())
+    return path
+
+
+def unused_path(path: Path) -> Path:
+    """`path`, or the first of `stem_1.suffix`, `stem_2.suffix`, ... that does not exist."""
+    count, candidate = 0, path
+    while candidate.exists():
+        count += 1
+        candidate = path.with_name(f"{path.stem}_{count}{path.suffix}")
+    return candidate
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under another name in the same folder, flush it to disk, and rename it to `path`."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _joined(old: Any, new: Any, path: Path) -> Any:
+    if isinstance(old, list):
+        return old + (new if isinstance(new, list) else [new])
+    if isinstance(old, dict) and isinstance(new, dict):
+        return {**old, **new}
+    raise TypeError(f"cannot append a {type(new).__name__} to the {type(old).__name__} in {path}")
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, os.PathLike | torch.dtype | torch.device):
+        return str(value)
+    if callable(value):
+        return getattr(value, "__qualname__", type(value).__name__)
+    raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
