@@ -20,7 +20,15 @@ from .gradients import NonFiniteError
 from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
 from .results import InfluenceResult
-from .system import CurvatureWarning, DeviceWarning, DivergenceError, ToleranceWarning, VaryingDataWarning
+from .system import (
+    CurvatureWarning,
+    DeviceWarning,
+    DivergenceError,
+    NegativeCurvatureError,
+    ToleranceWarning,
+    VaryingDataWarning,
+)
+from .tuning import tune
 from .utils import display_progress, init_logging, save_json
 
 __version__ = version()
@@ -29,14 +37,14 @@ __all__ = [
     # runs
     "calc_img_wise", "calc_all_grad_then_test", "calc_influences", "InfluenceFunction", "InfluenceResult",
     # options
-    "Config", "get_default_config",
+    "Config", "get_default_config", "tune",
     # the paper
     "calc_loss", "grad_z", "hvp", "s_test",
     # steps of the old package
     "calc_grad_z", "calc_s_test", "calc_s_test_single", "calc_influence_function", "calc_influence_single",
     "load_grad_z", "load_s_test", "get_dataset_sample_ids", "get_dataset_sample_ids_per_class",
     # what can go wrong
-    "NonFiniteError", "DivergenceError", "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning",
+    "NonFiniteError", "DivergenceError", "NegativeCurvatureError", "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning",
     # logs and files
     "init_logging", "display_progress", "save_json",
 ]  # fmt: skip

@@ -89,8 +89,8 @@ def _run(
         tests.device = influence.objective.device
         files.write_meta(_meta(options, influence, indices, finished=False))
         collected = _Collected(files, influence, options.top_k)
-        for part, scores, stderr, residual, seconds in METHODS[method](influence, tests, indices):
-            collected.add(part, [labels[i] for i in part], scores, stderr, residual, seconds)
+        for part, scores, chains, residual, seconds in METHODS[method](influence, tests, indices):
+            collected.add(part, [labels[i] for i in part], scores, chains, residual, seconds)
             logger.info("%d of %d test samples are done", len(collected.influences), len(indices))
         files.write_meta(_meta(options, influence, indices, finished=True))
         files.finish()
@@ -98,13 +98,13 @@ def _run(
 
 
 Group = tuple[list[int], Tensor, Tensor | None, Tensor, float]
-"""Test indices, scores [k, n], standard errors [k, n] or None, relative residuals [k], seconds per test sample."""
+"""Test indices, scores [k, n], those of each chain [r, k, n] or None, relative residuals [k], seconds per sample."""
 
 
 def _img_wise(influence: InfluenceFunction, tests: Samples, indices: Sequence[int]) -> Iterator[Group]:
     begin = time.perf_counter()
-    for part, solution, scores, stderr in influence.groups(tests, indices):
-        yield part, scores, stderr, solution.relative_residual, (time.perf_counter() - begin) / len(part)
+    for part, solution, scores, chains in influence.groups(tests, indices):
+        yield part, scores, chains, solution.relative_residual, (time.perf_counter() - begin) / len(part)
         begin = time.perf_counter()
 
 
@@ -116,11 +116,10 @@ def _all_grad_then_test(influence: InfluenceFunction, tests: Samples, indices: S
     (grads, _), (solutions, _) = read_rows(folder / "grad_z", "grad_z"), read_rows(folder / "s_test", "s_test")
     for start in range(0, len(indices), influence.system.group_size):
         part = list(indices[start : start + influence.system.group_size])
-        chains = torch.from_numpy(np.asarray(solutions[start : start + len(part)]))
-        scores = _scores_of_rows(chains.flatten(0, 1), grads).view(len(part), chains.shape[1], -1)
-        stderr = scores.std(1) / scores.shape[1] ** 0.5 if scores.shape[1] > 1 else None
+        stored = torch.from_numpy(np.asarray(solutions[start : start + len(part)])).transpose(0, 1)
+        chains = _scores_of_rows(stored.flatten(0, 1), grads).view(len(stored), len(part), -1)
         seconds = (time.perf_counter() - begin) / len(part)
-        yield part, scores.mean(1), stderr, residuals[start : start + len(part)], seconds
+        yield part, chains.mean(0), chains if len(chains) > 1 else None, residuals[start : start + len(part)], seconds
         begin = time.perf_counter()
 
 
@@ -147,7 +146,7 @@ class _Collected:
         part: list[int],
         labels: list[Any],
         scores: Tensor,
-        stderr: Tensor | None,
+        chains: Tensor | None,
         residual: Tensor,
         seconds: float,
     ) -> None:
@@ -156,7 +155,7 @@ class _Collected:
         entries = {
             str(first + k): entry(
                 scores[k].numpy(), label=labels[k], index=index, seconds=seconds, residual=float(residual[k]),
-                top_k=self.top_k, stderr=None if stderr is None else stderr[k].numpy(),
+                top_k=self.top_k, chains=None if chains is None else chains[:, k].numpy(),
             )
             for k, index in enumerate(part)
         }  # fmt: skip
@@ -193,7 +192,7 @@ def version() -> str:
 
 
 def select_test_samples(options: Config, labels: Sequence[Any]) -> list[int]:
-    """Indices of the test samples that the options ask for: so many of each class from a position in each class, or all."""
+    """Indices of the test samples that the options ask for: so many of each class from a position on, or all."""
     if not options.test_sample_num and not options.start:
         return list(range(len(labels)))
     by_class = indices_per_class(labels, options.num_classes)
@@ -220,7 +219,7 @@ def get_dataset_sample_ids(
     """`num_samples` indices of each class, from its `start_index`-th sample on.
 
     Returns:
-        `({class: indices}, indices)`, the second a class after the other. The dict takes a class as a number or a string.
+        `({class: indices}, indices)`, the second a class after the other. The dict takes a class as number or string.
 
     Raises:
         ValueError: a class has fewer samples.

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 ALIASES = {"r_averaging": "r", "test_start_index": "test_sample_start_per_class"}
 IGNORED = {"dataset"}
@@ -77,6 +77,7 @@ class Config:
     model_loss: Callable[..., Any] | None = None
     parameters: str | Sequence[str] | None = None
     top_k: int = 500
+    _reasons: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for key in ("recursion_depth", "r", "damp", "scale"):
@@ -109,6 +110,22 @@ class Config:
             merged[name] = value
         return cls(**merged)
 
+    @classmethod
+    def tuned(
+        cls, model: Any, train_loader: Any, test_loader: Any = None, config: Any = None, **options: Any
+    ) -> Config:
+        """A new config with scale, damp, recursion_depth and r set from the model and its data; see `tuning.tune`.
+
+        Lambda = damp * scale stays that of `config` (None is the defaults); `explain()` of the result says why.
+        """
+        return TUNER[-1](model, train_loader, test_loader, config, **options)
+
+    def explain(self) -> str:
+        """Why the options are what they are, in a few lines, where `tuned` chose them."""
+        return (
+            "\n".join(self._reasons) or "The options are as they were given; Config.tuned chooses them from the model."
+        )
+
     def asdict(self) -> dict[str, Any]:
         """The options as a plain dict."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -116,6 +133,12 @@ class Config:
     def replace(self, **options: Any) -> Config:
         """A copy with these options changed."""
         return dataclasses.replace(self, **options)
+
+    def because(self, *reasons: str) -> Config:
+        """A copy that explains itself with these lines."""
+        copy = self.replace()
+        object.__setattr__(copy, "_reasons", reasons)
+        return copy
 
     @property
     def out_folder(self) -> Path:
@@ -223,4 +246,6 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "parameters": (_optional(_names), "a name or pattern, a list of them, or None"),
     "top_k": (lambda v: _int(v, 0), "a whole number of at least 0"),
 }
+TUNER: list[Callable[..., Config]] = []
+"""What `Config.tuned` calls; `tuning`, which stands on the solvers, puts itself here."""
 DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}

@@ -97,9 +97,9 @@ def _visit(tree: Any, fn: Callable[[Any], Any]) -> Any:
         items = {key: _visit(value, fn) for key, value in tree.items()}
         if type(tree) is dict:
             return items
-        new = copy.copy(tree)
-        cast(Any, new).update(items)
-        return new
+        mapping: Any = copy.copy(tree)
+        mapping.update(items)
+        return mapping
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
         return type(tree)(*(_visit(value, fn) for value in tree))
     if isinstance(tree, list | tuple):
@@ -313,7 +313,7 @@ def batch_labels(batch: Batch) -> list[Any]:
         tree = (None, next((tree[key] for key in LABEL_KEYS if key in tree), None))
     elif not isinstance(tree, list | tuple):
         tree = (None, next((getattr(tree, key) for key in LABEL_KEYS if hasattr(tree, key)), None))
-    labels = tree[1] if len(tree) > 1 else None
+    labels: Any = tree[1] if len(tree) > 1 else None
     return list(labels) if hasattr(labels, "__len__") and len(labels) == batch.size else [None] * batch.size
 
 

@@ -1,6 +1,6 @@
 r"""`InfluenceFunction`: a model, its training set and a solver.
 
-influence[k, i] = s_k . g_i / n with s_k = (H + \lambda I)^{-1} \nabla \ell(z_k, \theta) and g_i = \nabla \ell(z_i, \theta):
+influence[k, i] = s_k . g_i / n with s_k = (H + \lambda I)^{-1} \nabla \ell(z_k) and g_i = \nabla \ell(z_i):
 the predicted rise of test sample k's loss if training sample i is left out of the n (Koh & Liang 2017, equation 2;
 their I_up,loss is -n times this). Positive is helpful.
 """
@@ -60,6 +60,8 @@ class InfluenceFunction:
         self.report: dict[str, Any] = {}
         self._solver: Solve | None = None
         self._warned = False
+        self.stderr: Tensor | None = None
+        self.relative_residual: Tensor | None = None
 
     # ---- what it answers
 
@@ -77,9 +79,17 @@ class InfluenceFunction:
             return self._solve(g).vectors[0]
 
     def scores(self, tests: Any) -> Tensor:
-        """Influence of each training sample on each test sample of a batch or loader -> [K, n], on the CPU."""
+        """Influence of each training sample on each test sample of a batch or loader -> [K, n], on the CPU.
+
+        `stderr` [K, n] (with r > 1) and `relative_residual` [K] of these scores are kept beside it.
+        """
         with self.system.guard():
-            return torch.cat([self._products(self._solve(g))[0] for g in self._test_gradients(tests)])
+            solutions = [self._solve(g) for g in self._test_gradients(tests)]
+            products = [self._products(solution) for solution in solutions]
+        errors = [chains.std(0) / len(chains) ** 0.5 for _, chains in products if chains is not None]
+        self.stderr = torch.cat(errors) if errors else None
+        self.relative_residual = torch.cat([solution.relative_residual.cpu() for solution in solutions])
+        return torch.cat([scores for scores, _ in products])
 
     def self_influence(self) -> Tensor:
         r"""Influence of each training sample on its own loss, g_i (H + \lambda I)^{-1} g_i / n -> [n], on the CPU.
@@ -99,8 +109,8 @@ class InfluenceFunction:
         for part in _split(indices, self.system.group_size):
             with self.system.guard():
                 solution = self._solve(self.gradients_of(tests, part))
-                scores, stderr = self._products(solution)
-            yield part, solution, scores, stderr
+                scores, chains = self._products(solution)
+            yield part, solution, scores, chains
 
     def solutions(self, tests: Samples, indices: Sequence[int]) -> Iterator[tuple[list[int], Solution]]:
         """For each group of test samples: indices and solution."""
@@ -140,12 +150,12 @@ class InfluenceFunction:
         return solution
 
     def _products(self, solution: Solution) -> tuple[Tensor, Tensor | None]:
-        """Scores [K, n] of the solutions and, from their chains, the standard errors."""
+        """Scores [K, n] of the solutions, and of each of their chains [r, K, n]."""
         if solution.chains is None:
             return self._score(solution.vectors), None
         r, k = solution.chains.shape[:2]
         scores = self._score(solution.chains.flatten(0, 1)).view(r, k, -1)
-        return scores.mean(0), scores.std(0) / r**0.5
+        return scores.mean(0), scores
 
     def _score(self, vectors: Tensor) -> Tensor:
         n = self.samples.n
@@ -169,8 +179,8 @@ class InfluenceFunction:
                 yield self._gradients(part, None)
             return
         samples = Samples(tests, device=self.objective.device, name="test_loader", progress=self.config.progress)
-        for part in _split(range(samples.n), self.system.group_size):
-            yield self.gradients_of(samples, part)
+        for indices in _split(range(samples.n), self.system.group_size):
+            yield self.gradients_of(samples, indices)
 
     def _gradients(self, batch: Batch, samples: Samples | None) -> Tensor:
         rows = per_sample_gradients(self.objective, batch, self.system.max_bytes)

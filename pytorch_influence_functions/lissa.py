@@ -4,7 +4,10 @@ h_0 = v, and for each random minibatch B_j of the training set
 
     h_j = v + (1 - damp) h_{j-1} - H_{B_j} h_{j-1} / scale,        s = h / scale,        \lambda = damp * scale.
 
-The scale only sets the step: it is raised where the curvature asks for it, and \lambda stays as it was.
+The scale only sets the step: it is raised where the curvature asks for it, and \lambda stays as it was. With a
+`tolerance`, the residual \rho = v - (H + \lambda I) s is measured now and then; where it is measured over the whole
+training set, the recursion goes on with \rho in place of v and adds to s (iterative refinement), so that the noise of
+the minibatches shrinks with the residual instead of staying in proportion to s.
 """
 
 from __future__ import annotations
@@ -15,27 +18,35 @@ import math
 import warnings
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .curvature import Spectrum, extreme_eigenvalues
 from .data import Batch
-from .system import CurvatureWarning, DivergenceError, Solution, Solve, System, take
+from .gradients import gradient_products
+from .results import Row, resolved
+from .system import CurvatureWarning, DivergenceError, NegativeCurvatureError, Residual, Solution, Solve, System, take
 from .utils import progress_bar
 
 logger = logging.getLogger(__name__)
 
-MINIBATCHES, SWEEPS = 4, 10
-"""Minibatches whose largest eigenvalue is estimated, and Lanczos steps for each."""
+MINIBATCHES, SWEEPS = 4, 8
+"""Minibatches whose largest eigenvalue is estimated, and Lanczos steps for each; twice as many for all together."""
 FIRST_CHECK, CHECK_GROWTH = 60, 1.5
 """The step of the first residual check; each later one comes after this factor."""
+LEAST_CERTIFIED = 2048
+"""Training samples that the last residual is measured on, at least."""
 NORM_EVERY = 4
 """Steps between two looks at the norm."""
-CHECK_COST, AUTO_CHECK_COST = 0.01, 0.06
-"""Training samples read in a check, as a fraction of those the recursion has read; more where it pays to stop early."""
 RESTARTS = 12
-LONGEST, MOST_CHAINS = 50_000, 8
+LONGEST, MOST_CHAINS = 20_000, 8
 """Bounds for recursion_depth="auto" and r="auto"."""
+EXACT_COST, CHECK_COST = 0.3, 0.01
+"""What a check may read, as a fraction of the training samples read so far: the whole set where that is so cheap that
+refinement pays, else a sample of it."""
+STABLE, SAMPLED_SCORES = 0.9, 512
+"""r="auto" ends when this fraction of the top of the list would stay, judged on so many training samples."""
 SEED_STRIDE = 1_000_003
 
 
@@ -61,25 +72,64 @@ def lissa(system: System) -> Solve:
 
     def solve(v: Tensor) -> Solution:
         nonlocal step
-        chains, notes = [], []
-        for chain in range(MOST_CHAINS if config.r == "auto" else int(config.r)):
-            recursion = _Recursion(system, v, step, chain)
-            chains.append(recursion.run())
-            step = recursion.step
-            notes.append({"steps": recursion.steps, "stopped": recursion.stopped, "restarts": recursion.restarts})
-        s = torch.stack(chains)
-        mean = s.mean(0)
-        count = samples_of_certificate(system, max(max(note["steps"]) for note in notes))
-        residual, error = system.certificate(v, mean, count, seed=config.seed + 2)
-        return Solution(mean, residual, error, s if len(s) > 1 else None, report(system, step, notes))
+        try:
+            solution, step = average(system, v, step)
+        except NegativeCurvatureError as error:
+            if config.curvature is not None:
+                raise
+            system.use_gauss_newton(str(error).partition(":")[0])
+            solution, step = average(system, v, choose_scale(system))
+        return solution
 
     return solve
+
+
+def average(system: System, v: Tensor, step: Step) -> tuple[Solution, Step]:
+    """Mean of independent recursions for v [K, P], with its certificate, and the step that they ended with."""
+    chains: list[Tensor] = []
+    notes: list[dict[str, Any]] = []
+    while not enough(system, chains):
+        recursion = _Recursion(system, v, step, len(chains))
+        chains.append(recursion.run())
+        step = recursion.step
+        notes.append({"steps": recursion.steps, "stopped": recursion.stopped, "restarts": recursion.restarts})
+    s = torch.stack(chains)
+    count = samples_of_certificate(system, max(max(note["steps"]) for note in notes))
+    residual, error, _ = system.certificate(v, s.mean(0), count, seed=system.config.seed + 2)
+    return Solution(s.mean(0), residual, error, s if len(s) > 1 else None, report(system, step, notes)), step
+
+
+def enough(system: System, chains: list[Tensor]) -> bool:
+    """Whether there are `r` chains or, for "auto", so many that the top of the list would stay in a repeated run."""
+    if system.config.r != "auto":
+        return len(chains) >= int(system.config.r)
+    if len(chains) < 2:
+        return False
+    return len(chains) >= MOST_CHAINS or stable_fraction(system, torch.stack(chains)) >= STABLE
+
+
+def stable_fraction(system: System, chains: Tensor) -> float:
+    """Fraction of the top tenth of a sample of the training set that would stay there in a repeated run, [r, K, P]."""
+    scores = sampled_scores(system, chains)
+    k = max(1, scores.shape[2] // 10)
+    return float(np.mean([resolved(scores[:, row], k) / k for row in range(scores.shape[1])]))
+
+
+def sampled_scores(system: System, chains: Tensor) -> Row:
+    """g_i . s of a sample of the training set for stacks of solutions [r, K, P] -> [r, K, samples]."""
+    count = min(system.samples.n, SAMPLED_SCORES)
+    step = system.samples.n / count
+    indices = [int(i * step) for i in range(count)]
+    parts = [gradient_products(system.objective, batch, chains.flatten(0, 1), system.max_bytes)
+             for batch in system.samples.ordered(system.scoring_batch, indices)]  # fmt: skip
+    scores: Row = torch.cat(parts, 1).view(*chains.shape[:2], -1).cpu().numpy()
+    return scores
 
 
 def samples_of_certificate(system: System, steps: int) -> int:
     """How many training samples the last residual is measured on: all, where that costs little beside the recursion."""
     batch_size = system.samples.batch_size
-    return min(system.samples.n, max(1024, 16 * batch_size, int(CHECK_COST * steps * batch_size)))
+    return min(system.samples.n, max(LEAST_CERTIFIED, 16 * batch_size, int(CHECK_COST * steps * batch_size)))
 
 
 def report(system: System, step: Step, notes: list[dict[str, Any]]) -> dict[str, Any]:
@@ -96,14 +146,14 @@ def report(system: System, step: Step, notes: list[dict[str, Any]]) -> dict[str,
 
 
 def choose_scale(system: System) -> Step:
-    """The asked scale, raised above the largest eigenvalue of a few minibatches of the recursion where it is below it."""
+    """The asked scale, raised where it is below the largest eigenvalue of a few minibatches of the recursion."""
     config = system.config
     eigenvalue, spectrum = measure(system)
     if system.curvature.kind == "hessian" and negative(system, spectrum):
         at = rayleigh(system, spectrum.lowest)
         message = f"the Hessian has a negative eigenvalue (at most {at:.3g}) beyond the damping {system.damping:.3g}"
         if config.curvature == "hessian":
-            raise DivergenceError(
+            raise NegativeCurvatureError(
                 f"{message}, so the recursion cannot converge: set config['curvature'] = 'ggn', "
                 f"or config['damping'] to at least {1.5 * abs(at):.3g}"
             )
@@ -115,7 +165,7 @@ def choose_scale(system: System) -> Step:
         needed *= 1.1
         warnings.warn(
             f"config['scale'] = {asked:g} is below the largest eigenvalue {eigenvalue:.3g} of a minibatch's curvature; "
-            f"scale {needed:.3g} is used, and lambda = {system.damping:g} is kept (damp = {system.damping / needed:.3g})",
+            f"scale {needed:.3g} is used, lambda = {system.damping:g} is kept (damp = {system.damping / needed:.3g})",
             CurvatureWarning, stacklevel=2,
         )  # fmt: skip
     return Step(max(asked, needed, 1e-12), system.damping, eigenvalue, spectrum)
@@ -126,7 +176,7 @@ def measure(system: System) -> tuple[float, Spectrum]:
     start = system.random_vector(system.config.seed)
     batches = take(system.samples.random(seed=system.config.seed), MINIBATCHES)
     single = [extreme_eigenvalues(lambda v, b=b: system.curvature(b, v), start, SWEEPS).largest for b in batches]  # type: ignore[misc]
-    together = extreme_eigenvalues(lambda v: system.curvature.over(batches, v), start, SWEEPS + 2)
+    together = extreme_eigenvalues(lambda v: system.curvature.over(batches, v), start, 2 * SWEEPS)
     return max(*single, together.largest, 0.0), together
 
 
@@ -149,7 +199,11 @@ def rayleigh(system: System, u: Tensor, batches: int = 16) -> float:
 
 
 class _Recursion:
-    """One chain over a stack of right-hand sides v [K, P]; a row that is done leaves the stack."""
+    """One chain over a stack of right-hand sides v [K, P]; a row that is done leaves the stack.
+
+    The solution is `base` + h / scale, where h solves for the right-hand side `rest`: 0 and v until the first exact
+    residual.
+    """
 
     def __init__(self, system: System, v: Tensor, step: Step, chain: int) -> None:
         self.system, self.config, self.step, self.chain = system, system.config, step, chain
@@ -157,12 +211,13 @@ class _Recursion:
         self.limit = LONGEST if self.auto else int(self.config.recursion_depth)
         self.seed = self.config.seed + chain * SEED_STRIDE
         self.solved, self.stopped, self.steps = torch.zeros_like(v), ["depth"] * len(v), [0] * len(v)
+        self.restarts = 0
         self.rows = torch.arange(len(v), device=v.device)
-        self.v, self.h, self.good = v, v.clone(), v.clone()
+        self.v, self.rest, self.base = v, v, torch.zeros_like(v)
+        self.h, self.good = v.clone(), v.clone()
         self.total, self.count = torch.zeros_like(v), 0
         self.best = torch.full_like(v[:, 0], math.inf)
         self.stalls = torch.zeros_like(self.rows)
-        self.restarts = 0
 
     def run(self) -> Tensor:
         """Recurse until every row is done -> s [K, P]."""
@@ -174,33 +229,51 @@ class _Recursion:
                 bar.update()
                 if j % NORM_EVERY == 0 or j == self.limit:
                     self.watch(j)
-                if j == self.limit or (j >= next_check and self.config.tolerance is not None):
-                    self.check(j)
+                if j == self.limit or j >= next_check:
+                    self.look(j)
                     next_check = int(j * CHECK_GROWTH)
                 if len(self.rows) == 0:
-                    return self.solved
-        raise AssertionError("a recursion ends at its last step")  # pragma: no cover
+                    break
+        return self.solved
 
     def advance(self, batch: Batch) -> None:
         """h <- v + (1 - damp) h - H_B h / scale, and the running sum of the iterates."""
         product = self.system.curvature(batch, self.h)
-        self.h.mul_(1 - self.step.damp).add_(self.v).add_(product, alpha=-1 / self.step.scale)
+        self.h.mul_(1 - self.step.damp).add_(self.rest).add_(product, alpha=-1 / self.step.scale)
         self.total.add_(self.h)
         self.count += 1
 
     def watch(self, j: int) -> None:
         """Raise the scale, or give up, where the norm has left the range in which a solution can lie."""
         norm = self.h.norm(dim=1)
-        bound = self.v.norm(dim=1) * (100 / self.step.damp if self.step.damp > 0 else 1e8)
+        bound = self.rest.norm(dim=1) * (100 / self.step.damp if self.step.damp > 0 else 1e8)
         if bool((norm <= bound).all()):
             return
         worst = int((norm / bound).nan_to_num(math.inf, math.inf).argmax())
-        direction = self.h[worst] if bool(norm[worst].isfinite()) else self.system.random_vector(j)
-        along = rayleigh(self.system, direction)
+        along = self.require_positive(j, worst)
         self.restarts += 1
-        if along < -self.step.damping or self.restarts > RESTARTS:
-            raise DivergenceError(self.diverged(j, float(norm[worst]) / self.step.scale, along))
+        if self.restarts > RESTARTS:
+            raise DivergenceError(
+                f"LiSSA diverged at step {j} (norm of s {float(norm[worst]) / self.step.scale:.3g}, {self.state()}): "
+                "set a larger config['scale'] or config['damping'], or a larger batch_size in the train_loader"
+            )
         self.restart(max(2.0, 1.2 * along / self.step.scale))
+
+    def require_positive(self, j: int, row: int) -> float:
+        """The curvature along h of this row; an error where it is below -lambda, since no scale helps then."""
+        norm = self.h[row].norm()
+        along = rayleigh(self.system, self.h[row] if bool(norm.isfinite()) else self.system.random_vector(j))
+        if along < -self.step.damping:
+            raise NegativeCurvatureError(
+                f"LiSSA diverged at step {j} (norm of s {float(norm) / self.step.scale:.3g}, {self.state()}), where "
+                f"the curvature is {along:.3g}, below -lambda: set config['curvature'] = 'ggn', or config['damping'] to at "
+                f"least {1.5 * abs(along):.3g}"
+            )
+        return along
+
+    def state(self) -> str:
+        """The recursion's numbers, for its messages."""
+        return f"scale {self.step.scale:.3g}, lambda {self.step.damping:.3g}, {self.restarts} restarts"
 
     def restart(self, factor: float) -> None:
         """From the last good state on with `factor` times the scale and the same lambda."""
@@ -212,61 +285,58 @@ class _Recursion:
         )  # fmt: skip
         self.step = dataclasses.replace(self.step, scale=scale)
         self.good.mul_(factor)
-        self.h = self.good.clone()
-        self.average_anew()
+        self.go_on_from(self.good)
 
-    def average_anew(self) -> None:
-        """Start the average of the iterates here, so that it covers the later ones alone."""
-        self.total.zero_()
-        self.count = 0
+    def go_on_from(self, h: Tensor) -> None:
+        """Take h as the state, keep it as the last good one, and start the average of the iterates anew."""
+        self.h, self.good = h.clone(), h
+        self.total, self.count = torch.zeros_like(h), 0
+
+    def look(self, j: int) -> None:
+        """Let the rows leave that are done; the others go on from here."""
+        if j == self.limit or self.config.tolerance is not None:
+            self.check(j)
+        else:
+            self.go_on_from(self.h)
 
     def check(self, j: int) -> None:
         """Measure the residual of each row; rows that reached the tolerance, no longer gain, or ran all steps leave."""
-        s, residual, error = self.estimate(j)
+        s, residual = self.estimate(j)
         tolerance = -math.inf if self.config.tolerance is None else self.config.tolerance
-        reached = residual + error <= tolerance
-        self.stalls = torch.where(residual < 0.95 * self.best, 0, self.stalls + 1)
-        self.best = torch.minimum(self.best, residual)
+        reached = residual.relative + residual.stderr <= tolerance
+        if bool((grown := residual.relative > 2 * self.best).any()):
+            self.require_positive(j, int(grown.nonzero()[0]))
+        settled = (residual.stderr < 0.2 * residual.relative) & (j * self.step.damp > 2)
+        self.stalls = torch.where(residual.relative < 0.95 * self.best, 0, self.stalls + settled)
+        self.best = torch.minimum(self.best, residual.relative)
         stalled = (self.stalls >= 2) & self.auto
         for mask, why in ((stalled, "noise"), (reached, "tolerance")):
             for row in self.rows[mask].tolist():
                 self.stopped[row] = why
-        self.leave(reached | stalled | (j >= self.limit), s, j)
-        self.good = self.h.clone()
-        self.average_anew()
+        done = reached | stalled | (j >= self.limit)
+        self.leave(done, s, j)
+        if residual.rows is None:
+            self.go_on_from(self.h)
+        else:
+            self.base, self.rest = s[~done], residual.rows[~done]
+            self.go_on_from(self.rest)
 
-    def estimate(self, j: int) -> tuple[Tensor, Tensor, Tensor]:
+    def estimate(self, j: int) -> tuple[Tensor, Residual]:
         """The last iterate or the average of the later ones, whichever has the smaller residual, row by row."""
-        last, mean = self.h / self.step.scale, self.total / (max(self.count, 1) * self.step.scale)
-        fraction = AUTO_CHECK_COST if self.auto else CHECK_COST
-        batch_size = self.system.samples.batch_size
-        count = min(self.system.samples.n, batch_size * max(8, int(j * fraction)))
-        (of_last, last_error), (of_mean, mean_error) = (
-            self.system.certificate(self.v, s, count, seed=self.seed + 1) for s in (last, mean)
+        k, n, batch_size = len(self.rows), self.system.samples.n, self.system.samples.batch_size
+        read = j * batch_size
+        count = n if 2 * n <= EXACT_COST * read else min(n, max(8 * batch_size, int(CHECK_COST * read)))
+        both = torch.cat(
+            [self.base + self.h / self.step.scale, self.base + self.total / (self.count * self.step.scale)]
         )
-        better = of_mean < of_last
-        s = torch.where(better.unsqueeze(1), mean, last)
-        return s, torch.where(better, of_mean, of_last), torch.where(better, mean_error, last_error)
+        of = self.system.certificate(self.v.repeat(2, 1), both, count, seed=self.seed + 1)
+        better = torch.arange(k, device=self.v.device) + k * (of.relative[k:] < of.relative[:k])
+        return both[better], of.at(better)
 
     def leave(self, mask: Tensor, s: Tensor, j: int) -> None:
         """Take the rows of `mask` out of the stack with solutions `s`."""
-        if not bool(mask.any()):
-            return
         self.solved[self.rows[mask]] = s[mask]
         for row in self.rows[mask].tolist():
             self.steps[row] = j
-        self.rows, self.best, self.stalls = self.rows[~mask], self.best[~mask], self.stalls[~mask]
-        self.v, self.h, self.total = self.v[~mask], self.h[~mask], self.total[~mask]
-
-    def diverged(self, j: int, norm: float, along: float) -> str:
-        """What the error says: step, norm, what to change."""
-        change = "set a larger config['scale'] or config['damping'], or a larger batch_size in the train_loader"
-        if along < -self.step.damping:
-            change = (
-                f"the curvature along it is {along:.3g}, below -lambda, so no scale helps: set config['curvature'] = "
-                f"'ggn', or config['damping'] to at least {1.5 * abs(along):.3g}"
-            )
-        return (
-            f"LiSSA diverged at step {j} (norm of s {norm:.3g}, scale {self.step.scale:.3g}, lambda "
-            f"{self.step.damping:.3g}, {self.restarts} restarts): {change}"
-        )
+        for name in ("rows", "best", "stalls", "v", "rest", "base", "h"):
+            setattr(self, name, getattr(self, name)[~mask])

@@ -23,7 +23,8 @@ class InfluenceResult(NamedTuple):
         influences: one entry per test sample, `"0"`, `"1"`, ...: `label`, `num_in_dataset` (its index in the test set),
             `time_calc_influence_s`, `influence` (array [n]: the predicted rise of this test sample's loss if the
             training sample is left out), `harmful`, `helpful` (the first `top_k` training indices),
-            `relative_residual`.
+            `relative_residual`; with r > 1 also `stderr` [n] of `influence`, and `resolved`: how many of the first k of
+            each list would be there again in a repeated run.
         harmful: training indices, smallest (most negative) mean influence over the test samples first.
         helpful: training indices, largest mean influence first.
     """
@@ -41,15 +42,49 @@ def harmful_and_helpful(influence: Row, top_k: int | None = None) -> tuple[list[
 
 
 def entry(
-    influence: Row, *, label: Any, index: int, seconds: float, residual: float, top_k: int, stderr: Row | None = None
+    influence: Row,
+    *,
+    label: Any,
+    index: int,
+    seconds: float,
+    residual: float,
+    top_k: int,
+    chains: Row | None = None,
 ) -> dict[str, Any]:
-    """One test sample's result."""
+    """One test sample's result; from the scores of its chains [r, n] also standard errors and what they resolve."""
     harmful, helpful = harmful_and_helpful(influence, top_k)
-    errors = {} if stderr is None else {"stderr": stderr}
+    errors: dict[str, Any] = {}
+    if chains is not None:
+        errors = {"stderr": chains.std(0, ddof=1) / len(chains) ** 0.5, "resolved": resolved_ends(chains, top_k)}
     return {
         "label": label, "num_in_dataset": index, "time_calc_influence_s": seconds, "influence": influence, **errors,
         "harmful": harmful, "helpful": helpful, "relative_residual": residual,
     }  # fmt: skip
+
+
+def resolved(chains: Row, k: int, draws: int = 64) -> float:
+    """How many of the k largest would be among the k largest again if all chains were run anew.
+
+    The mean of the r chains has the covariance C = sum_c d_c d_c^T / (r (r - 1)), d_c a chain's difference from it, and a
+    new mean differs from this one by a draw from 2 C.
+
+    Args:
+        chains: scores by each chain [r, n].
+        k: length of the list.
+        draws: of the new mean.
+    """
+    r = len(chains)
+    mean = chains.mean(0)
+    weights = np.random.default_rng(0).standard_normal((draws, r)) * (2 / (r * (r - 1))) ** 0.5
+    top = set(np.argpartition(-mean, k - 1)[:k].tolist())
+    again = (np.argpartition(-(mean + w @ (chains - mean)), k - 1)[:k] for w in weights)
+    return float(np.mean([len(top.intersection(new.tolist())) for new in again]))
+
+
+def resolved_ends(chains: Row, top_k: int) -> dict[str, float]:
+    """`resolved` at both ends of the list, for k = `top_k` or a tenth of the training set, whichever is less."""
+    k = max(1, min(top_k, chains.shape[1] // 10))
+    return {"k": k, "helpful": resolved(chains, k), "harmful": resolved(-chains, k)}
 
 
 class RunFiles:

@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,10 @@ class DeviceWarning(UserWarning):
     """The model is on another device than the computation."""
 
 
+class NegativeCurvatureError(DivergenceError):
+    r"""The Hessian has an eigenvalue below -\lambda, so that H + \lambda I cannot be solved by an iteration."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Solution:
     r"""Solutions of (H + \lambda I) s = v for a stack of v, and how good they are.
@@ -67,6 +71,18 @@ class Solution:
     residual_stderr: Tensor
     chains: Tensor | None = None
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Residual(NamedTuple):
+    """Relative residual of each row [K], its standard error [K], and the residual [K, P] where it is exact."""
+
+    relative: Tensor
+    stderr: Tensor
+    rows: Tensor | None
+
+    def at(self, rows: Tensor) -> Residual:
+        """Those rows."""
+        return Residual(self.relative[rows], self.stderr[rows], None if self.rows is None else self.rows[rows])
 
 
 Solve = Callable[[Tensor], Solution]
@@ -142,19 +158,19 @@ class System:
         draw = torch.randn(self.objective.P, generator=generator, dtype=torch.float32)
         return draw.to(self.objective.device, self.objective.dtype)
 
-    def certificate(self, v: Tensor, s: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-        r"""Relative residual of s, and its standard error, over `count` random training samples: [K, P] -> [K], [K].
+    def certificate(self, v: Tensor, s: Tensor, count: int, seed: int) -> Residual:
+        r"""Residual v - (H + \lambda I) s of each row over `count` random training samples; s, v [K, P].
 
-        Over the whole set it is exact. Over m minibatches with residuals \rho_j the estimate of \|\rho\|^2 is
+        Over the whole set it is exact. Over m random minibatches with residuals \rho_j the estimate of \|\rho\|^2 is
         (\|\sum_j \rho_j\|^2 - \sum_j \|\rho_j\|^2) / (m (m - 1)), free of the minibatches' own noise.
         """
         norm = v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)
         if count >= self.samples.n:
             rest = v - self.product(s) - self.damping * s
-            return rest.norm(dim=1) / norm, torch.zeros_like(norm)
+            return Residual(rest.norm(dim=1) / norm, torch.zeros_like(norm), rest)
         squares, error = self._sampled_squares(v, s, count, seed)
-        relative = squares.clamp_min(0).sqrt() / norm
-        return relative, torch.minimum(error.sqrt() / norm, error / (2 * relative * norm**2).clamp_min(1e-30))
+        relative = torch.maximum(squares, error).sqrt() / norm  # below its own error the estimate says only that much
+        return Residual(relative, error / (2 * relative * norm**2).clamp_min(torch.finfo(v.dtype).tiny), None)
 
     def _sampled_squares(self, v: Tensor, s: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
         """Estimate of the squared residual [K] and its standard error, from the spread of rho_j . rho_{j+1}."""

@@ -1,0 +1,118 @@
+"""LiSSA's options chosen from the model and its data: what `Config.tuned` does."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .config import TUNER, Config
+from .data import Samples
+from .gradients import per_sample_gradients
+from .lissa import Step, average, choose_scale, sampled_scores
+from .results import Row
+from .system import System, make_system
+
+logger = logging.getLogger(__name__)
+PILOTS, ACCURACY, KEPT = 4, 0.05, 0.9
+"""Test samples of the pilot, the relative residual it aims at, and how much of the top of a list shall stay."""
+MARGIN = 1.2
+
+
+def tune(
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    test_loader: DataLoader[Any] | None = None,
+    config: Config | Mapping[str, Any] | None = None,
+    *,
+    accuracy: float = ACCURACY,
+    **options: Any,
+) -> Config:
+    """Set scale, damp, recursion_depth and r of a LiSSA run from a pilot on a few samples.
+
+    The scale is the largest eigenvalue of a few minibatches, with a margin; the depth is what the slowest pilot sample
+    took to the residual `accuracy`, twice, with other minibatches; r is what makes the top of two such lists agree.
+
+    Args:
+        model: the trained model; comes back as it was.
+        train_loader: DataLoader over the training set.
+        test_loader: where the pilot samples come from; None takes training samples.
+        config: the other options, and lambda; None is the defaults.
+        accuracy: relative residual to aim at, which also becomes the `tolerance`.
+        **options: single options on top of `config`.
+    """
+    base = Config.of(config, **options)
+    pilot = base.replace(scale="auto", damping=base.fixed_damping, recursion_depth="auto", r=2, tolerance=accuracy)
+    system = make_system(model, train_loader, pilot, "hessian")
+    with system.guard():
+        step = choose_scale(system)
+        v = _pilot_gradients(system, test_loader)
+        solution, step = average(system, v, step)
+        full = sampled_scores(system, cast(Tensor, solution.chains))
+        depth = math.ceil(MARGIN * max(max(chain) for chain in solution.report["steps"]))
+        shorter = _half(system, v, step, max(1, depth // 2))
+    chosen = base.replace(
+        scale=step.scale, damp=step.damp, damping=None, recursion_depth=depth, r=_chains(full), tolerance=accuracy
+    )
+    return chosen.because(*_reasons(base, chosen, step, system, solution.report, full, shorter))
+
+
+def _pilot_gradients(system: System, test_loader: DataLoader[Any] | None) -> Tensor:
+    progress = system.config.progress
+    device = system.objective.device
+    name = "train_loader" if test_loader is None else "test_loader"
+    tests = system.samples if test_loader is None else Samples(test_loader, device=device, name=name, progress=progress)
+    count = min(PILOTS, tests.n)
+    indices = [i * tests.n // count for i in range(count)]
+    return torch.cat([per_sample_gradients(system.objective, tests.sample(i)) for i in indices])
+
+
+def _half(system: System, v: Tensor, step: Step, depth: int) -> Row:
+    """Scores by one recursion of half the depth [1, K, samples]."""
+    short = dataclasses.replace(system, config=system.config.replace(recursion_depth=depth, r=1, tolerance=None))
+    return sampled_scores(system, average(short, v, step)[0].vectors.unsqueeze(0))
+
+
+def agreement(one: Row, other: Row) -> float:
+    """Fraction of the top tenth, at both ends, that two sets of scores [K, n] share."""
+    k = max(1, one.shape[1] // 10)
+    shared = [
+        len(np.intersect1d(np.argsort(sign * a)[:k], np.argsort(sign * b)[:k])) / k
+        for a, b in zip(one, other, strict=True)
+        for sign in (1, -1)
+    ]
+    return float(np.mean(shared))
+
+
+def _chains(scores: Row) -> int:
+    """How many recursions make the top of two runs agree: what is not shared falls with the square root of r."""
+    lost = 1 - agreement(scores[0], scores[1])
+    return max(1, min(8, math.ceil((lost / (1 - KEPT)) ** 2)))
+
+
+def _reasons(
+    base: Config, chosen: Config, step: Step, system: System, report: dict[str, Any], full: Row, shorter: Row
+) -> list[str]:
+    kept, half = agreement(full[0], full[1]), agreement(full[0], shorter[0])
+    longest = max(max(chain) for chain in report["steps"])
+    advice = f"half the steps would keep {half:.0%} of the top tenth"
+    return [
+        f"scale = {chosen.scale:.4g} (was {base.scale}): the largest eigenvalue of a minibatch of "
+        f"{system.samples.batch_size} is {step.minibatch_eigenvalue:.4g} ({system.curvature.kind})",
+        f"damp = {chosen.damp:.4g}: lambda = damp * scale stays {step.damping:.4g}",
+        f"recursion_depth = {chosen.recursion_depth} (was {base.recursion_depth}): {full.shape[1]} pilot samples took at "
+        f"most {longest} steps to the residual {chosen.tolerance}; {advice}"
+        + (": it may be lowered" if half >= kept else ""),
+        f"r = {chosen.r} (was {base.r}): two single recursions share {kept:.0%} of the top tenth of their lists"
+        + (", so one is enough" if chosen.r == 1 else ""),
+    ]
+
+
+TUNER.append(tune)
