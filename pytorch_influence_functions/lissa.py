@@ -95,8 +95,8 @@ def average(system: System, v: Tensor, step: Step) -> tuple[Solution, Step]:
         notes.append({"steps": recursion.steps, "stopped": recursion.stopped, "restarts": recursion.restarts})
     s = torch.stack(chains)
     count = samples_of_certificate(system, max(max(note["steps"]) for note in notes))
-    residual, error, _ = system.certificate(v, s.mean(0), count, seed=system.config.seed + 2)
-    return Solution(s.mean(0), residual, error, s if len(s) > 1 else None, report(system, step, notes)), step
+    residual = system.certificate(v, s.mean(0), count, seed=system.config.seed + 2)
+    return Solution(s.mean(0), residual, s if len(s) > 1 else None, report(system, step, notes)), step
 
 
 def enough(system: System, chains: list[Tensor]) -> bool:

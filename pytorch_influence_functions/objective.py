@@ -148,6 +148,10 @@ class Objective:
             *batch.leaves
         )
 
+    def batch_outputs(self, theta: Tensor, batch: Batch) -> Any:
+        """What the model returns for a batch in one call, as its modules and their hooks see it."""
+        return self._recorded(theta, batch.tree) if self.model_loss is not None else self.outputs(theta, batch)
+
     def output_losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Loss of each sample of a batch from the model's outputs -> [B]."""
         if self.model_loss is None and self.loss_func is calc_loss:

@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .cg import conjugate_gradient
+from .ekfac import ekfac
+from .exact import exact
 from .lissa import lissa
 from .system import Solve, System
 
-SOLVERS: dict[str, Callable[[System], Solve]] = {"lissa": lissa}
+SOLVERS: dict[str, Callable[[System], Solve]] = {
+    "lissa": lissa,
+    "cg": conjugate_gradient,
+    "exact": exact,
+    "ekfac": ekfac,
+}
 DEFAULT_CURVATURE = {"lissa": "hessian"}
 """The curvature where the user names none; Gauss-Newton for a solver that is not listed."""

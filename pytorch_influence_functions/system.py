@@ -54,25 +54,6 @@ class NegativeCurvatureError(DivergenceError):
     r"""The Hessian has an eigenvalue below -\lambda, so that H + \lambda I cannot be solved by an iteration."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Solution:
-    r"""Solutions of (H + \lambda I) s = v for a stack of v, and how good they are.
-
-    Attributes:
-        vectors: s [K, P].
-        relative_residual: \|v - (H + \lambda I) s\| / \|v\| [K].
-        residual_stderr: its standard error [K], 0 where the whole training set was read.
-        chains: independent estimates whose mean is `vectors` [r, K, P], or None.
-        report: what was done, as plain values.
-    """
-
-    vectors: Tensor
-    relative_residual: Tensor
-    residual_stderr: Tensor
-    chains: Tensor | None = None
-    report: dict[str, Any] = dataclasses.field(default_factory=dict)
-
-
 class Residual(NamedTuple):
     """Relative residual of each row [K], its standard error [K], and the residual [K, P] where it is exact."""
 
@@ -83,6 +64,35 @@ class Residual(NamedTuple):
     def at(self, rows: Tensor) -> Residual:
         """Those rows."""
         return Residual(self.relative[rows], self.stderr[rows], None if self.rows is None else self.rows[rows])
+
+
+@dataclasses.dataclass
+class Solution:
+    r"""Solutions of (H + \lambda I) s = v for a stack of v, and how good they are.
+
+    Attributes:
+        vectors: s [K, P].
+        certificate: the residual, or how to measure it when it is asked for.
+        chains: independent estimates whose mean is `vectors` [r, K, P], or None.
+        report: what was done, as plain values.
+    """
+
+    vectors: Tensor
+    certificate: Residual | Callable[[], Residual]
+    chains: Tensor | None = None
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def residual(self) -> Residual:
+        """The residual, measured once."""
+        if not isinstance(self.certificate, Residual):
+            self.certificate = self.certificate()
+        return self.certificate
+
+    @property
+    def relative_residual(self) -> Tensor:
+        r"""\|v - (H + \lambda I) s\| / \|v\| [K]."""
+        return self.residual.relative
 
 
 Solve = Callable[[Tensor], Solution]
@@ -116,7 +126,7 @@ class System:
         """Training samples at a time in a product over the whole set."""
         if not self.objective.paths.rows:
             return self.samples.batch_size
-        return max(16, min(512, int(CURVATURE_BYTES / (6 * STACK * self._activations))))
+        return max(16, min(512, int(CURVATURE_BYTES / (6 * STACK * self.activations))))
 
     @property
     def scoring_batch(self) -> int:
@@ -125,7 +135,7 @@ class System:
             return 1
         if self.config.batch_size is not None:
             return self.config.batch_size
-        return max(1, min(256, int(self.max_bytes / (4 * self._activations))))
+        return max(1, min(256, int(self.max_bytes / (4 * self.activations))))
 
     @property
     def group_size(self) -> int:
@@ -136,7 +146,8 @@ class System:
         return max(1, min(MOST_TOGETHER, int(self.max_bytes / row)))
 
     @property
-    def _activations(self) -> int:
+    def activations(self) -> int:
+        """Bytes that one sample's forward pass keeps."""
         return activation_bytes(self.objective, self.samples.take([0]))
 
     def use_gauss_newton(self, reason: str) -> None:
