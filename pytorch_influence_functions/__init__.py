@@ -44,7 +44,8 @@ __all__ = [
     "calc_grad_z", "calc_s_test", "calc_s_test_single", "calc_influence_function", "calc_influence_single",
     "load_grad_z", "load_s_test", "get_dataset_sample_ids", "get_dataset_sample_ids_per_class",
     # what can go wrong
-    "NonFiniteError", "DivergenceError", "NegativeCurvatureError", "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning",
+    "NonFiniteError", "DivergenceError", "NegativeCurvatureError",
+    "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning",
     # logs and files
     "init_logging", "display_progress", "save_json",
 ]  # fmt: skip

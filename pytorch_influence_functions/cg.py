@@ -17,14 +17,14 @@ MOST_ITERATIONS = 500
 Map = Callable[[Tensor], Tensor]
 
 
-def conjugate_gradient(system: System, preconditioner: Map | None = None) -> Solve:
+def conjugate_gradient(system: System) -> Solve:
     """Solve by conjugate gradients over the whole training set; each column stops by itself at the tolerance."""
 
     def solve(v: Tensor) -> Solution:
         limit, tolerance = min(MOST_ITERATIONS, 2 * v.shape[1]), system.config.tolerance
         with progress_bar("Conjugate gradients", total=limit, unit="step", enabled=system.config.progress) as bar:
             s, rest, steps = iterate(
-                lambda p: system.product(p) + system.damping * p, v, preconditioner or (lambda r: r),
+                lambda p: system.product(p) + system.damping * p, v, system.precondition,
                 tolerance=tolerance if tolerance is not None else torch.finfo(v.dtype).eps * 8, limit=limit,
                 progress=bar.update,
             )  # fmt: skip
@@ -49,11 +49,9 @@ def iterate(
     goal = tolerance * v.norm(dim=1)
     rows = (rest.norm(dim=1) > goal).nonzero().squeeze(1)
     r = rest[rows]
-    z = M(r)
+    z = M(r) if len(rows) else r
     p, rz = z, (r * z).sum(1)
-    for _ in range(limit):
-        if len(rows) == 0:
-            break
+    for _ in range(limit if len(rows) else 0):
         Ap = product(p)
         pAp = (p * Ap).sum(1)
         _require_positive(pAp, p)
@@ -65,6 +63,8 @@ def iterate(
         progress()
         go = r.norm(dim=1) > goal[rows]
         rows, r, p, rz = rows[go], r[go], p[go], rz[go]
+        if len(rows) == 0:
+            break
         z = M(r)
         last, rz = rz, (r * z).sum(1)
         p = z + (rz / last).unsqueeze(1) * p
@@ -75,7 +75,7 @@ def _require_positive(pAp: Tensor, p: Tensor) -> None:
     along = pAp / p.square().sum(1)
     if bool((along <= 0).any()):
         raise NegativeCurvatureError(
-            f"conjugate gradients met the curvature {float(along.min()):.3g} (damping included), which is not positive: set "
-            "config['curvature'] = 'ggn', or raise config['damping'] by at least "
+            f"conjugate gradients met the curvature {float(along.min()):.3g} (with damping), which is not positive: "
+            "set config['curvature'] = 'ggn', or raise config['damping'] by at least "
             f"{1.5 * abs(float(along.min())):.3g}"
         )

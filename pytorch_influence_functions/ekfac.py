@@ -1,17 +1,17 @@
 r"""EKFAC: the Gauss-Newton matrix as one Kronecker-factored block per layer, with corrected eigenvalues.
 
 Of a layer with inputs a_t and output gradients g_t (t over sequence or image positions) the gradient of one sample is
-\sum_t g_t a_t^T. Martens & Grosse 2015 take S \otimes A, A = E[a a^T], S = E[g g^T], for its block; George et al. 2018 keep
-the eigenvectors Q_S \otimes Q_A and replace the eigenvalues by E[(Q_S^T \sum_t g_t a_t^T Q_A)^2]. The g are drawn so that
-E[g g^T] is the Gauss-Newton matrix itself (the true Fisher matrix, for cross-entropy and Gaussian losses), or summed
-over all outputs where there are few. Parameters outside such layers have a diagonal block.
+\sum_t g_t a_t^T. Martens & Grosse 2015 take S \otimes A, A = E[a a^T], S = E[g g^T], for its block; George et al.
+2018 keep the eigenvectors Q_S \otimes Q_A and replace the eigenvalues by E[(Q_S^T \sum_t g_t a_t^T Q_A)^2]. The g are
+drawn so that E[g g^T] is the Gauss-Newton matrix itself (for cross-entropy and Gaussian losses the true Fisher matrix),
+or summed over all outputs where there are few. Parameters outside such layers have a diagonal block.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -20,8 +20,7 @@ from torch.func import grad, hessian, jvp, vmap
 from torch.nn import functional as F
 
 from .data import Batch, flatten_tree
-from .gradients import gradient
-from .objective import Objective, calc_loss
+from .objective import IGNORED_CLASS, Objective, calc_loss
 from .system import Residual, Solution, Solve, System
 
 logger = logging.getLogger(__name__)
@@ -65,9 +64,13 @@ class Ekfac:
     def __init__(self, P: int, blocks: list[Block], outside: Tensor, diagonal: Tensor) -> None:
         self.P, self.blocks, self.outside, self.diagonal = P, blocks, outside, diagonal
 
+    def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
+        """(G + damping I)^exponent of each row of v [K, P] -> [K, P]."""
+        return self.apply(v, lambda eigenvalues: (eigenvalues + damping) ** exponent)
+
     def inverse(self, v: Tensor, damping: float) -> Tensor:
         """(G + damping I)^-1 of each row of v [K, P] -> [K, P]."""
-        return self.apply(v, lambda eigenvalues: 1 / (eigenvalues + damping))
+        return self.power(v, damping, -1)
 
     def product(self, v: Tensor) -> Tensor:
         """G of each row of v [K, P] -> [K, P]."""
@@ -91,6 +94,11 @@ class Ekfac:
 
 def ekfac(system: System) -> Solve:
     r"""Solve with the EKFAC approximation in place of G: no iteration, two passes over the training set."""
+    if system.curvature.kind != "ggn":
+        raise ValueError(
+            "config['curvature'] = 'hessian' with config['solver'] = 'ekfac': EKFAC approximates the Gauss-Newton "
+            "matrix; leave config['curvature'] out, or use config['solver'] = 'cg', which it may precondition"
+        )
     factors = build(system)
 
     def solve(v: Tensor) -> Solution:
@@ -117,7 +125,7 @@ def build(system: System) -> Ekfac:
         if layer.bias is not None:
             outside[layer.bias] = False
     _tell(objective, outside)
-    pairs = lambda text: _seen(system, layers, generator, text)  # noqa: E731
+    pairs = partial(_seen, system, layers, generator)
     A, S = _factors(layers, pairs("EKFAC: factors"), system.samples.n)
     Q_in = [torch.linalg.eigh(a)[1] for a in A]
     Q_out = [torch.linalg.eigh(s)[1] for s in S]
@@ -131,7 +139,8 @@ Seen = tuple[list[Tensor], list[list[Tensor]], list[Tensor], int]
 
 
 def _seen(system: System, layers: Sequence[Layer], generator: torch.Generator, text: str) -> Iterator[Seen]:
-    size = max(1, min(256, int(system.max_bytes / (8 * system.activations)))) if system.objective.paths.rows else 1
+    most = 256 if sum(layer.weight.stop - layer.weight.start for layer in layers) > 0.5 * system.objective.P else 32
+    size = max(1, min(most, int(system.max_bytes / (8 * system.activations)))) if system.objective.paths.rows else 1
     for batch in system.samples.ordered(size, text=text):
         a, y, outs, theta = _forward(system.objective, layers, batch)
         draws = [
@@ -233,10 +242,10 @@ def pseudo_gradients(
     leaves = [part.detach() for part in y]
     count = sum(leaf[0].numel() for leaf in leaves)
     if count <= FEW_OUTPUTS:
-        for row in _roots(objective, leaves, batch).unbind(1):
-            yield _split_like(row, leaves)
+        for row in _roots(objective, leaves, batch).unbind(1):  # random signs keep the samples independent
+            yield _split_like(row * _normal(row[:, :1], generator).sign(), leaves)
     elif objective.model_loss is None and objective.loss_func is calc_loss:
-        yield [_sampled_cross_entropy(leaves[0], generator)]
+        yield [_sampled_cross_entropy(leaves[0], batch.tree[1], generator)]
     elif count <= DENSE_OUTPUTS:
         R = _roots(objective, leaves, batch)
         yield _split_like((_normal(R[:, :, 0], generator).unsqueeze(1) @ R).squeeze(1), leaves)
@@ -261,7 +270,8 @@ def _roots(objective: Objective, leaves: Sequence[Tensor], batch: Batch) -> Tens
     r"""R_i with R_i^T R_i = \nabla^2_y \ell_i -> [B, C, C]."""
     flat = torch.cat([leaf.flatten(1) for leaf in leaves], 1)
     values, vectors = torch.linalg.eigh(vmap(hessian(_loss_of(objective, leaves, batch)))(flat, *batch.leaves))
-    return values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    roots: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    return roots
 
 
 def _diagonal_draw(
@@ -269,24 +279,32 @@ def _diagonal_draw(
 ) -> list[Tensor]:
     flat = torch.cat([leaf.flatten(1) for leaf in leaves], 1)
     along = vmap(grad(_loss_of(objective, leaves, batch)))
-    product = lambda u: jvp(lambda y: along(y, *batch.leaves), (flat,), (u,))[1]  # noqa: E731
+
+    def product(u: Tensor) -> Tensor:
+        return cast(Tensor, jvp(lambda y: along(y, *batch.leaves), (flat,), (u,))[1])
+
     diagonal, draw = product(torch.ones_like(flat)), _normal(flat, generator)
     if not bool((product(draw) - diagonal * draw).abs().max() <= 1e-3 * diagonal.abs().max() + 1e-12):
         raise NotImplementedError(
-            f"config['solver'] = 'ekfac': the loss couples the {flat.shape[1]} outputs of a sample, which is built in only "
-            "for cross-entropy; use config['solver'] = 'cg'"
+            f"config['solver'] = 'ekfac': the loss couples the {flat.shape[1]} outputs of a sample, which is built in "
+            "only for cross-entropy; use config['solver'] = 'cg'"
         )
     return _split_like(diagonal.clamp_min(0).sqrt() * draw, leaves)
 
 
-def _sampled_cross_entropy(y: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the mean cross-entropy over positions at labels drawn from softmax(y); y [B, C, ...] -> like y."""
+def _sampled_cross_entropy(y: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradient of the cross-entropy at labels drawn from softmax(y), y [B, C, ...] -> like y.
+
+    Over the N positions of a sample that count, each has 1 / sqrt(N), so that the second moment is that of their mean.
+    """
     p = y.softmax(1).movedim(1, -1)
     flat = p.reshape(-1, p.shape[-1])
     labels = torch.multinomial(flat.cpu().float(), 1, generator=generator).to(y.device)
     e = flat.scatter_add(1, labels, -torch.ones_like(flat[:, :1])).view_as(p).movedim(-1, 1)
-    positions = math.prod(y.shape[2:])
-    return e / positions
+    counted = torch.ones_like(y[:, 0]) if t.is_floating_point() else (t != IGNORED_CLASS).to(y)
+    number = counted.flatten(1).sum(1) if counted.dim() > 1 else counted
+    weight = counted / number.clamp_min(1).sqrt().view(-1, *[1] * (counted.dim() - 1))
+    return e * weight.unsqueeze(1)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
@@ -323,16 +341,10 @@ def _wrong(objective: Objective, layers: Sequence[Layer], batch: Batch) -> set[s
     if len(called) < len(layers):
         return {layer.name for layer in layers} - called
     a, y, outs, theta = _forward(objective, layers, batch)
-    loss = objective.output_losses(y[0] if len(y) == 1 else y, batch).mean() if objective.model_loss is None else None
-    e = (
-        [torch.randn_like(part) for part in y]
-        if loss is None
-        else list(torch.autograd.grad(loss, y, retain_graph=True))
-    )
-    g, gradient_ = _backward(y, outs, theta, e, layers, batch.size)
+    g, total = _backward(y, outs, theta, [torch.randn_like(part) for part in y], layers, batch.size)
     wrong = set()
     for i, layer in enumerate(layers):
-        expected = _gather(layer, gradient_.unsqueeze(0))[0]
+        expected = _gather(layer, total.unsqueeze(0))[0]
         found = torch.einsum("btgo,btgi->goi", g[i], a[i])
         if not bool((found - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-9):
             wrong.add(layer.name)
@@ -342,8 +354,7 @@ def _wrong(objective: Objective, layers: Sequence[Layer], batch: Batch) -> set[s
 def _called(objective: Objective, layers: Sequence[Layer], batch: Batch) -> set[str]:
     called: set[str] = set()
     handles = [
-        layer.module.register_forward_hook(lambda _m, _i, _o, name=layer.name: called.add(name))  # type: ignore[misc]
-        for layer in layers
+        layer.module.register_forward_hook(lambda _m, _i, _o, name=layer.name: called.add(name)) for layer in layers
     ]
     try:
         objective.batch_outputs(objective.theta, batch)
@@ -404,14 +415,13 @@ def _conv_inputs(conv: nn.Conv1d | nn.Conv2d, bias: bool) -> Callable[[Tensor, i
 def _patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     """What each output position of a convolution sees, [B, in * kernel, T]."""
     two = x if x.dim() == 4 else x.unsqueeze(2)
-    pair = (lambda t: tuple(t)) if isinstance(conv, nn.Conv2d) else (lambda t: (0, *t))
-    ones = (lambda t: tuple(t)) if isinstance(conv, nn.Conv2d) else (lambda t: (1, *t))
-    kernel, dilation, stride = ones(conv.kernel_size), ones(conv.dilation), ones(conv.stride)
+    flat = isinstance(conv, nn.Conv1d)
+    kernel, dilation, stride = ((1, *t) if flat else t for t in (conv.kernel_size, conv.dilation, conv.stride))
     if isinstance(conv.padding, str):
         total = [d * (k - 1) if conv.padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
         sides = [(t // 2, t - t // 2) for t in total]
     else:
-        sides = [(p, p) for p in pair(conv.padding)]
+        sides = [(p, p) for p in ((0, *conv.padding) if flat else conv.padding)]
     padding = [p for side in reversed(sides) for p in side]
     if any(padding):
         two = F.pad(two, padding, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)

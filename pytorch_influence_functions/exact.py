@@ -1,7 +1,7 @@
 r"""The dense solve: (H + \lambda I)^{-1} from a Cholesky factor, in the space of parameters or of outputs.
 
-With A = [R_i J_i / \sqrt{n}]_i, R_i^T R_i = \nabla^2_y \ell_i, the Gauss-Newton matrix is G = A^T A [P, P]. Where the n C
-rows of A are fewer than P, (G + \lambda I)^{-1} v = (v - A^T (A A^T + \lambda I)^{-1} A v) / \lambda.
+With A = [R_i J_i / \sqrt{n}]_i, R_i^T R_i = \nabla^2_y \ell_i, the Gauss-Newton matrix is G = A^T A [P, P]. Where the
+n C rows of A are fewer than P, (G + \lambda I)^{-1} v = (v - A^T (A A^T + \lambda I)^{-1} A v) / \lambda.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def exact(system: System) -> Solve:
     if need > system.max_bytes:
         raise ValueError(
             f"config['solver'] = 'exact': a dense {system.curvature.kind} of {P} parameters needs about "
-            f"{need / 2**20:.0f} MiB of the {system.max_bytes / 2**20:.0f} MiB there are; use config['solver'] = 'cg' or "
-            "'ekfac', fewer config['parameters'], or a larger config['max_memory']"
+            f"{need / 2**20:.0f} MiB of the {system.max_bytes / 2**20:.0f} MiB there are; use config['solver'] = 'cg' "
+            "or 'ekfac', fewer config['parameters'], or a larger config['max_memory']"
         )
     inverse = _dual(system) if dual else _primal(system)
 
@@ -127,4 +127,5 @@ def gauss_newton_rows(objective: Objective, batch: Batch) -> Tensor:
     y = vmap(output, in_dims=(None, *over))(objective.theta, *batch.leaves)
     values, vectors = torch.linalg.eigh(vmap(hessian(loss))(y, *batch.leaves))
     R = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
-    return (R @ J).flatten(0, 1).detach()
+    rows: Tensor = (R @ J).flatten(0, 1).detach()
+    return rows

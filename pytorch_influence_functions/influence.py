@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .config import Config
 from .data import Batch, Samples, as_batch
 from .gradients import gradient, gradient_products, per_sample_gradients, require_finite
-from .solvers import DEFAULT_CURVATURE, SOLVERS
+from .solvers import DEFAULT_CURVATURE, SOLVERS, make_solver
 from .system import Solution, Solve, ToleranceWarning, make_system
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class InfluenceFunction:
 
     def _solve(self, v: Tensor) -> Solution:
         if self._solver is None:
-            self._solver = SOLVERS[self.config.solver](self.system)
+            self._solver = make_solver(self.system)
         solution = self._solver(v)
         self.report = {
             "solver": self.config.solver, "curvature": self.system.curvature.kind, "damping": self.system.damping,

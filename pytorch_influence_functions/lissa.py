@@ -5,9 +5,12 @@ h_0 = v, and for each random minibatch B_j of the training set
     h_j = v + (1 - damp) h_{j-1} - H_{B_j} h_{j-1} / scale,        s = h / scale,        \lambda = damp * scale.
 
 The scale only sets the step: it is raised where the curvature asks for it, and \lambda stays as it was. With a
-`tolerance`, the residual \rho = v - (H + \lambda I) s is measured now and then; where it is measured over the whole
-training set, the recursion goes on with \rho in place of v and adds to s (iterative refinement), so that the noise of
-the minibatches shrinks with the residual instead of staying in proportion to s.
+preconditioner M ~ H + \lambda I, h_j = h_{j-1} + M^{-1} (v - (H_{B_j} + \lambda I) h_{j-1} / scale), the scale being
+the largest eigenvalue of M^{-1} (H_B + \lambda I).
+
+With a `tolerance`, the residual \rho = v - (H + \lambda I) s is measured now and then; where it is measured over the
+whole training set, the recursion goes on with \rho in place of v and adds to s (iterative refinement), so that the
+noise of the minibatches shrinks with the residual instead of staying in proportion to s.
 """
 
 from __future__ import annotations
@@ -159,25 +162,36 @@ def choose_scale(system: System) -> Step:
             )
         system.use_gauss_newton(message)
         eigenvalue, spectrum = measure(system)
-    asked = eigenvalue if config.scale == "auto" else float(config.scale)
-    needed = max(eigenvalue, system.damping) * (1.1 if config.scale == "auto" else 1.0)
-    if config.scale != "auto" and asked < needed:
-        needed *= 1.1
+    asked = eigenvalue if config.scale == "auto" or system.preconditioner else float(config.scale)
+    needed = 1.1 * max(eigenvalue, system.damping)
+    if asked < max(eigenvalue, system.damping) and not system.preconditioner:
         warnings.warn(
             f"config['scale'] = {asked:g} is below the largest eigenvalue {eigenvalue:.3g} of a minibatch's curvature; "
             f"scale {needed:.3g} is used, lambda = {system.damping:g} is kept (damp = {system.damping / needed:.3g})",
             CurvatureWarning, stacklevel=2,
         )  # fmt: skip
-    return Step(max(asked, needed, 1e-12), system.damping, eigenvalue, spectrum)
+    scale = asked if asked > eigenvalue else needed
+    return Step(max(scale, 1e-12), system.damping, eigenvalue, spectrum)
 
 
 def measure(system: System) -> tuple[float, Spectrum]:
     """Largest eigenvalue of single minibatches (the greatest of a few), and both ends over all of them together."""
     start = system.random_vector(system.config.seed)
     batches = take(system.samples.random(seed=system.config.seed), MINIBATCHES)
-    single = [extreme_eigenvalues(lambda v, b=b: system.curvature(b, v), start, SWEEPS).largest for b in batches]  # type: ignore[misc]
+    single = [
+        extreme_eigenvalues(lambda v, b=b: _preconditioned(system, b, v), start, SWEEPS).largest  # type: ignore[misc]
+        for b in batches
+    ]
     together = extreme_eigenvalues(lambda v: system.curvature.over(batches, v), start, 2 * SWEEPS)
-    return max(*single, together.largest, 0.0), together
+    return max(*single, 0.0 if system.preconditioner else together.largest), together
+
+
+def _preconditioned(system: System, batch: Batch, v: Tensor) -> Tensor:
+    r"""H v, or M^{-1/2} (H + \lambda I) M^{-1/2} v with a preconditioner; H over a minibatch, v [K, P]."""
+    if system.preconditioner is None:
+        return system.curvature(batch, v)
+    u = system.precondition(v, -0.5)
+    return system.precondition(system.curvature(batch, u) + system.damping * u, -0.5)
 
 
 def negative(system: System, spectrum: Spectrum) -> bool:
@@ -237,9 +251,16 @@ class _Recursion:
         return self.solved
 
     def advance(self, batch: Batch) -> None:
-        """h <- v + (1 - damp) h - H_B h / scale, and the running sum of the iterates."""
+        """h <- v + (1 - damp) h - H_B h / scale, and the running sum of the iterates.
+
+        With a preconditioner M, h <- h + M^-1 (v - (H_B + lambda) h / scale).
+        """
         product = self.system.curvature(batch, self.h)
-        self.h.mul_(1 - self.step.damp).add_(self.rest).add_(product, alpha=-1 / self.step.scale)
+        if self.system.preconditioner is None:
+            self.h.mul_(1 - self.step.damp).add_(self.rest).add_(product, alpha=-1 / self.step.scale)
+        else:
+            product.add_(self.h, alpha=self.step.damping)
+            self.h.add_(self.system.precondition(self.rest - product / self.step.scale))
         self.total.add_(self.h)
         self.count += 1
 
@@ -266,8 +287,8 @@ class _Recursion:
         if along < -self.step.damping:
             raise NegativeCurvatureError(
                 f"LiSSA diverged at step {j} (norm of s {float(norm) / self.step.scale:.3g}, {self.state()}), where "
-                f"the curvature is {along:.3g}, below -lambda: set config['curvature'] = 'ggn', or config['damping'] to at "
-                f"least {1.5 * abs(along):.3g}"
+                f"the curvature is {along:.3g}, below -lambda: set config['curvature'] = 'ggn', or config['damping'] "
+                f"to at least {1.5 * abs(along):.3g}"
             )
         return along
 

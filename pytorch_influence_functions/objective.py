@@ -21,6 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .data import Batch, flatten_tree
 
 logger = logging.getLogger(__name__)
+IGNORED_CLASS = -100
+"""The class id that cross-entropy leaves out."""
 Rebuild = Callable[[Sequence[Tensor]], Any]
 
 
@@ -149,8 +151,11 @@ class Objective:
         )
 
     def batch_outputs(self, theta: Tensor, batch: Batch) -> Any:
-        """What the model returns for a batch in one call, as its modules and their hooks see it."""
-        return self._recorded(theta, batch.tree) if self.model_loss is not None else self.outputs(theta, batch)
+        """`outputs` by one call of the model, as its modules and their hooks see it."""
+        if self.model_loss is None:
+            return self.outputs(theta, batch)
+        leaves, rebuild = flatten_tree(self._recorded(theta, batch.tree))
+        return rebuild([leaf.unsqueeze(1) for leaf in leaves])
 
     def output_losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Loss of each sample of a batch from the model's outputs -> [B]."""
@@ -192,7 +197,8 @@ class Objective:
         """What the model returned inside `model_loss`."""
         recorder: list[Any] = []
         state = {f"model.{name}": t for name, t in self._state(theta).items()}
-        spying = _Loss(self.model, lambda model, tree: self.model_loss(_Record(model, recorder), tree))  # type: ignore[misc]
+        model_loss = cast(Callable[..., Any], self.model_loss)
+        spying = _Loss(self.model, lambda model, tree: model_loss(_Record(model, recorder), tree))
         functional_call(spying, state, (tree,))
         if len(recorder) != 1:
             raise NotImplementedError(
@@ -280,8 +286,12 @@ class _Replay:
 
 def _cross_entropies(y: Tensor, t: Tensor) -> Tensor:
     """Cross-entropy of each row of logits [B, C, ...], mean over the positions of one sample -> [B]."""
-    per_position = F.cross_entropy(y, t if t.is_floating_point() else t.long(), reduction="none")
-    return per_position if per_position.dim() == 1 else per_position.flatten(1).mean(1)
+    each = F.cross_entropy(y, t if t.is_floating_point() else t.long(), reduction="none")
+    if each.dim() == 1:
+        return each
+    if t.is_floating_point():
+        return each.flatten(1).mean(1)
+    return each.flatten(1).sum(1) / (t != IGNORED_CLASS).flatten(1).sum(1)
 
 
 def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:

@@ -65,8 +65,8 @@ def entry(
 def resolved(chains: Row, k: int, draws: int = 64) -> float:
     """How many of the k largest would be among the k largest again if all chains were run anew.
 
-    The mean of the r chains has the covariance C = sum_c d_c d_c^T / (r (r - 1)), d_c a chain's difference from it, and a
-    new mean differs from this one by a draw from 2 C.
+    The mean of the r chains has the covariance C = sum_c d_c d_c^T / (r (r - 1)), d_c a chain's difference from it, and
+    a new mean differs from this one by a draw from 2 C.
 
     Args:
         chains: scores by each chain [r, n].

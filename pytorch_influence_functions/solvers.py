@@ -1,7 +1,7 @@
 r"""(H + \lambda I)^{-1} V for a stack of right-hand sides V [K, P]: a table of functions of one shape.
 
-`SOLVERS[name](system)` does the set-up once and returns a `Solve`. All answer the same question, with the same
-curvature and the same \lambda; changing the solver changes the error, which every `Solution` carries.
+`make_solver(system)` does the set-up once and returns a `Solve`. All answer the same question, with the same curvature
+and the same \lambda; changing the solver changes the error, which every `Solution` carries.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .cg import conjugate_gradient
-from .ekfac import ekfac
+from .ekfac import build, ekfac
 from .exact import exact
 from .lissa import lissa
 from .system import Solve, System
@@ -22,3 +22,22 @@ SOLVERS: dict[str, Callable[[System], Solve]] = {
 }
 DEFAULT_CURVATURE = {"lissa": "hessian"}
 """The curvature where the user names none; Gauss-Newton for a solver that is not listed."""
+PRECONDITIONERS = {"ekfac": build}
+ITERATIVE = ("lissa", "cg")
+
+
+def make_solver(system: System) -> Solve:
+    """The solver that the options name, with its preconditioner.
+
+    Raises:
+        ValueError: this solver takes no preconditioner, or cannot be used for this system.
+    """
+    config = system.config
+    if config.preconditioner is not None:
+        if config.solver not in ITERATIVE:
+            raise ValueError(
+                f"config['preconditioner'] = {config.preconditioner!r} is for {' and '.join(ITERATIVE)}, not "
+                f"for {config.solver!r}; leave it out"
+            )
+        system.preconditioner = PRECONDITIONERS[config.preconditioner](system)
+    return SOLVERS[config.solver](system)

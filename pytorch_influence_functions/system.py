@@ -8,7 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -52,6 +52,13 @@ class DeviceWarning(UserWarning):
 
 class NegativeCurvatureError(DivergenceError):
     r"""The Hessian has an eigenvalue below -\lambda, so that H + \lambda I cannot be solved by an iteration."""
+
+
+class Preconditioner(Protocol):
+    """A cheap approximation of the curvature."""
+
+    def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
+        """(G + damping I)^exponent of each row of v [K, P] -> [K, P]."""
 
 
 class Residual(NamedTuple):
@@ -111,6 +118,7 @@ class System:
     damping: float
     curvature: Curvature
     max_bytes: float
+    preconditioner: Preconditioner | None = None
     advice: str = (
         "a larger config['recursion_depth'] or config['r'], or a larger batch_size in the train_loader, lowers it"
     )
@@ -162,6 +170,10 @@ class System:
     def product(self, vectors: Tensor, text: str | None = None) -> Tensor:
         """H V over the whole training set, V [K, P] -> [K, P]."""
         return self.curvature.over(self.samples.ordered(self.batch, text=text), vectors)
+
+    def precondition(self, v: Tensor, exponent: float = -1) -> Tensor:
+        r"""(M + \lambda I)^exponent of each row of v [K, P], M the preconditioner's curvature; v itself without one."""
+        return v if self.preconditioner is None else self.preconditioner.power(v, self.damping, exponent)
 
     def random_vector(self, seed: int) -> Tensor:
         """A standard normal vector [P], the same on every device."""

@@ -107,8 +107,8 @@ def _reasons(
         f"scale = {chosen.scale:.4g} (was {base.scale}): the largest eigenvalue of a minibatch of "
         f"{system.samples.batch_size} is {step.minibatch_eigenvalue:.4g} ({system.curvature.kind})",
         f"damp = {chosen.damp:.4g}: lambda = damp * scale stays {step.damping:.4g}",
-        f"recursion_depth = {chosen.recursion_depth} (was {base.recursion_depth}): {full.shape[1]} pilot samples took at "
-        f"most {longest} steps to the residual {chosen.tolerance}; {advice}"
+        f"recursion_depth = {chosen.recursion_depth} (was {base.recursion_depth}): {full.shape[1]} pilot samples took "
+        f"at most {longest} steps to the residual {chosen.tolerance}; {advice}"
         + (": it may be lowered" if half >= kept else ""),
         f"r = {chosen.r} (was {base.r}): two single recursions share {kept:.0%} of the top tenth of their lists"
         + (", so one is enough" if chosen.r == 1 else ""),

@@ -92,7 +92,8 @@ def progress_bar(text: str | None, *, total: int | None, unit: str, enabled: boo
 @contextlib.contextmanager
 def random_state(seed: int) -> Iterator[None]:
     """Seed torch, numpy and `random` inside, and put their global states back afterwards."""
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    python_state, torch_state = random.getstate(), torch.get_rng_state()
+    numpy_state = np.random.get_state()  # noqa: NPY002
     cuda = torch.cuda.is_available() and torch.cuda.is_initialized()
     cuda_states = torch.cuda.get_rng_state_all() if cuda else []
     random.seed(seed)
