@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ STACK = 32
 def hessian_products(objective: Objective, batch: Batch, vectors: Tensor) -> Tensor:
     """H v for each row v of `vectors` [K, P], H over the batch -> [K, P]."""
     if len(vectors) > 1 and objective.paths.hessian and reuse(objective, batch) >= REUSED:
-        return vmap(lambda v: jvp(grad(lambda t: objective.loss(t, batch)), (objective.theta,), (v,))[1])(vectors)
+        slope = grad(lambda theta: objective.loss(theta, batch))
+        return cast(Tensor, vmap(lambda v: jvp(slope, (objective.theta,), (v,))[1])(vectors))
     theta = objective.theta.detach().requires_grad_()
     (g,) = torch.autograd.grad(objective.loss(theta, batch), theta, create_graph=True)
     if not g.requires_grad:
@@ -47,14 +48,17 @@ def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor) -
         return leaves
 
     rebuilders: list[Callable[..., object]] = []
-    y, pullback = vjp(outputs, objective.theta)
+    y, pullback = cast(tuple[list[Tensor], Callable[..., tuple[Tensor]]], vjp(outputs, objective.theta))
 
     def mean_loss(leaves: list[Tensor]) -> Tensor:
         return objective.output_losses(rebuilders[0](leaves), batch).mean()
 
+    # the loss's Hessian in the outputs by double backward, which every loss has
+    slope_pullback = vjp(grad(mean_loss), y)[1]
+
     def product(v: Tensor) -> Tensor:
         u = jvp(outputs, (objective.theta,), (v,))[1]
-        return pullback(jvp(grad(mean_loss), (y,), (u,))[1])[0]
+        return pullback(*slope_pullback(u))[0]
 
     if len(vectors) > 1 and objective.paths.ggn:
         return vmap(product)(vectors)
@@ -144,9 +148,3 @@ def _tridiagonal(alphas: Sequence[float], betas: Sequence[float]) -> Tensor:
     T = torch.diag(torch.tensor(alphas, dtype=torch.float64))
     off = torch.tensor(betas[: len(alphas) - 1], dtype=torch.float64)
     return T + torch.diag(off, 1) + torch.diag(off, -1) if len(off) else T
-
-
-def relative_residual(v: Tensor, s: Tensor, product: Tensor, damping: float) -> Tensor:
-    r"""\|v - (H + \lambda I) s\| / \|v\| of each row, from `product` = H s; v, s, product [K, P] -> [K]."""
-    rest = v - product - damping * s
-    return rest.norm(dim=1) / v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import grad, hessian, jvp, vmap
+from torch.func import grad, jacrev, vjp, vmap
 from torch.nn import functional as F
 
 from .data import Batch, flatten_tree
@@ -269,7 +269,7 @@ def _loss_of(objective: Objective, leaves: Sequence[Tensor], batch: Batch) -> Ca
 def _roots(objective: Objective, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
     r"""R_i with R_i^T R_i = \nabla^2_y \ell_i -> [B, C, C]."""
     flat = torch.cat([leaf.flatten(1) for leaf in leaves], 1)
-    values, vectors = torch.linalg.eigh(vmap(hessian(_loss_of(objective, leaves, batch)))(flat, *batch.leaves))
+    values, vectors = torch.linalg.eigh(vmap(jacrev(jacrev(_loss_of(objective, leaves, batch))))(flat, *batch.leaves))
     roots: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
     return roots
 
@@ -281,7 +281,7 @@ def _diagonal_draw(
     along = vmap(grad(_loss_of(objective, leaves, batch)))
 
     def product(u: Tensor) -> Tensor:
-        return cast(Tensor, jvp(lambda y: along(y, *batch.leaves), (flat,), (u,))[1])
+        return cast(Tensor, vjp(lambda y: along(y, *batch.leaves), flat)[1](u)[0])
 
     diagonal, draw = product(torch.ones_like(flat)), _normal(flat, generator)
     if not bool((product(draw) - diagonal * draw).abs().max() <= 1e-3 * diagonal.abs().max() + 1e-12):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import hessian, jacrev, vmap
+from torch.func import jacrev, vmap
 
 from .data import Batch, flatten_tree
 from .objective import Objective
@@ -125,7 +125,7 @@ def gauss_newton_rows(objective: Objective, batch: Batch) -> Tensor:
     over = tuple(0 for _ in batch.leaves)
     J = vmap(jacrev(output), in_dims=(None, *over))(objective.theta, *batch.leaves)
     y = vmap(output, in_dims=(None, *over))(objective.theta, *batch.leaves)
-    values, vectors = torch.linalg.eigh(vmap(hessian(loss))(y, *batch.leaves))
+    values, vectors = torch.linalg.eigh(vmap(jacrev(jacrev(loss)))(y, *batch.leaves))
     R = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
     rows: Tensor = (R @ J).flatten(0, 1).detach()
     return rows

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -76,7 +77,11 @@ CACHE_BYTES = 32 * 2**20
 
 
 def forward_products(objective: Objective, batch: Batch, vectors: Tensor, max_bytes: float = math.inf) -> Tensor:
-    along = lambda s: jvp(lambda theta: objective.losses(theta, batch), (objective.theta,), (s,))[1]  # noqa: E731
+    """g_i . s_k by forward mode: the derivative of the B losses along each vector, [K, P] -> [K, B]."""
+
+    def along(s: Tensor) -> Tensor:
+        return cast(Tensor, jvp(lambda theta: objective.losses(theta, batch), (objective.theta,), (s,))[1])
+
     if not objective.paths.stacked:
         return torch.stack([along(s) for s in vectors])
     size = max(1, int(min(len(vectors), max_bytes / (3 * batch.size * activation_bytes(objective, batch)))))
@@ -86,8 +91,10 @@ def forward_products(objective: Objective, batch: Batch, vectors: Tensor, max_by
 
 
 def vmap_gradients(objective: Objective, batch: Batch) -> Tensor:
+    """Gradient of each sample's loss by `vmap` -> [B, P]."""
     one = grad(lambda theta, *leaves: objective.sample_loss(theta, leaves, batch.rebuild))
-    return vmap(one, in_dims=(None, *(0 for _ in batch.leaves)))(objective.theta, *batch.leaves)
+    over = vmap(one, in_dims=(None, *(0 for _ in batch.leaves)))
+    return cast(Tensor, over(objective.theta, *batch.leaves))
 
 
 def _block(objective: Objective, batch: Batch, max_bytes: float) -> int:

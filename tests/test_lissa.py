@@ -1,0 +1,238 @@
+"""The stochastic recursion against the dense solve."""
+
+import gc
+import logging
+
+import pytest
+import torch
+from cases import make, slow_gradients, slow_hessian
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.config import Config
+from pytorch_influence_functions.lissa import lissa
+from pytorch_influence_functions.system import make_system
+
+pytestmark = pytest.mark.usefixtures("double")
+
+
+def dense(model, loader, options, v, damping):
+    n = len(loader.dataset)
+    H = slow_hessian(model, loader, range(n), options)
+    return torch.linalg.solve(H + damping * torch.eye(len(H)), v.T).T
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_dropout", "regression_sum"])
+def test_whole_training_set_as_one_batch_converges_to_the_dense_solve(name):
+    model, loader, options = make(name, batch_size=11)
+    v = slow_gradients(model, loader, [0, 3], options)
+    damping = 3.0
+    influence = ptif.InfluenceFunction(
+        model, loader, damp=damping / 25, scale=25, recursion_depth=600, tolerance=None, progress=False, **options)  # fmt: skip
+    found = influence.s_test(loader.collate_fn([loader.dataset[0], loader.dataset[3]]))
+    assert_close(found, dense(model, loader, options, v, damping), rtol=1e-6, atol=1e-12)
+
+
+def test_pinned_s_test_is_the_same():
+    model, loader, options = make("mlp", batch_size=11)
+    x, t = loader.collate_fn([loader.dataset[2]])
+    found = ptif.s_test(x, t, model, loader, damp=0.1, scale=10.0, recursion_depth=400)
+    v = slow_gradients(model, loader, [2], options)
+    assert [f.shape for f in found] == [p.shape for p in model.parameters()]
+    assert_close(
+        torch.cat([f.reshape(-1) for f in found]), dense(model, loader, options, v, 1.0)[0], rtol=1e-6, atol=1e-12
+    )
+    single = ptif.calc_s_test_single(
+        model, x, t, loader, damp=0.1, scale=10.0, recursion_depth=400, tolerance=None, progress=False)  # fmt: skip
+    assert_close(single, found, rtol=1e-6, atol=1e-12)
+
+
+def linear_problem(n=64, batch_size=4):
+    torch.manual_seed(0)
+    x = torch.randn(n, 5)
+    data = TensorDataset(x, (x[:, 0] + 0.5 * torch.randn(n) > 0).long())
+    return nn.Linear(5, 2), DataLoader(data, batch_size=batch_size)
+
+
+def test_a_few_steps_are_the_formula():
+    model, loader = linear_problem(batch_size=64)
+    batch = tuple(t[:1] for t in loader.dataset.tensors)
+    v = slow_gradients(model, loader, [0], {})[0]
+    H = slow_hessian(model, loader, range(64), {})
+    iterates = [v]
+    for _ in range(3):
+        iterates.append(v + (1 - 0.01) * iterates[-1] - H @ iterates[-1] / 25)
+    found = ptif.s_test(*batch, model, loader, recursion_depth=3)
+    # far from the end the last iterate has a smaller residual than the mean
+    assert_close(torch.cat([f.reshape(-1) for f in found]), iterates[-1] / 25, rtol=1e-8, atol=1e-14)
+
+
+def mean_error(depth, r, seeds=12):
+    """Mean over seeds of the relative error of s_test."""
+    model, loader = linear_problem()
+    batch = tuple(t[:2] for t in loader.dataset.tensors)
+    v = slow_gradients(model, loader, [0, 1], {})
+    truth = dense(model, loader, {}, v, 0.25)
+    errors = []
+    for seed in range(seeds):
+        influence = ptif.InfluenceFunction(
+            model, loader, damp=0.05, scale=5, recursion_depth=depth, r=r, seed=seed, tolerance=None, progress=False)  # fmt: skip
+        errors.append((influence.s_test(batch) - truth).norm() / truth.norm())
+    return float(torch.stack(errors).mean())
+
+
+def test_error_falls_with_depth():
+    errors = [mean_error(depth, 1) for depth in (10, 50, 400)]
+    assert errors[1] < 0.6 * errors[0]
+    assert errors[2] < 0.6 * errors[1]
+
+
+def test_error_falls_with_the_root_of_r():
+    once, often = mean_error(200, 1), mean_error(200, 9)
+    assert 2 < once / often < 4.5  # 3 by statistics
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 400.0])
+def test_lambda_stays_whatever_the_scale(scale, recwarn):
+    model, loader = linear_problem()
+    batch = tuple(t[:2] for t in loader.dataset.tensors)
+    v = slow_gradients(model, loader, [0, 1], {})
+    influence = ptif.InfluenceFunction(
+        model, loader, scale=scale, damping=0.25, tolerance=1e-4, recursion_depth=20000, progress=False
+    )
+    found = influence.s_test(batch)
+    assert influence.report["damping"] == 0.25
+    truth = dense(model, loader, {}, v, 0.25)
+    assert float((found - truth).norm() / truth.norm()) < 1e-3
+    raised = [w for w in recwarn if issubclass(w.category, ptif.CurvatureWarning)]
+    assert len(raised) == (1 if scale < influence.report["eigenvalue_minibatch"] else 0)
+    if raised:
+        assert f"{scale:g}" in str(raised[0].message)
+        assert f"{influence.report['scale']:.3g}" in str(raised[0].message)
+
+
+def saddle():
+    """A fit whose Hessian has an eigenvalue of about -1: the residual times the curvature of a product of weights."""
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    for p in model.parameters():
+        nn.init.constant_(p, 0.1)
+    x = torch.ones(8, 1)
+    return model, DataLoader(TensorDataset(x, x * 1.0), batch_size=4), {"loss_func": nn.MSELoss()}
+
+
+def test_negative_curvature_is_told_with_what_to_change():
+    model, loader, options = saddle()
+    influence = ptif.InfluenceFunction(model, loader, curvature="hessian", progress=False, **options)
+    with pytest.raises(ptif.NegativeCurvatureError, match=r"(?s)'ggn'.*config\['damping'\] to at least") as caught:
+        influence.s_test((torch.ones(1, 1), torch.ones(1, 1)))
+    proposed = float(str(caught.value).split("at least ")[1].split()[0])
+    fixed = ptif.InfluenceFunction(model, loader, curvature="hessian", damping=proposed, progress=False, **options)
+    assert fixed.s_test((torch.ones(1, 1), torch.ones(1, 1))).isfinite().all()
+
+
+def test_negative_curvature_takes_gauss_newton_where_the_choice_is_open():
+    model, loader, options = saddle()
+    influence = ptif.InfluenceFunction(model, loader, progress=False, **options)
+    with pytest.warns(ptif.CurvatureWarning, match="Gauss-Newton curvature is used"):
+        found = influence.s_test((torch.ones(1, 1), torch.ones(1, 1)))
+    assert influence.report["curvature"] == "ggn"
+    assert found.isfinite().all()
+
+
+def test_restarts_are_bounded():
+    """A curvature that grows whatever the scale is ends in an error that names step, norm and what to change."""
+    model, loader = linear_problem()
+    config = Config.of({"progress": False, "recursion_depth": 4000})
+    system = make_system(model, loader, config, "hessian")
+    with system.guard():
+        solve = lissa(system)
+        product, calls = system.curvature, [0]
+
+        def growing(batch, vectors):
+            calls[0] += 1
+            return product(batch, vectors) * 4.0 ** (calls[0] // 8)
+
+        system.curvature = growing
+        with (
+            pytest.warns(ptif.CurvatureWarning, match="last good state with scale"),
+            pytest.raises(ptif.DivergenceError, match=r"diverged at step \d+ \(norm of s .*restarts\)"),
+        ):
+            solve(torch.randn(1, 12))
+
+
+def test_memory_does_not_grow_with_depth():
+    model, loader, _ = make("mlp")
+    batch = loader.collate_fn([loader.dataset[0]])
+
+    def alive(depth):
+        seen = []
+
+        class Counting(logging.Handler):
+            def emit(self, record):
+                pass
+
+        influence = ptif.InfluenceFunction(model, loader, recursion_depth=depth, tolerance=None, progress=False)
+        product = influence.system.curvature._product
+
+        def counted(*arguments):
+            seen.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+            return product(*arguments)
+
+        influence.system.curvature._product = counted
+        influence.s_test(batch)
+        return seen[-1]
+
+    assert alive(400) <= alive(40) + 3
+
+
+class Counted(torch.utils.data.Dataset):
+    def __init__(self):
+        torch.manual_seed(0)
+        self.x = torch.randn(12, 4)
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, i):
+        return self.x[i], i % 3
+
+
+def test_one_iterator_for_the_whole_recursion(monkeypatch):
+    made = []
+    original = DataLoader.__iter__
+    monkeypatch.setattr(DataLoader, "__iter__", lambda self: made.append(1) or original(self))
+    model = nn.Linear(4, 3)
+    influence = ptif.InfluenceFunction(
+        model, DataLoader(Counted(), batch_size=3), recursion_depth=50, tolerance=None, progress=False
+    )
+    solve = influence.s_test
+    solve((torch.randn(1, 4), torch.tensor([1])))
+    first = len(made)
+    made.clear()
+    solve((torch.randn(1, 4), torch.tensor([1])))
+    assert len(made) <= 3  # the recursion, and the residual of its end and of the mean over chains
+    assert first < 16  # with what is measured once, before the first step
+
+
+def test_workers_start_once_and_read_the_same():
+    model = nn.Linear(4, 3)
+    batch = (torch.randn(1, 4), torch.tensor([1]))
+    options = {"recursion_depth": 30, "tolerance": None, "progress": False}
+    alone = ptif.InfluenceFunction(model, DataLoader(Counted(), batch_size=3), **options).s_test(batch)
+    helped = ptif.InfluenceFunction(model, DataLoader(Counted(), batch_size=3, num_workers=2), **options).s_test(batch)
+    assert_close(alone, helped, rtol=0, atol=0)
+
+
+def test_shuffling_changes_nothing():
+    model = nn.Linear(4, 3)
+    batch = (torch.randn(2, 4), torch.tensor([1, 2]))
+    options = {"recursion_depth": 40, "progress": False}
+    found = [
+        ptif.InfluenceFunction(model, DataLoader(Counted(), batch_size=3, shuffle=shuffle), **options).scores(batch)
+        for shuffle in (False, True)
+    ]
+    assert_close(found[0], found[1], rtol=0, atol=0)
+    other = ptif.InfluenceFunction(model, DataLoader(Counted(), batch_size=3), **options, seed=7).scores(batch)
+    assert not torch.equal(found[0], other)
