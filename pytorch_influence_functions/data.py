@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -157,9 +158,10 @@ class Samples:
                 bar.update(batch.size)
 
     def random(self, batch_size: int | None = None, *, seed: int) -> Iterator[Batch]:
-        """Random minibatches without end: every sample once per epoch, all of the same size, through one iterator.
+        """Random minibatches without end, all of the same size, through one iterator.
 
-        A minibatch may reach over the end of an epoch, so that none is ragged; one of size n is the whole set.
+        They are independent of each other: taken in epochs, a minibatch would depend on the steps before it, and a
+        recursion over them would be biased. One of size n is the whole set.
         """
         size = min(self.batch_size if batch_size is None else batch_size, self.n)
         return self._read(_RandomBatches(self.n, size, seed), seed)
@@ -225,19 +227,15 @@ class _IndexedCollate:
 
 
 class _RandomBatches(Sampler[list[int]]):
-    """Endless minibatches of one size from shuffled epochs laid end to end."""
+    """Endless minibatches, each a random sample without repeats and independent of the others."""
 
     def __init__(self, n: int, size: int, seed: int) -> None:
         self.n, self.size, self.seed = n, size, seed
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed)
-        rest: list[int] = []
+        generator = random.Random(self.seed)
         while True:
-            while len(rest) < self.size:
-                rest = rest + torch.randperm(self.n, generator=generator).tolist()
-            yield rest[: self.size]
-            rest = rest[self.size :]
+            yield generator.sample(range(self.n), self.size)
 
 
 def _loader_options(loader: DataLoader[Any]) -> dict[str, Any]:

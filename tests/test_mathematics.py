@@ -92,7 +92,7 @@ def dense_gauss_newton(model, loader, indices, options):
         y = output(theta)
         J = jacrev(lambda flat: output(flat).reshape(-1))(theta)
         loss = options.get("loss_func", F.cross_entropy)
-        H = hessian(lambda flat, y=y, t=t: loss(flat.view(y.shape), t))(y.reshape(-1).detach())
+        H = hessian(lambda flat, y=y, t=t, loss=loss: loss(flat.view(y.shape), t))(y.reshape(-1).detach())
         total = total + J.T @ H @ J / len(indices)
     return total.detach()
 
@@ -112,7 +112,7 @@ def test_gauss_newton_products(name, stack):
 
 
 def test_gauss_newton_of_a_model_loss_is_that_of_its_pair():
-    model, loader, options, objective, samples = ready("dataclass_batch")
+    model, loader, _, objective, samples = ready("dataclass_batch")
     plain = Objective(model)
     vectors = torch.randn(3, objective.P)
     with objective.active():
