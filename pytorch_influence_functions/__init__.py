@@ -4,7 +4,6 @@ from .calc_influence_function import (
     calc_all_grad_then_test,
     calc_grad_z,
     calc_img_wise,
-    calc_influence_function,
     calc_influence_single,
     calc_influences,
     calc_s_test,
@@ -41,7 +40,7 @@ __all__ = [
     # the paper
     "calc_loss", "grad_z", "hvp", "s_test",
     # steps of the old package
-    "calc_grad_z", "calc_s_test", "calc_s_test_single", "calc_influence_function", "calc_influence_single",
+    "calc_grad_z", "calc_s_test", "calc_s_test_single", "calc_influence_single",
     "load_grad_z", "load_s_test", "get_dataset_sample_ids", "get_dataset_sample_ids_per_class",
     # what can go wrong
     "NonFiniteError", "DivergenceError", "NegativeCurvatureError",

@@ -198,6 +198,8 @@ def _names(value: Any) -> bool:
 
 
 def _ill_typed(key: str, value: Any) -> bool:
+    if key == "progress":
+        return True
     numeric = isinstance(DEFAULTS[key], int | float) or key in ("tolerance", "max_memory", "batch_size", "num_classes")
     return (
         not (isinstance(value, int | float) and not isinstance(value, bool)) if numeric else not isinstance(value, str)

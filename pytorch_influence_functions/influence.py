@@ -146,11 +146,11 @@ class InfluenceFunction:
             "solver": self.config.solver, "curvature": self.system.curvature.kind, "damping": self.system.damping,
             **solution.report,
         }  # fmt: skip
-        self._warn_if_inexact(solution)
         return solution
 
     def _products(self, solution: Solution) -> tuple[Tensor, Tensor | None]:
         """Scores [K, n] of the solutions, and of each of their chains [r, K, n]."""
+        self._warn_if_inexact(solution)
         if solution.chains is None:
             return self._score(solution.vectors), None
         r, k = solution.chains.shape[:2]

@@ -47,7 +47,7 @@ def calc_loss(y: Tensor, t: Tensor) -> Tensor:
             f"cross-entropy with output {tuple(y.shape)} takes class ids of shape {tuple(y.shape[:1] + y.shape[2:])}, "
             f"got {tuple(t.shape)}; pass config['loss_func'] for another loss"
         )
-    return F.cross_entropy(y, t if t.is_floating_point() else t.long())
+    return _cross_entropy(y, t, "mean")
 
 
 class Paths(NamedTuple):
@@ -284,9 +284,20 @@ class _Replay:
         return getattr(self._model, name)
 
 
+def _cross_entropy(y: Tensor, t: Tensor, reduction: str) -> Tensor:
+    try:
+        return F.cross_entropy(y, t if t.is_floating_point() else t.long(), reduction=reduction)
+    except IndexError as error:
+        wrong = t[(t >= y.shape[1]) | ((t < 0) & (t != IGNORED_CLASS))]
+        raise ValueError(
+            f"cross-entropy with {y.shape[1]} outputs takes class ids from 0 to {y.shape[1] - 1}, got {int(wrong[0])}; "
+            "look at the targets and at the model's last layer"
+        ) from error
+
+
 def _cross_entropies(y: Tensor, t: Tensor) -> Tensor:
     """Cross-entropy of each row of logits [B, C, ...], mean over the positions of one sample -> [B]."""
-    each = F.cross_entropy(y, t if t.is_floating_point() else t.long(), reduction="none")
+    each = _cross_entropy(y, t, "none")
     if each.dim() == 1:
         return each
     if t.is_floating_point():

@@ -22,6 +22,13 @@ SOLVERS: dict[str, Callable[[System], Solve]] = {
 }
 DEFAULT_CURVATURE = {"lissa": "hessian"}
 """The curvature where the user names none; Gauss-Newton for a solver that is not listed."""
+ADVICE = {
+    "lissa": "a larger config['recursion_depth'] or config['r'], or a larger batch_size in the train_loader, lowers it",
+    "cg": "config['preconditioner'] = 'ekfac' or a larger config['damping'] lets it converge sooner",
+    "exact": "a larger config['damping'] or a model in double precision lowers it",
+    "ekfac": "it is an approximation; config['solver'] = 'cg' with config['preconditioner'] = 'ekfac' solves the system",
+}
+"""What lowers a residual that is above the tolerance."""
 PRECONDITIONERS = {"ekfac": build}
 ITERATIVE = ("lissa", "cg")
 
@@ -40,4 +47,5 @@ def make_solver(system: System) -> Solve:
                 f"for {config.solver!r}; leave it out"
             )
         system.preconditioner = PRECONDITIONERS[config.preconditioner](system)
+    system.advice = ADVICE[config.solver]
     return SOLVERS[config.solver](system)

@@ -119,9 +119,7 @@ class System:
     curvature: Curvature
     max_bytes: float
     preconditioner: Preconditioner | None = None
-    advice: str = (
-        "a larger config['recursion_depth'] or config['r'], or a larger batch_size in the train_loader, lowers it"
-    )
+    advice: str = ""
 
     @contextlib.contextmanager
     def guard(self) -> Iterator[None]:
