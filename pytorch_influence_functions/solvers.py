@@ -26,7 +26,7 @@ ADVICE = {
     "lissa": "a larger config['recursion_depth'] or config['r'], or a larger batch_size in the train_loader, lowers it",
     "cg": "config['preconditioner'] = 'ekfac' or a larger config['damping'] lets it converge sooner",
     "exact": "a larger config['damping'] or a model in double precision lowers it",
-    "ekfac": "it is an approximation; config['solver'] = 'cg' with config['preconditioner'] = 'ekfac' solves the system",
+    "ekfac": "it is an approximation; config['solver'] = 'cg' with its preconditioner solves the system itself",
 }
 """What lowers a residual that is above the tolerance."""
 PRECONDITIONERS = {"ekfac": build}

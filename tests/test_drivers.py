@@ -55,7 +55,7 @@ def test_both_modes_give_the_same_numbers_and_files(digits, tmp_path, monkeypatc
         other = two.influences[key]
         a, b = torch.tensor(entry["influence"]), torch.tensor(other["influence"])
         assert_close(a, b, rtol=1e-5, atol=1e-5 * float(a.abs().max()))  # some are sums that nearly cancel
-        assert_close(torch.tensor(entry["stderr"]), torch.tensor(other["stderr"]), rtol=1e-3, atol=1e-8)
+        assert_close(torch.tensor(entry["stderr"]), torch.tensor(other["stderr"]), rtol=1e-3, atol=1e-7)
         assert entry["helpful"][:5] == other["helpful"][:5]
         assert entry["relative_residual"] == pytest.approx(other["relative_residual"], rel=1e-4)
     assert one.harmful[:5] == two.harmful[:5]

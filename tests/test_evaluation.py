@@ -150,10 +150,10 @@ def test_verdict_below_the_noise(ridge):
 def test_the_noise_is_the_spread_of_repeated_changes(ridge):
     scores, loss = torch.rand(N), {"model": ridge.model(), "loss_func": nn.MSELoss(), "progress": False}
     many = {"indices": range(12), "seeds": 2, "noise_seeds": 2, **loss}
-    runs = [leave_one_out(scores, ridge.batch, noisy(0.02)(ridge), seed=10 * s, **many) for s in range(40)]
+    runs = [leave_one_out(scores, ridge.batch, noisy(0.02)(ridge), seed=10 * s, **many) for s in range(20)]
     changes = np.stack([run.actual - run.actual.mean() for run in runs])
     spread = np.sqrt((changes.var(axis=0, ddof=1).sum()) / 11)
-    assert 0.85 < np.sqrt(np.mean([run.noise**2 for run in runs])) / spread < 1.15
+    assert 0.8 < np.sqrt(np.mean([run.noise**2 for run in runs])) / spread < 1.25
 
 
 def test_what_a_seed_does_to_all_retrainings_drops_out(ridge):
