@@ -284,9 +284,13 @@ def varying_sample(samples: Samples, tries: int = 8) -> int | None:
     step = max(samples.n // tries, 1)
     for index in range(0, samples.n, step)[:tries]:
         first, second = samples.sample(index).leaves, samples.sample(index).leaves
-        if any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, second, strict=True)):
+        if any(not _same(a, b) for a, b in zip(first, second, strict=True)):
             return index
     return None
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 
 def stored_labels(dataset: Any) -> Sequence[Any] | None:

@@ -236,7 +236,7 @@ class _Recursion:
     def run(self) -> Tensor:
         """Recurse until every row is done -> s [K, P]."""
         text = f"LiSSA, chain {self.chain + 1}" if self.chain else "LiSSA"
-        next_check = FIRST_CHECK
+        next_check = FIRST_CHECK if self.config.tolerance is not None else self.limit // 2
         with progress_bar(text, total=self.limit, unit="step", enabled=self.config.progress) as bar:
             for j, batch in enumerate(self.system.samples.random(seed=self.seed), 1):
                 self.advance(batch)
