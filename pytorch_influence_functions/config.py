@@ -41,7 +41,8 @@ class Config:
         scale: LiSSA's scale; above the largest eigenvalue of a minibatch's curvature.
         solver: `"lissa"`, `"cg"`, `"exact"`, `"ekfac"` or `"auto"`.
         curvature: `"hessian"` or `"ggn"`; None is the Hessian for lissa, Gauss-Newton for the others.
-        damping: lambda in (H + lambda I); None is damp * scale, `"auto"` is chosen from the model.
+        damping: lambda in (H + lambda I); None is damp * scale (for `solver="auto"`: `"auto"`), `"auto"` is chosen from
+            the model, as the smallest at which its predictions of loss changes hold.
         preconditioner: `"ekfac"`, for lissa and cg.
         tolerance: relative residual at which an iteration may stop; None runs all its steps.
         batch_size: training samples at a time when scoring; None fits `max_memory`.
@@ -153,9 +154,16 @@ class Config:
     @property
     def fixed_damping(self) -> float | None:
         """Lambda, or None where it is to be chosen from the model."""
+        if self.automatic_damping:
+            return None
         if self.damping is None:
             return self.damp * (float(self.scale) if self.scale != "auto" else float(DEFAULTS["scale"]))
-        return None if self.damping == "auto" else float(self.damping)
+        return float(self.damping)
+
+    @property
+    def automatic_damping(self) -> bool:
+        """Whether lambda is chosen from the model: where it is `"auto"`, or not named with `solver="auto"`."""
+        return self.damping == "auto" or (self.damping is None and self.solver == "auto")
 
 
 def get_default_config() -> dict[str, Any]:
@@ -237,7 +245,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "curvature": (_optional(lambda v: v in CURVATURES), _quoted(CURVATURES) + " or None"),
     "damping": (
         _optional(lambda v: v == "auto" or (_real(v) and v >= 0)),
-        'a number of at least 0, "auto", or None for damp * scale',
+        'a number of at least 0, "auto", or None for damp * scale (with solver="auto": "auto")',
     ),
     "preconditioner": (_optional(lambda v: v in PRECONDITIONERS), _quoted(PRECONDITIONERS) + " or None"),
     "tolerance": (_optional(lambda v: _real(v) and v > 0), "a number above 0, or None to run all steps"),

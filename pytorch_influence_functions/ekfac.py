@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp, vmap
 from torch.nn import functional as F
 
+from .damping import choose_damping
 from .data import Batch, flatten_tree
+from .gradients import per_sample_gradients
 from .objective import IGNORED_CLASS, Objective, calc_loss
 from .system import Residual, Solution, Solve, System
 
@@ -28,6 +30,8 @@ FEW_OUTPUTS = 16
 """Up to this many outputs of a sample the expectation over g is a sum over all of them; beyond it, g is drawn."""
 DENSE_OUTPUTS = 512
 """Up to this many outputs the Hessian of the loss in them is built; beyond it, it must be diagonal."""
+DAMPING_TARGET = 0.7
+"""The error to stay below where EKFAC alone predicts: it is larger at every lambda than that of the true system."""
 CERTIFIED = 256
 """Training samples that the residual is measured on."""
 
@@ -47,22 +51,40 @@ class Layer(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Eigenvectors of the factors of a layer's groups, and the corrected eigenvalues."""
+    """Eigenvectors of the two factors of a layer's groups."""
 
     layer: Layer
     Q_in: Tensor
     """[groups, in, in]"""
     Q_out: Tensor
     """[groups, out, out]"""
-    eigenvalues: Tensor
-    """[groups, out, in]"""
 
 
 class Ekfac:
-    r"""The approximation of G: apply (G + \lambda I)^{-1}, G itself, or their quadratic form to stacks [K, P]."""
+    r"""The approximation of G: apply (G + \lambda I)^{-1}, G itself, or their quadratic form to stacks [K, P].
 
-    def __init__(self, P: int, blocks: list[Block], outside: Tensor, diagonal: Tensor) -> None:
-        self.P, self.blocks, self.outside, self.diagonal = P, blocks, outside, diagonal
+    Attributes:
+        blocks: the layers with their eigenvectors.
+        eigenvalues: [P]; coordinates in the eigenbasis lie where the parameters of their layer do.
+        outside: indices of the parameters outside the layers, whose coordinates are themselves.
+    """
+
+    def __init__(self, blocks: list[Block], eigenvalues: Tensor, outside: Tensor) -> None:
+        self.blocks, self.eigenvalues, self.outside = blocks, eigenvalues, outside
+
+    def to_eigenbasis(self, v: Tensor) -> Tensor:
+        """Each row of v [K, P] in the eigenbasis -> [K, P]."""
+        result = v.clone()
+        for block in self.blocks:
+            _scatter(block.layer, block.Q_out.mT @ _gather(block.layer, v) @ block.Q_in, result)
+        return result
+
+    def from_eigenbasis(self, v: Tensor) -> Tensor:
+        """The inverse of `to_eigenbasis`."""
+        result = v.clone()
+        for block in self.blocks:
+            _scatter(block.layer, block.Q_out @ _gather(block.layer, v) @ block.Q_in.mT, result)
+        return result
 
     def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
         """(G + damping I)^exponent of each row of v [K, P] -> [K, P]."""
@@ -78,28 +100,42 @@ class Ekfac:
 
     def apply(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """f(G) of each row of v [K, P] -> [K, P], f of the eigenvalues."""
-        result = torch.zeros_like(v)
-        for block in self.blocks:
-            W = block.Q_out.mT @ _gather(block.layer, v) @ block.Q_in
-            _scatter(block.layer, block.Q_out @ (W * function(block.eigenvalues)) @ block.Q_in.mT, result)
-        result[:, self.outside] = v[:, self.outside] * function(self.diagonal)
-        return result
+        return self.from_eigenbasis(self.to_eigenbasis(v) * function(self.eigenvalues))
 
     @property
     def mean_eigenvalue(self) -> float:
         """Mean of the P eigenvalues."""
-        parts = [*(block.eigenvalues.sum() for block in self.blocks), self.diagonal.sum()]
-        return float(torch.stack(parts).sum()) / self.P
+        return float(self.eigenvalues.mean())
 
 
 def ekfac(system: System) -> Solve:
     r"""Solve with the EKFAC approximation in place of G: no iteration, two passes over the training set."""
+    require_gauss_newton(system)
+    factors = build(system)
+    if system.config.automatic_damping:
+        choose_damping(system, factors.inverse, factors.mean_eigenvalue, DAMPING_TARGET)
+    return solver(system, factors)
+
+
+def require_gauss_newton(system: System) -> None:
+    """Raise `ValueError` where the user asks for the Hessian."""
     if system.curvature.kind != "ggn":
         raise ValueError(
-            "config['curvature'] = 'hessian' with config['solver'] = 'ekfac': EKFAC approximates the Gauss-Newton "
-            "matrix; leave config['curvature'] out, or use config['solver'] = 'cg', which it may precondition"
+            f"config['curvature'] = 'hessian' with config['solver'] = {system.config.solver!r}: EKFAC approximates the "
+            "Gauss-Newton matrix; leave config['curvature'] out, or use config['solver'] = 'cg', which it may "
+            "precondition"
         )
-    factors = build(system)
+
+
+def solver(system: System, factors: Ekfac) -> Solve:
+    """Solve with these factors; their certificate is measured when it is asked for."""
+
+    def quadratic(g: Tensor) -> Tensor:
+        return (factors.to_eigenbasis(g).square() / (factors.eigenvalues + system.damping)).sum(1)
+
+    system.self_products = (
+        partial(_by_layers, system, factors) if len(factors.outside) == 0 else partial(by_gradients, system, quadratic)
+    )
 
     def solve(v: Tensor) -> Solution:
         s = factors.inverse(v, system.damping)
@@ -112,81 +148,180 @@ def ekfac(system: System) -> Solve:
     return solve
 
 
-# ---- two passes over the training set
+def _by_layers(system: System, factors: Ekfac) -> Tensor:
+    r"""g_i^T (G + \lambda I)^{-1} g_i of each training sample [n], from what its layers see."""
+    objective, layers = system.objective, [block.layer for block in factors.blocks]
+    weights = 1 / (factors.eigenvalues + system.damping).unsqueeze(0)
+    result = torch.zeros(system.samples.n, dtype=objective.dtype)
+    for batch in system.samples.ordered(_batch_size(system, layers), text="Self-influence"):
+        a, y, outs, theta = _forward(objective, layers, batch)
+        leaves, rebuild = [part.detach().requires_grad_() for part in y], flatten_tree(y)[1]
+        losses = objective.output_losses(leaves[0] if len(leaves) == 1 else rebuild(leaves), batch).sum()
+        e = list(torch.autograd.grad(losses, leaves, materialize_grads=True, allow_unused=True))
+        g, _ = _backward(y, outs, theta, e, layers, batch.size)
+        total: Any = 0
+        for block, x, d in zip(factors.blocks, a, g, strict=True):
+            left, right = d.transpose(1, 2) @ block.Q_out, x.transpose(1, 2) @ block.Q_in
+            w = _gather(block.layer, weights)[0]
+            if left.shape[2] == 1:
+                total = total + ((left[:, :, 0].square().unsqueeze(2) @ w).squeeze(2) * right[:, :, 0].square()).sum(
+                    (1, 2)
+                )
+            else:
+                size = _few(left, right)
+                pairs = zip(left.split(size), right.split(size), strict=True)
+                total = total + torch.cat([((p.mT @ q).square() * w).sum((1, 2, 3)) for p, q in pairs])
+        result[torch.as_tensor(batch.indices)] = total.detach().cpu()
+    return result
+
+
+def by_gradients(system: System, quadratic: Callable[[Tensor], Tensor]) -> Tensor:
+    """The quadratic form [K, P] -> [K] of the gradient of each training sample -> [n], on the CPU."""
+    result = torch.zeros(system.samples.n, dtype=system.objective.dtype)
+    for batch in system.samples.ordered(system.scoring_batch, text="Self-influence"):
+        gradients = per_sample_gradients(system.objective, batch, system.max_bytes)
+        result[torch.as_tensor(batch.indices)] = quadratic(gradients).detach().cpu()
+    return result
+
+
+# ---- passes over the training set
 
 
 def build(system: System) -> Ekfac:
     """Gather the factors in one pass over the training set and the corrected eigenvalues in a second."""
-    objective, generator = system.objective, torch.Generator().manual_seed(system.config.seed)
-    layers = usable_layers(objective, system.samples.take([0, system.samples.n // 2]))
-    outside = torch.ones(objective.P, dtype=torch.bool)
-    for layer in layers:
-        outside[layer.weight] = False
-        if layer.bias is not None:
-            outside[layer.bias] = False
-    _tell(objective, outside)
-    pairs = partial(_seen, system, layers, generator)
-    A, S = _factors(layers, pairs("EKFAC: factors"), system.samples.n)
-    Q_in = [torch.linalg.eigh(a)[1] for a in A]
-    Q_out = [torch.linalg.eigh(s)[1] for s in S]
-    eigenvalues, diagonal = _eigenvalues(layers, Q_in, Q_out, pairs("EKFAC: eigenvalues"), system.samples.n, outside)
-    blocks = [Block(*parts) for parts in zip(layers, Q_in, Q_out, eigenvalues, strict=True)]
-    return Ekfac(objective.P, blocks, outside.nonzero().squeeze(1).to(objective.device), diagonal)
+    return fit(Passes(system))
 
 
-Seen = tuple[list[Tensor], list[list[Tensor]], list[Tensor], int]
-"""Inputs of each layer, for each draw the output gradients of each layer and the parameter gradient, batch size."""
+class Seen(NamedTuple):
+    """What the layers see of one batch, for D draws of output gradients."""
+
+    batch: Batch
+    inputs: list[Tensor]
+    """Of each layer [B, T, groups, in]."""
+    cotangents: list[Tensor]
+    """The output gradients e [D, B, ...]."""
+    gradients: list[Tensor]
+    """Those of each layer's outputs [D, B, T, groups, out]."""
+    outside: Tensor
+    """Estimate of the summed squares of all gradients [P]; [1] where no parameter is outside the layers."""
+
+    @property
+    def bytes(self) -> int:
+        """What it holds."""
+        tensors = [*self.batch.leaves, *self.inputs, *self.cotangents, *self.gradients, self.outside]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _seen(system: System, layers: Sequence[Layer], generator: torch.Generator, text: str) -> Iterator[Seen]:
-    most = 256 if sum(layer.weight.stop - layer.weight.start for layer in layers) > 0.5 * system.objective.P else 32
-    size = max(1, min(most, int(system.max_bytes / (8 * system.activations)))) if system.objective.paths.rows else 1
-    for batch in system.samples.ordered(size, text=text):
-        a, y, outs, theta = _forward(system.objective, layers, batch)
-        draws = [
-            _backward(y, outs, theta, e, layers, batch.size)
-            for e in pseudo_gradients(system.objective, y, batch, generator)
-        ]
-        yield a, [g for g, _ in draws], [p for _, p in draws], batch.size
+class Passes:
+    """The training set as its layers see it, the same in each pass: kept where the memory allows, else read again.
+
+    Args:
+        system: the model and its training set.
+        top: directions of the loss's Hessian that are taken one by one; None: all where they are few, else none.
+    """
+
+    def __init__(self, system: System, top: int | None = None) -> None:
+        self.system, self.top, objective = system, top, system.objective
+        self.layers = usable_layers(objective, system.samples.take([0, system.samples.n // 2]))
+        self.outside = torch.ones(objective.P, dtype=torch.bool)
+        for layer in self.layers:
+            for place in (layer.weight, layer.bias):
+                if place is not None:
+                    self.outside[place] = False
+        self._kept: list[Seen] | None = None
+        _tell(objective, self.outside)
+
+    def __iter__(self) -> Iterator[Seen]:
+        if self._kept is not None:
+            yield from self._kept
+            return
+        kept: list[Seen] | None = []
+        for seen in self._read():
+            yield seen
+            if kept is not None:
+                kept.append(seen)
+                if seen.bytes / seen.batch.size * self.system.samples.n > self.system.max_bytes / 4:
+                    kept = None
+        self._kept = kept
+
+    def _read(self) -> Iterator[Seen]:
+        objective, generator = self.system.objective, torch.Generator().manual_seed(self.system.config.seed)
+        for batch in self.system.samples.ordered(_batch_size(self.system, self.layers), text="EKFAC"):
+            a, y, outs, theta = _forward(objective, self.layers, batch)
+            es = list(pseudo_gradients(objective, y, batch, generator, self.top))
+            draws = [_backward(y, outs, theta, e, self.layers, batch.size, bool(self.outside.any())) for e in es]
+            # draws are independent over the samples: the square of the sum has the sum of squares as its mean
+            squares = sum((p.square() for _, p in draws if p is not None), start=objective.theta.new_zeros(1))
+            yield Seen(batch, a, _stacked(es), _stacked([g for g, _ in draws]), squares)
 
 
-def _factors(layers: Sequence[Layer], seen: Iterator[Seen], n: int) -> tuple[list[Tensor], list[Tensor]]:
-    """A = E[a a^T] and S = E[g g^T] of each layer, over samples and positions."""
+def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Lists of tensors of the same shapes -> one list of their stacks."""
+    return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
+
+
+def _batch_size(system: System, layers: Sequence[Layer]) -> int:
+    if not system.objective.paths.rows:
+        return 1
+    most = 1024 if sum(layer.weight.stop - layer.weight.start for layer in layers) > 0.5 * system.objective.P else 32
+    return max(1, min(most, int(system.max_bytes / (8 * system.activations))))
+
+
+def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
+    """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
+    layers, n = passes.layers, passes.system.samples.n
     A: list[Any] = [0] * len(layers)
     S: list[Any] = [0] * len(layers)
-    for a, draws, _, _ in seen:
-        for i, x in enumerate(a):
-            A[i] = A[i] + torch.einsum("btgi,btgj->gij", x, x) / n
-            for g in draws:
-                S[i] = S[i] + torch.einsum("btgi,btgj->gij", g[i], g[i]) / n
-    return A, S
-
-
-def _eigenvalues(
-    layers: Sequence[Layer], Q_in: list[Tensor], Q_out: list[Tensor], seen: Iterator[Seen], n: int, outside: Tensor
-) -> tuple[list[Tensor], Tensor]:
-    """E[(Q_out^T sum_t g_t a_t^T Q_in)^2] of each layer, and E[g^2] of the parameters outside."""
-    eigenvalues: list[Any] = [0] * len(layers)
     diagonal: Any = 0
-    for a, draws, gradients, _ in seen:
-        for i, x in enumerate(a):
-            projected = x.transpose(1, 2) @ Q_in[i]
-            for g in draws:
-                eigenvalues[i] = eigenvalues[i] + _squares(g[i].transpose(1, 2) @ Q_out[i], projected) / n
-        for (
-            p
-        ) in gradients:  # the draws are independent over the samples, so the squared sum has the sum of squares as mean
-            diagonal = diagonal + p[outside.to(p.device)].square() / n
-    return eigenvalues, diagonal
+    for seen in passes:
+        diagonal = diagonal + seen.outside / n
+        for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
+            A[i] = A[i] + _second_moment(x) / n
+            S[i] = S[i] + _second_moment(g.flatten(0, 1)) / n
+    blocks = [
+        Block(layer, torch.linalg.eigh(a)[1], torch.linalg.eigh(s)[1]) for layer, a, s in zip(layers, A, S, strict=True)
+    ]
+    squares: list[Any] = [0] * len(layers)
+    for seen in passes:
+        for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
+            left, right = g.transpose(2, 3) @ blocks[i].Q_out, x.transpose(1, 2) @ blocks[i].Q_in
+            squares[i] = squares[i] + _squares(left, right) / n
+    objective = passes.system.objective
+    eigenvalues = torch.zeros(1, objective.P, dtype=objective.dtype, device=objective.device)
+    outside = passes.outside.nonzero().squeeze(1).to(objective.device)
+    if len(outside):
+        eigenvalues[0, outside] = diagonal[outside]
+    for layer, square in zip(layers, squares, strict=True):
+        _scatter(layer, square.unsqueeze(0), eigenvalues)
+    return Ekfac(blocks, eigenvalues[0], outside)
+
+
+def _kept(seen: Seen, keep: Tensor | None) -> list[Tensor]:
+    """The gradients of each layer's outputs, zero for the rows that `keep` [D, n] leaves out."""
+    if keep is None:
+        return seen.gradients
+    mask = keep[:, torch.as_tensor(seen.batch.indices, device=keep.device)]
+    return [g * mask.to(g).view(*mask.shape, 1, 1, 1) for g in seen.gradients]
+
+
+def _second_moment(x: Tensor) -> Tensor:
+    """Sum of x x^T over samples and positions, x [B, T, groups, in] -> [groups, in, in]."""
+    flat = x.flatten(0, 1).transpose(0, 1)
+    return flat.mT @ flat
 
 
 def _squares(g: Tensor, a: Tensor) -> Tensor:
-    """Sum over samples of (sum_t g_t a_t^T)^2; g [B, groups, T, out], a [B, groups, T, in] -> [groups, out, in]."""
-    if g.shape[2] == 1:
-        return torch.einsum("bgto,bgti->goi", g.square(), a.square())
-    block = max(1, int(2**24 / (g.shape[1] * g.shape[3] * a.shape[3])))
-    parts = zip(g.split(block), a.split(block), strict=True)
-    return torch.stack([(x.mT @ y).square().sum(0) for x, y in parts]).sum(0)
+    """Sum over draws and samples of (sum_t g_t a_t^T)^2; g [D, B, groups, T, out], a [B, groups, T, in]."""
+    if g.shape[3] == 1:
+        return g[:, :, :, 0].square().sum(0).permute(1, 2, 0) @ a[:, :, 0].square().transpose(0, 1)
+    size = _few(g[0], a)
+    pairs = ((x, y) for draw in g for x, y in zip(draw.split(size), a.split(size), strict=True))
+    return torch.stack([(x.mT @ y).square().sum(0) for x, y in pairs]).sum(0)
+
+
+def _few(g: Tensor, a: Tensor) -> int:
+    """How many samples' gradients of a layer to hold at once."""
+    return max(1, int(2**24 / (g.shape[1] * g.shape[3] * a.shape[3])))
 
 
 # ---- one batch
@@ -218,39 +353,93 @@ def _forward(
 
 
 def _backward(
-    y: list[Tensor], outs: list[list[Tensor]], theta: Tensor, e: list[Tensor], layers: Sequence[Layer], size: int
-) -> tuple[list[Tensor], Tensor]:
-    """Output gradients of each layer [B, T, groups, out] and the parameters' gradient [P] for output gradients e."""
-    flat = [out for parts in outs for out in parts]
-    grads = torch.autograd.grad(y, [*flat, theta], e, retain_graph=True, allow_unused=True, materialize_grads=True)
-    each = iter(grads[:-1])
+    y: list[Tensor],
+    outs: list[list[Tensor]],
+    theta: Tensor,
+    e: list[Tensor],
+    layers: Sequence[Layer],
+    size: int,
+    whole: bool = False,
+) -> tuple[list[Tensor], Tensor | None]:
+    """Output gradients of each layer [B, T, groups, out] for output gradients e; the parameters' [P] where `whole`."""
+    flat = [out for parts in outs for out in parts] + ([theta] if whole else [])
+    grads = torch.autograd.grad(y, flat, e, retain_graph=True, allow_unused=True, materialize_grads=True)
+    each = iter(grads)
     g = [
         torch.cat([layer.outputs(next(each), size) for _ in parts], 1)
         for layer, parts in zip(layers, outs, strict=True)
     ]
-    return g, grads[-1]
+    return g, next(each, None)
 
 
 def pseudo_gradients(
-    objective: Objective, y: Sequence[Tensor], batch: Batch, generator: torch.Generator
+    objective: Objective, y: Sequence[Tensor], batch: Batch, generator: torch.Generator, top: int | None = None
 ) -> Iterator[list[Tensor]]:
     r"""Output gradients e whose second moment is the loss's Hessian in the outputs: \sum_e e e^T = \nabla^2_y \ell_i.
 
-    One e for each output where there are few, which is exact; else one draw: for cross-entropy the gradient at a label
-    drawn from the model (true Fisher), for any other loss R^T \epsilon with R^T R its Hessian.
+    First its `top` largest eigenvectors (None: all where there are few outputs, which is exact, else none), then one
+    draw of the rest: for cross-entropy the gradient at a label drawn from the model (true Fisher), for any other loss
+    R^T \epsilon with R^T R its Hessian.
     """
     leaves = [part.detach() for part in y]
     count = sum(leaf[0].numel() for leaf in leaves)
-    if count <= FEW_OUTPUTS:
-        for row in _roots(objective, leaves, batch).unbind(1):  # random signs keep the samples independent
-            yield _split_like(row * _normal(row[:, :1], generator).sign(), leaves)
-    elif objective.model_loss is None and objective.loss_func is calc_loss:
+    ordered = top is not None
+    top = (count if count <= FEW_OUTPUTS else 0) if top is None else directions(count, top)
+    if top == 0 and objective.model_loss is None and objective.loss_func is calc_loss:
         yield [_sampled_cross_entropy(leaves[0], batch.tree[1], generator)]
     elif count <= DENSE_OUTPUTS:
-        R = _roots(objective, leaves, batch)
-        yield _split_like((_normal(R[:, :, 0], generator).unsqueeze(1) @ R).squeeze(1), leaves)
+        R = _roots(objective, leaves, batch, ordered=top < count or ordered)
+        for row in R[:, :top].unbind(1):  # random signs keep the samples independent
+            yield _split_like(row * _normal(row[:, :1], generator).sign(), leaves)
+        if top < count:
+            yield _split_like((_normal(R[:, top:, 0], generator).unsqueeze(1) @ R[:, top:]).squeeze(1), leaves)
     else:
         yield _diagonal_draw(objective, leaves, batch, generator)
+
+
+def directions(count: int, top: int) -> int:
+    """How many directions of `count` outputs are taken one by one: the last costs no more than a draw of it."""
+    if count > DENSE_OUTPUTS:
+        return 0
+    return count if count <= top + 1 else top
+
+
+def eigenbasis_rows(objective: Objective, factors: Ekfac, seen: Seen, draws: Tensor, places: Tensor) -> Tensor:
+    """The gradients J_i^T e_ik of these (draw, place in the batch) pairs, in the eigenbasis -> [len(draws), P]."""
+    rows = torch.zeros(len(draws), objective.P, dtype=objective.dtype, device=objective.device)
+    for block, x, g in zip(factors.blocks, seen.inputs, seen.gradients, strict=True):
+        left = g[draws, places].transpose(1, 2) @ block.Q_out
+        _scatter(block.layer, left.mT @ (x[places].transpose(1, 2) @ block.Q_in), rows)
+    if len(factors.outside):
+        batch = seen.batch
+        e = [part[draws, places] for part in seen.cotangents]
+        if batch.size > 1:
+            batch = batch._replace(leaves=[t[places] for t in batch.leaves], size=len(places), indices=places.tolist())
+        rows[:, factors.outside] = output_rows(objective, batch, e)[:, factors.outside]
+    return rows
+
+
+def output_rows(objective: Objective, batch: Batch, e: Sequence[Tensor]) -> Tensor:
+    """J_i^T e_i of each sample of a batch (or of its only one), e its output gradients [rows, ...] -> [rows, P]."""
+    if batch.size == 1 or not objective.paths.vmap:
+        return torch.cat([_output_row(objective, batch, e, i) for i in range(len(e[0]))])
+
+    def one(cotangents: tuple[Tensor, ...], *leaves: Tensor) -> Tensor:
+        single = Batch([leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0])
+        pullback = vjp(lambda theta: flatten_tree(objective.outputs(theta, single))[0], objective.theta)[1]
+        return cast(Tensor, pullback([part.unsqueeze(0) for part in cotangents])[0])
+
+    rows: Tensor = vmap(one)(tuple(e), *batch.leaves)
+    return rows
+
+
+def _output_row(objective: Objective, batch: Batch, e: Sequence[Tensor], i: int) -> Tensor:
+    one = batch if batch.size == 1 else batch.rows(i, i + 1)
+    theta = objective.theta.detach().requires_grad_()
+    y, _ = flatten_tree(objective.batch_outputs(theta, one))
+    cotangents = [part[i : i + 1] for part in e]
+    (row,) = torch.autograd.grad(y, theta, cotangents, allow_unused=True, materialize_grads=True)
+    return row.unsqueeze(0)
 
 
 def _loss_of(objective: Objective, leaves: Sequence[Tensor], batch: Batch) -> Callable[..., Tensor]:
@@ -266,12 +455,25 @@ def _loss_of(objective: Objective, leaves: Sequence[Tensor], batch: Batch) -> Ca
     return loss
 
 
-def _roots(objective: Objective, leaves: Sequence[Tensor], batch: Batch) -> Tensor:
-    r"""R_i with R_i^T R_i = \nabla^2_y \ell_i -> [B, C, C]."""
+def _roots(objective: Objective, leaves: Sequence[Tensor], batch: Batch, ordered: bool) -> Tensor:
+    r"""R_i with R_i^T R_i = \nabla^2_y \ell_i -> [B, C, C]; `ordered`: rows are eigenvectors, largest first."""
     flat = torch.cat([leaf.flatten(1) for leaf in leaves], 1)
-    values, vectors = torch.linalg.eigh(vmap(jacrev(jacrev(_loss_of(objective, leaves, batch))))(flat, *batch.leaves))
+    if objective.model_loss is None and objective.loss_func is calc_loss and leaves[0].dim() == 2 and _class_ids(batch):
+        p = flat.softmax(1)
+        if not ordered:  # \sum_c p_c (e_c - p) (e_c - p)^T
+            identity = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
+            return p.sqrt().unsqueeze(2) * (identity - p.unsqueeze(1))
+        hessians = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+    else:
+        hessians = vmap(jacrev(jacrev(_loss_of(objective, leaves, batch))))(flat, *batch.leaves)
+    values, vectors = torch.linalg.eigh(hessians)
     roots: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
-    return roots
+    return roots.flip(1)
+
+
+def _class_ids(batch: Batch) -> bool:
+    targets = batch.tree[1]
+    return not targets.is_floating_point() and bool((targets != IGNORED_CLASS).all())
 
 
 def _diagonal_draw(
@@ -341,10 +543,10 @@ def _wrong(objective: Objective, layers: Sequence[Layer], batch: Batch) -> set[s
     if len(called) < len(layers):
         return {layer.name for layer in layers} - called
     a, y, outs, theta = _forward(objective, layers, batch)
-    g, total = _backward(y, outs, theta, [torch.randn_like(part) for part in y], layers, batch.size)
+    g, total = _backward(y, outs, theta, [torch.randn_like(part) for part in y], layers, batch.size, whole=True)
     wrong = set()
     for i, layer in enumerate(layers):
-        expected = _gather(layer, total.unsqueeze(0))[0]
+        expected = _gather(layer, cast(Tensor, total).unsqueeze(0))[0]
         found = torch.einsum("btgo,btgi->goi", g[i], a[i])
         if not bool((found - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-9):
             wrong.add(layer.name)

@@ -162,7 +162,7 @@ class LeaveOneOut:
         much = "agree with" if r.value >= 0.8 * self.ceiling else "agree in part with" if r.low > 0 else "disagree with"
         return (
             f"the predictions {much} retraining: Pearson {r}, Spearman {self.spearman}, slope {self.slope:.2f} "
-            f"(1 is the right size), signal-to-noise {snr:.3g}"
+            f"(1 is the right size), signal-to-noise {'>1e6' if snr > 1e6 else f'{snr:.3g}'}"
         )
 
     def __str__(self) -> str:

@@ -26,7 +26,7 @@ def exact(system: System) -> Solve:
     Raises:
         ValueError: neither fits `max_memory`; the message gives the size and the alternative.
     """
-    P, rows = system.objective.P, _dual_rows(system)
+    P, rows = system.objective.P, dual_rows(system)
     dual = rows is not None and rows < P and system.damping > 0
     need = 8 * ((rows or 0) ** 2 * 2 + (rows or 0) * P) if dual else 8 * 3 * P**2
     if need > system.max_bytes:
@@ -93,7 +93,7 @@ def dense_curvature(system: System) -> Tensor:
     return total
 
 
-def _dual_rows(system: System) -> int | None:
+def dual_rows(system: System) -> int | None:
     """Rows n C of A, or None where the curvature has no such form."""
     objective = system.objective
     if system.curvature.kind != "ggn" or not (objective.paths.rows and objective.paths.vmap):

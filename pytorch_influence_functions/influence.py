@@ -7,10 +7,11 @@ their I_up,loss is -n times this). Positive is helpful.
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,19 @@ from torch.utils.data import DataLoader
 from .config import Config
 from .data import Batch, Samples, as_batch
 from .gradients import gradient, gradient_products, per_sample_gradients, require_finite
-from .solvers import DEFAULT_CURVATURE, SOLVERS, make_solver
-from .system import Solution, Solve, ToleranceWarning, make_system
+from .solvers import DEFAULT_CURVATURE, MOST_TOGETHER, make_solver
+from .system import Residual, Solution, Solve, ToleranceWarning, make_system
 
 logger = logging.getLogger(__name__)
+MANY = 64
+"""From this number of solutions on, gradients cost less than as many products with them."""
 
 
 class InfluenceFunction:
     """Influence of each training sample on predictions of a trained model.
 
     Args:
-        model: the trained model; it comes back as it was.
+        model: the trained model, or several (checkpoints, seeds) whose scores are averaged; comes back as it was.
         train_loader: DataLoader over the training set; its dataset, batch size, `collate_fn` and workers are used.
         config: options as a dict or `Config`; None is the defaults.
         **options: single options on top of `config`.
@@ -45,37 +48,61 @@ class InfluenceFunction:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Sequence[nn.Module],
         train_loader: DataLoader[Any],
         config: Config | dict[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.config = Config.of(config, **options)
-        if self.config.solver not in SOLVERS:
-            raise NotImplementedError(
-                f"config['solver']: {self.config.solver!r} is not there yet; use {', '.join(SOLVERS)}"
-            )
-        self.system = make_system(model, train_loader, self.config, DEFAULT_CURVATURE.get(self.config.solver, "ggn"))
+        models = [model] if isinstance(model, nn.Module) or not isinstance(model, Sequence) else list(model)
+        if not models:
+            raise ValueError("model: the list of models is empty; give at least one trained model")
+        solver = self.config.solver
+        self.system = make_system(models[0], train_loader, self.config, DEFAULT_CURVATURE.get(solver, "ggn"))
+        self.system.most_together = MOST_TOGETHER.get(solver)
         self.objective, self.samples = self.system.objective, self.system.samples
+        self.others = [InfluenceFunction(other, train_loader, self.config) for other in models[1:]]
         self.report: dict[str, Any] = {}
         self._solver: Solve | None = None
         self._warned = False
         self.stderr: Tensor | None = None
-        self.relative_residual: Tensor | None = None
+        self._residuals: list[Solution | Tensor] = []
+
+    @property
+    def members(self) -> list[InfluenceFunction]:
+        """One for each model; the first is this one with the others left out."""
+        if not self.others:
+            return [self]
+        alone = copy.copy(self)
+        alone.others = []
+        return [alone, *self.others]
+
+    @property
+    def relative_residual(self) -> Tensor | None:
+        """Relative residual of the last `scores` [K], the largest of several models; measured when it is asked for."""
+        if not self._residuals:
+            return None
+        with self.system.guard():
+            own = torch.cat([p if isinstance(p, Tensor) else p.relative_residual.cpu() for p in self._residuals])
+        self._residuals = [own]
+        return torch.stack([own, *(cast(Tensor, other.relative_residual) for other in self.others)]).amax(0)
 
     # ---- what it answers
 
     def s_test(self, tests: Any) -> Tensor:
         """(H + damping I)^-1 of the loss gradient of each test sample of a batch or loader -> [K, P]."""
+        self._require_single("s_test")
         with self.system.guard():
             return torch.cat([self._solve(g).vectors for g in self._test_gradients(tests)])
 
     def s_test_of_mean(self, batch: Any) -> Tensor:
         """(H + damping I)^-1 of the gradient of a batch's mean loss -> [P]."""
+        self._require_single("s_test_of_mean")
         with self.system.guard():
             wrapped = as_batch(batch).to(self.objective.device)
             g = gradient(self.objective, wrapped).unsqueeze(0)
             require_finite(g, wrapped.indices, "test batch", "gradient")
+            self.system.tests = 1
             return self._solve(g).vectors[0]
 
     def scores(self, tests: Any) -> Tensor:
@@ -83,13 +110,26 @@ class InfluenceFunction:
 
         `stderr` [K, n] (with r > 1) and `relative_residual` [K] of these scores are kept beside it.
         """
+        scores, errors, self._residuals = [], [], []
         with self.system.guard():
-            solutions = [self._solve(g) for g in self._test_gradients(tests)]
-            products = [self._products(solution) for solution in solutions]
-        errors = [chains.std(0) / len(chains) ** 0.5 for _, chains in products if chains is not None]
+            for g in self._test_gradients(tests):
+                solution = self._solve(g)
+                mean, chains = self._products(solution)
+                scores.append(mean)
+                if chains is not None:
+                    errors.append(chains.std(0) / len(chains) ** 0.5)
+                cheap = 2 * self.system.group_size * len(scores) * self.objective.P * g.element_size()
+                exact = isinstance(solution.certificate, Residual) or cheap > self.system.max_bytes
+                self._residuals.append(solution.relative_residual.cpu() if exact else solution)
         self.stderr = torch.cat(errors) if errors else None
-        self.relative_residual = torch.cat([solution.relative_residual.cpu() for solution in solutions])
-        return torch.cat([scores for scores, _ in products])
+        total = torch.cat(scores)
+        for other in self.others:
+            total = total + other.scores(tests)
+        if self.stderr is not None and self.others:
+            each = [self.stderr, *(cast(Tensor, other.stderr) for other in self.others)]
+            self.stderr = torch.stack(each).square().sum(0).sqrt() / len(each)
+        self._report_others()
+        return total / (1 + len(self.others))
 
     def self_influence(self) -> Tensor:
         r"""Influence of each training sample on its own loss, g_i (H + \lambda I)^{-1} g_i / n -> [n], on the CPU.
@@ -97,8 +137,19 @@ class InfluenceFunction:
         High for samples that the model fits against the others: wrong labels stand at the top.
         """
         with self.system.guard():
-            groups = self.samples.ordered(self.system.group_size, text="Self-influence")
-            return torch.cat([self._own(self._gradients(group, self.samples)) for group in groups])
+            self._prepare(self.samples.n)
+            if self.system.self_products is not None:
+                values = self.system.self_products()
+                require_finite(values, range(self.samples.n), self.samples.name, "gradient")
+                own = values / self.samples.n
+                self._describe({})
+            else:
+                groups = self.samples.ordered(self.system.group_size, text="Self-influence")
+                own = torch.cat([self._own(self._gradients(group, self.samples)) for group in groups])
+        for other in self.others:
+            own = own + other.self_influence()
+        self._report_others()
+        return own / (1 + len(self.others))
 
     # ---- the same, a group at a time (for the drivers)
 
@@ -106,6 +157,8 @@ class InfluenceFunction:
         self, tests: Samples, indices: Sequence[int]
     ) -> Iterator[tuple[list[int], Solution, Tensor, Tensor | None]]:
         """For each group of test samples: indices, solution, scores [k, n] and their standard errors or None."""
+        self._require_single("groups")
+        self.system.tests = len(indices)
         for part in _split(indices, self.system.group_size):
             with self.system.guard():
                 solution = self._solve(self.gradients_of(tests, part))
@@ -114,6 +167,8 @@ class InfluenceFunction:
 
     def solutions(self, tests: Samples, indices: Sequence[int]) -> Iterator[tuple[list[int], Solution]]:
         """For each group of test samples: indices and solution."""
+        self._require_single("solutions")
+        self.system.tests = len(indices)
         for part in _split(indices, self.system.group_size):
             with self.system.guard():
                 solution = self._solve(self.gradients_of(tests, part))
@@ -138,15 +193,34 @@ class InfluenceFunction:
 
     # ---- inside
 
-    def _solve(self, v: Tensor) -> Solution:
+    def _prepare(self, tests: int) -> Solve:
+        self.system.tests = tests
         if self._solver is None:
             self._solver = make_solver(self.system)
-        solution = self._solver(v)
+        return self._solver
+
+    def _solve(self, v: Tensor) -> Solution:
+        solution = self._prepare(self.system.tests or len(v))(v)
+        self._describe(solution.report)
+        self._warn_if_inexact(solution)
+        return solution
+
+    def _describe(self, report: dict[str, Any]) -> None:
         self.report = {
             "solver": self.config.solver, "curvature": self.system.curvature.kind, "damping": self.system.damping,
-            **solution.report,
+            **self.system.report, **report,
         }  # fmt: skip
-        return solution
+
+    def _report_others(self) -> None:
+        if self.others:
+            self.report["other_models"] = [other.report for other in self.others]
+
+    def _require_single(self, what: str) -> None:
+        if self.others:
+            raise ValueError(
+                f"{what} is of one model, and there are {1 + len(self.others)}: s_test lies in the parameters of each; "
+                "use [member.s_test(tests) for member in influence.members], or scores, which are averaged"
+            )
 
     def _products(self, solution: Solution) -> tuple[Tensor, Tensor | None]:
         """Scores [K, n] of the solutions, and of each of their chains [r, K, n]."""
@@ -161,10 +235,17 @@ class InfluenceFunction:
         n = self.samples.n
         scores = torch.empty(len(vectors), n, dtype=self.objective.dtype)
         for batch in self.samples.ordered(self.system.scoring_batch, text="Scoring the training set"):
-            block = gradient_products(self.objective, batch, vectors, self.system.max_bytes) / n
+            block = self._gradient_products(batch, vectors) / n
             require_finite(block.T, batch.indices, self.samples.name, "gradient")
             scores[:, torch.as_tensor(batch.indices)] = block.detach().cpu()
         return scores
+
+    def _gradient_products(self, batch: Batch, vectors: Tensor) -> Tensor:
+        """g_i . s_k [K, B]; for many vectors by gradients, whose product with them is one of matrices."""
+        held = batch.size * self.objective.P * vectors.element_size()
+        if len(vectors) < MANY or not self.objective.paths.vmap or held > self.system.max_bytes / 2:
+            return gradient_products(self.objective, batch, vectors, self.system.max_bytes)
+        return vectors @ per_sample_gradients(self.objective, batch, self.system.max_bytes).T
 
     def _own(self, gradients: Tensor) -> Tensor:
         return ((self._solve(gradients).vectors * gradients).sum(1) / self.samples.n).cpu()
@@ -172,6 +253,7 @@ class InfluenceFunction:
     def _test_gradients(self, tests: Any) -> Iterator[Tensor]:
         if not hasattr(tests, "dataset"):
             batch = as_batch(tests).to(self.objective.device)
+            self.system.tests = batch.size
             for start in range(0, batch.size, self.system.group_size):
                 part = (
                     batch.rows(start, start + self.system.group_size) if batch.size > self.system.group_size else batch
@@ -179,6 +261,7 @@ class InfluenceFunction:
                 yield self._gradients(part, None)
             return
         samples = Samples(tests, device=self.objective.device, name="test_loader", progress=self.config.progress)
+        self.system.tests = samples.n
         for indices in _split(range(samples.n), self.system.group_size):
             yield self.gradients_of(samples, indices)
 
@@ -188,8 +271,11 @@ class InfluenceFunction:
         return rows
 
     def _warn_if_inexact(self, solution: Solution) -> None:
-        tolerance, worst = self.config.tolerance, float(solution.relative_residual.max())
-        if tolerance is None or worst <= tolerance or self._warned:
+        tolerance = self.config.tolerance
+        if tolerance is None or self._warned or not isinstance(solution.certificate, Residual):
+            return  # an approximation by choice has its residual measured when it is asked for
+        worst = float(solution.relative_residual.max())
+        if worst <= tolerance:
             return
         self._warned = True
         warnings.warn(

@@ -45,7 +45,7 @@ NORM_EVERY = 4
 RESTARTS = 12
 LONGEST, MOST_CHAINS = 20_000, 8
 """Bounds for recursion_depth="auto" and r="auto"."""
-EXACT_COST, CHECK_COST = 0.3, 0.01
+EXACT_COST, CHECK_COST = 0.6, 0.01
 """What a check may read, as a fraction of the training samples read so far: the whole set where that is so cheap that
 refinement pays, else a sample of it."""
 STABLE, SAMPLED_SCORES = 0.9, 512
@@ -202,9 +202,12 @@ def negative(system: System, spectrum: Spectrum) -> bool:
 
 
 def rayleigh(system: System, u: Tensor, batches: int = 16) -> float:
-    """u H u / u u over fresh training samples, u [P]."""
+    """u H u / u u over fresh training samples, or all where they are few, u [P]."""
     size = max(system.samples.batch_size, 32)
-    fresh = take(system.samples.random(size, seed=system.config.seed + 1), min(batches, -(-system.samples.n // size)))
+    few = system.samples.n <= batches * size
+    fresh = (
+        system.samples.ordered(size) if few else take(system.samples.random(size, seed=system.config.seed + 1), batches)
+    )
     u = u / u.norm()
     return float(system.curvature.over(fresh, u.unsqueeze(0))[0] @ u)
 
@@ -230,7 +233,8 @@ class _Recursion:
         self.v, self.rest, self.base = v, v, torch.zeros_like(v)
         self.h, self.good = v.clone(), v.clone()
         self.total, self.count = torch.zeros_like(v), 0
-        self.best = torch.full_like(v[:, 0], math.inf)
+        self.first = math.inf if self.config.tolerance is None else 1.0
+        self.kept, self.best = torch.zeros_like(v), torch.full_like(v[:, 0], self.first)
         self.stalls = torch.zeros_like(self.rows)
 
     def run(self) -> Tensor:
@@ -271,24 +275,24 @@ class _Recursion:
         if bool((norm <= bound).all()):
             return
         worst = int((norm / bound).nan_to_num(math.inf, math.inf).argmax())
-        along = self.require_positive(j, worst)
-        self.restarts += 1
-        if self.restarts > RESTARTS:
+        along = self.require_positive(j, self.h[worst])
+        if self.restarts >= RESTARTS:
             raise DivergenceError(
                 f"LiSSA diverged at step {j} (norm of s {float(norm[worst]) / self.step.scale:.3g}, {self.state()}): "
                 "set a larger config['scale'] or config['damping'], or a larger batch_size in the train_loader"
             )
         self.restart(max(2.0, 1.2 * along / self.step.scale))
 
-    def require_positive(self, j: int, row: int) -> float:
-        """The curvature along h of this row; an error where it is below -lambda, since no scale helps then."""
-        norm = self.h[row].norm()
-        along = rayleigh(self.system, self.h[row] if bool(norm.isfinite()) else self.system.random_vector(j))
+    def require_positive(self, j: int, u: Tensor) -> float:
+        """The curvature along u [P]; an error where it is below -lambda, since no scale helps then."""
+        norm = u.norm()
+        along = rayleigh(self.system, u if bool(norm.isfinite()) else self.system.random_vector(j))
         if along < -self.step.damping:
+            size = float(self.h.norm(dim=1).max()) / self.step.scale
             raise NegativeCurvatureError(
-                f"LiSSA diverged at step {j} (norm of s {float(norm) / self.step.scale:.3g}, {self.state()}), where "
-                f"the curvature is {along:.3g}, below -lambda: set config['curvature'] = 'ggn', or config['damping'] "
-                f"to at least {1.5 * abs(along):.3g}"
+                f"LiSSA diverged at step {j} (norm of s {size:.3g}, {self.state()}), where the curvature is "
+                f"{along:.3g}, below -lambda: set config['curvature'] = 'ggn', or config['damping'] to at least "
+                f"{1.5 * abs(along):.3g}"
             )
         return along
 
@@ -298,15 +302,17 @@ class _Recursion:
 
     def restart(self, factor: float) -> None:
         """From the last good state on with `factor` times the scale and the same lambda."""
+        self.restarts += 1
         scale = self.step.scale * factor
-        warnings.warn(
+        message = (
             f"LiSSA grew at scale {self.step.scale:.3g}; it goes on from its last good state with scale {scale:.3g}, "
-            f"lambda = {self.step.damping:g} is kept",
-            CurvatureWarning, stacklevel=2,
-        )  # fmt: skip
+            f"lambda = {self.step.damping:g} is kept"
+        )
+        if self.restarts == 1:
+            warnings.warn(message, CurvatureWarning, stacklevel=2)
+        logger.info(message)
         self.step = dataclasses.replace(self.step, scale=scale)
-        self.good.mul_(factor)
-        self.go_on_from(self.good)
+        self.go_on_from(self.good * factor)
 
     def go_on_from(self, h: Tensor) -> None:
         """Take h as the state, keep it as the last good one, and start the average of the iterates anew."""
@@ -321,26 +327,45 @@ class _Recursion:
             self.go_on_from(self.h)
 
     def check(self, j: int) -> None:
-        """Measure the residual of each row; rows that reached the tolerance, no longer gain, or ran all steps leave."""
+        """Measure the residual of each row; rows that reached the tolerance, no longer gain, or ran all steps leave.
+
+        A row whose residual rose falls back to its best solution, and the scale is raised.
+        """
         s, residual = self.estimate(j)
-        tolerance = -math.inf if self.config.tolerance is None else self.config.tolerance
-        reached = residual.relative + residual.stderr <= tolerance
-        if bool((grown := residual.relative > 2 * self.best).any()):
-            self.require_positive(j, int(grown.nonzero()[0]))
-        settled = (residual.stderr < 0.2 * residual.relative) & (j * self.step.damp > 2)
+        better, grown = self.compare(residual)
+        if bool(grown.any()):
+            worst = int((residual.relative / self.best).nan_to_num(math.inf).argmax())
+            self.require_positive(j, (self.h if residual.rows is None else residual.rows)[worst])
+        reached = residual.relative + residual.stderr <= (self.config.tolerance or -math.inf)
+        settled = (residual.stderr < 0.2 * residual.relative) & (j * self.step.damp > 2) & ~grown
         self.stalls = torch.where(residual.relative < 0.95 * self.best, 0, self.stalls + settled)
-        self.best = torch.minimum(self.best, residual.relative)
+        self.best = torch.where(better, residual.relative, self.best)
+        self.kept = torch.where(better[:, None], s, self.kept)
         stalled = (self.stalls >= 2) & self.auto
         for mask, why in ((stalled, "noise"), (reached, "tolerance")):
             for row in self.rows[mask].tolist():
                 self.stopped[row] = why
+        if residual.rows is not None:
+            self.base = torch.where(better[:, None], s, self.base)
+            self.rest = torch.where(better[:, None], residual.rows, self.rest)
+            self.h = self.good = self.rest
+        elif not bool(grown.any()):
+            self.good = self.h
         done = reached | stalled | (j >= self.limit)
-        self.leave(done, s, j)
-        if residual.rows is None:
-            self.go_on_from(self.h)
+        self.leave(done, j)
+        if bool(grown[~done].any()) and self.restarts < RESTARTS:
+            self.restart(2.0)
         else:
-            self.base, self.rest = s[~done], residual.rows[~done]
-            self.go_on_from(self.rest)
+            self.go_on_from(self.good)
+
+    def compare(self, residual: Residual) -> tuple[Tensor, Tensor]:
+        """Which rows are better than the best so far, and which have grown; 0 has the residual 1."""
+        if residual.rows is None or self.config.tolerance is None:
+            better = residual.relative <= self.best
+            return better, ~(residual.relative - 2 * residual.stderr <= (2 * self.best).clamp_max(self.first))
+        bar = self.rest.norm(dim=1) / self.v.norm(dim=1).clamp_min(torch.finfo(self.v.dtype).tiny)
+        better = residual.relative <= bar
+        return better, ~better
 
     def estimate(self, j: int) -> tuple[Tensor, Residual]:
         """The last iterate or the average of the later ones, whichever has the smaller residual, row by row."""
@@ -354,10 +379,11 @@ class _Recursion:
         better = torch.arange(k, device=self.v.device) + k * (of.relative[k:] < of.relative[:k])
         return both[better], of.at(better)
 
-    def leave(self, mask: Tensor, s: Tensor, j: int) -> None:
-        """Take the rows of `mask` out of the stack with solutions `s`."""
-        self.solved[self.rows[mask]] = s[mask]
+    def leave(self, mask: Tensor, j: int) -> None:
+        """Take the rows of `mask` out of the stack with the best solution of each, v / scale where none beat s = 0."""
+        best = torch.where((self.best < self.first)[:, None], self.kept, self.v / self.step.scale)
+        self.solved[self.rows[mask]] = best[mask]
         for row in self.rows[mask].tolist():
             self.steps[row] = j
-        for name in ("rows", "best", "stalls", "v", "rest", "base", "h"):
+        for name in ("rows", "best", "stalls", "v", "rest", "base", "kept", "h", "good"):
             setattr(self, name, getattr(self, name)[~mask])

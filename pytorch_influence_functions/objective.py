@@ -7,6 +7,7 @@ this object alone: nothing else in the package knows what a batch looks like.
 from __future__ import annotations
 
 import contextlib
+import copy
 import fnmatch
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -172,6 +173,13 @@ class Objective:
             return cast(Tensor, self.loss_func(output, self._pair(tree)[1])).reshape(())
 
         return vmap(one)(*rows, *batch.leaves)
+
+    def double(self) -> Objective:
+        """The same objective in double precision; batches must be so, too."""
+        twin = copy.copy(self)
+        twin.dtype, twin.dtypes, twin.theta = torch.float64, [torch.float64] * len(self.dtypes), self.theta.double()
+        twin._fixed = {name: t.double() if t.is_floating_point() else t for name, t in self._fixed.items()}
+        return twin
 
     # ---- flat and structured
 

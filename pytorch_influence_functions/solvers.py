@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .auto import auto
 from .cg import conjugate_gradient
 from .ekfac import build, ekfac
 from .exact import exact
 from .lissa import lissa
+from .lowrank import damping_by_low_rank
 from .system import Solve, System
 
 SOLVERS: dict[str, Callable[[System], Solve]] = {
@@ -19,6 +21,7 @@ SOLVERS: dict[str, Callable[[System], Solve]] = {
     "cg": conjugate_gradient,
     "exact": exact,
     "ekfac": ekfac,
+    "auto": auto,
 }
 DEFAULT_CURVATURE = {"lissa": "hessian"}
 """The curvature where the user names none; Gauss-Newton for a solver that is not listed."""
@@ -27,14 +30,19 @@ ADVICE = {
     "cg": "config['preconditioner'] = 'ekfac' or a larger config['damping'] lets it converge sooner",
     "exact": "a larger config['damping'] or a model in double precision lowers it",
     "ekfac": "it is an approximation; config['solver'] = 'cg' with its preconditioner solves the system itself",
+    "auto": "it is an approximation; config['solver'] = 'cg' with its preconditioner solves the system itself",
 }
 """What lowers a residual that is above the tolerance."""
+MOST_TOGETHER = {"auto": 512, "ekfac": 512, "exact": 512}
+"""Test samples in one group at most, for solvers whose cost hardly grows with them."""
 PRECONDITIONERS = {"ekfac": build}
+OWN_DAMPING = ("ekfac", "auto")
+"""These choose an automatic damping themselves, from what they build anyway."""
 ITERATIVE = ("lissa", "cg")
 
 
 def make_solver(system: System) -> Solve:
-    """The solver that the options name, with its preconditioner.
+    """The solver that the options name, with its preconditioner and its damping.
 
     Raises:
         ValueError: this solver takes no preconditioner, or cannot be used for this system.
@@ -48,4 +56,6 @@ def make_solver(system: System) -> Solve:
             )
         system.preconditioner = PRECONDITIONERS[config.preconditioner](system)
     system.advice = ADVICE[config.solver]
+    if config.automatic_damping and config.solver not in OWN_DAMPING:
+        damping_by_low_rank(system)
     return SOLVERS[config.solver](system)

@@ -109,7 +109,8 @@ Solve = Callable[[Tensor], Solution]
 class System:
     """What a solver needs: the objective, the training set, the curvature, lambda, the options and the memory.
 
-    `max_bytes` is for the working tensors of one product; as much again is for the stacks of vectors.
+    `max_bytes` is for the working tensors of one product; as much again is for the stacks of vectors. `report` holds
+    what the set-up of the solver chose, `tests` how many test samples there are in all, where that is known.
     """
 
     objective: Objective
@@ -119,6 +120,11 @@ class System:
     curvature: Curvature
     max_bytes: float
     preconditioner: Preconditioner | None = None
+    most_together: int | None = None
+    tests: int | None = None
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    self_products: Callable[[], Tensor] | None = None
+    """g_i . (H + lambda I)^-1 g_i of all training samples [n] on the CPU, where the solver has a cheaper way."""
     advice: str = ""
 
     @contextlib.contextmanager
@@ -145,11 +151,11 @@ class System:
 
     @property
     def group_size(self) -> int:
-        """How many test samples are solved together: what the memory holds, at most `MOST_TOGETHER`."""
+        """How many test samples are solved together: what the memory holds, at most `most_together`."""
         r = 8 if self.config.r == "auto" else int(self.config.r)
         item = self.objective.theta.element_size()
         row = (10 + r) * self.objective.P * item + (2 + r) * self.samples.n * item
-        return max(1, min(MOST_TOGETHER, int(self.max_bytes / row)))
+        return max(1, min(self.most_together or MOST_TOGETHER, int(self.max_bytes / row)))
 
     @property
     def activations(self) -> int:

@@ -13,7 +13,7 @@ N = 11
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding, self.gru, self.out = nn.Embedding(9, 4), nn.GRU(4, 5, batch_first=True), nn.Linear(5, 3)
+        self.embedding, self.gru, self.out = nn.Embedding(5, 3), nn.GRU(3, 3, batch_first=True), nn.Linear(3, 3)
 
     def forward(self, x):
         return self.out(self.gru(self.embedding(x))[0][:, -1])
@@ -110,7 +110,7 @@ def _labels(classes, *shape):
 CASES = {
     "mlp": lambda: (_mlp(), TensorDataset(torch.randn(N, 4), _labels(3)), {}),
     "cnn_batchnorm_dropout": lambda: (_norm_net(), TensorDataset(torch.randn(N, 1, 6, 6), _labels(4)), {}),
-    "embedding_gru": lambda: (Recurrent(), TensorDataset(torch.randint(0, 9, (N, 6)), _labels(3)), {}),
+    "embedding_gru": lambda: (Recurrent(), TensorDataset(torch.randint(0, 5, (N, 4)), _labels(3)), {}),
     "regression_sum": lambda: (
         _mlp(2), TensorDataset(torch.randn(N, 4), torch.randn(N, 2)), {"loss_func": nn.MSELoss(reduction="sum")}),
     "regression_huber": lambda: (

@@ -160,6 +160,27 @@ def test_the_steps_of_the_old_package(digits, tmp_path, monkeypatch):
     assert harmful[0] == known[1][0]
 
 
+def test_what_was_written_is_found_without_being_named(digits, tmp_path, monkeypatch):
+    model, train, test = digits
+    monkeypatch.chdir(tmp_path)
+    drivers.calc_grad_z(model, train, "grad_z", progress=False)
+    drivers.calc_s_test(model, test, train, "s_test", recursion_depth=5, progress=False, tolerance=None)
+    truth = drivers.calc_influence_function(120, drivers.load_grad_z(), drivers.load_s_test()[0])
+    assert drivers.calc_influence_function(120) == truth
+    with pytest.raises(ValueError, match=r"expected 121 grad_z .*, found 120"):
+        drivers.calc_influence_function(121)
+
+
+def test_files_are_plain_json(digits, tmp_path):
+    ptif.calc_all_grad_then_test({**QUIET, "outdir": tmp_path, "test_sample_num": 1, "r": 2}, *digits)
+    files = sorted(tmp_path.rglob("*.json"), key=lambda file: file.name)
+    assert [file.name for file in files] == [
+        "grad_z.json", "influence_results_0_1.json", "influences_results_meta_0-1.json", "s_test.json"]  # fmt: skip
+    for file in files:  # NaN and Infinity are no JSON, though Python would read them
+        json.loads(file.read_text(), parse_constant=pytest.fail)
+    assert not [f for f in tmp_path.rglob("*") if f.name.startswith(".") or f.name.endswith(".partial")]
+
+
 def test_influence_function_for_a_notebook(digits):
     model, train, test = digits
     influence = ptif.InfluenceFunction(model, train, {"solver": "exact", "progress": False})
@@ -292,6 +313,10 @@ def test_save_json(tmp_path):
     for bad in (float("nan"), float("inf")):
         with pytest.raises(ValueError, match="JSON"):
             ptif.save_json([bad], path, overwrite_if_exists=True)
+    with pytest.raises(TypeError, match="cannot write a object as JSON"):
+        ptif.save_json({"fine": [1] * 1000, "bad": object()}, path, overwrite_if_exists=True)
+    with pytest.raises(TypeError, match="cannot append a str to the dict"):
+        ptif.save_json("text", path.with_name("a_1.json"), append_if_exists=True)
     assert read(path) == [1, 2]
     assert {p.name for p in path.parent.iterdir()} == {"a.json", "a_1.json"}
 

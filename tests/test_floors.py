@@ -10,7 +10,7 @@ PACKAGE = pathlib.Path(__file__).parent.parent / "pytorch_influence_functions"
 FLOORS = {
     "utils": 0, "config": 0, "data": 0, "objective": 0, "results": 0,
     "gradients": 1, "curvature": 1, "probe": 1, "system": 1, "lissa": 1, "influence_function": 1,
-    "cg": 2, "exact": 2, "ekfac": 2, "rows": 2, "damping": 2, "auto": 2, "solvers": 2, "store": 2,
+    "cg": 2, "exact": 2, "ekfac": 2, "lowrank": 2, "damping": 2, "auto": 2, "solvers": 2, "store": 2,
     "influence": 3, "tuning": 3, "evaluation": 3, "plotting": 3,
     "calc_influence_function": 4,
     "__init__": 5,

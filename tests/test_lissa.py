@@ -1,12 +1,14 @@
 """The stochastic recursion against the dense solve."""
 
-import gc
-import logging
+import functools
+import os
+import tempfile
 
 import pytest
 import torch
 from cases import make, slow_gradients, slow_hessian
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -31,7 +33,7 @@ def test_whole_training_set_as_one_batch_converges_to_the_dense_solve(name):
     v = slow_gradients(model, loader, [0, 3], options)
     damping = 3.0
     influence = ptif.InfluenceFunction(
-        model, loader, damp=damping / 25, scale=25, recursion_depth=600, tolerance=None, **QUIET, **options
+        model, loader, damp=damping / 25, scale=25, recursion_depth=400, tolerance=None, **QUIET, **options
     )
     found = influence.s_test(loader.collate_fn([loader.dataset[0], loader.dataset[3]]))
     assert_close(found, dense(model, loader, options, v, damping), rtol=1e-6, atol=1e-12)
@@ -40,13 +42,13 @@ def test_whole_training_set_as_one_batch_converges_to_the_dense_solve(name):
 def test_pinned_s_test_is_the_same():
     model, loader, options = make("mlp", batch_size=11)
     x, t = loader.collate_fn([loader.dataset[2]])
-    found = ptif.s_test(x, t, model, loader, damp=0.1, scale=10.0, recursion_depth=400)
+    found = ptif.s_test(x, t, model, loader, damp=0.1, scale=10.0, recursion_depth=220)
     v = slow_gradients(model, loader, [2], options)
     truth = dense(model, loader, options, v, 1.0)
     assert [f.shape for f in found] == [p.shape for p in model.parameters()]
     assert_close(torch.cat([f.reshape(-1) for f in found]), truth[0], rtol=1e-6, atol=1e-12)
     single = ptif.calc_s_test_single(
-        model, x, t, loader, damp=0.1, scale=10.0, recursion_depth=400, tolerance=None, **QUIET
+        model, x, t, loader, damp=0.1, scale=10.0, recursion_depth=220, tolerance=None, **QUIET
     )
     assert_close(single, found, rtol=1e-6, atol=1e-12)
 
@@ -87,17 +89,17 @@ def mean_error(depth, r, seeds=8):
 
 
 def test_error_falls_with_depth():
-    errors = [mean_error(depth, 1) for depth in (10, 50, 400)]
-    assert errors[1] < 0.6 * errors[0]
-    assert errors[2] < 0.6 * errors[1]
+    errors = [mean_error(depth, 1) for depth in (10, 100, 500)]
+    assert errors[1] < 0.75 * errors[0]  # 0.51 by statistics over more seeds, with a standard error of 0.06
+    assert errors[2] < 0.7 * errors[1]  # 0.45: the root of 5
 
 
 def test_error_falls_with_the_root_of_r():
-    once, often = mean_error(200, 1), mean_error(200, 9)
-    assert 2 < once / often < 4.5  # 3 by statistics
+    once, often = mean_error(134, 1), mean_error(134, 4)
+    assert 1.5 < once / often < 2.7  # 2 by statistics
 
 
-@pytest.mark.parametrize("scale", [0.05, 1.0, 400.0])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 100.0])
 def test_lambda_stays_whatever_the_scale(scale, recwarn):
     model, loader = linear_problem()
     batch = tuple(t[:2] for t in loader.dataset.tensors)
@@ -165,29 +167,29 @@ def test_restarts_are_bounded():
             solve(torch.randn(1, 12))
 
 
-def test_memory_does_not_grow_with_depth():
+def peak_bytes(call):
+    """The most that tensors hold at once during a call, from the profiler's record of every allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        call()
+    events = [e for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = torch.tensor([e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())])
+    assert len(sizes) > 0
+    return int(sizes.cumsum(0).max())
+
+
+@pytest.mark.parametrize("curvature", ["hessian", "ggn"])
+def test_memory_does_not_grow_with_depth(curvature):
     model, loader, _ = make("mlp")
     batch = loader.collate_fn([loader.dataset[0]])
 
-    def alive(depth):
-        seen = []
+    def peak(depth):
+        influence = ptif.InfluenceFunction(
+            model, loader, recursion_depth=depth, tolerance=None, damping=2.0, curvature=curvature, **QUIET
+        )
+        influence.s_test(batch)  # the scale is measured once
+        return peak_bytes(lambda: influence.s_test(batch))
 
-        class Counting(logging.Handler):
-            def emit(self, record):
-                pass
-
-        influence = ptif.InfluenceFunction(model, loader, recursion_depth=depth, tolerance=None, **QUIET)
-        product = influence.system.curvature._product
-
-        def counted(*arguments):
-            seen.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
-            return product(*arguments)
-
-        influence.system.curvature._product = counted
-        influence.s_test(batch)
-        return seen[-1]
-
-    assert alive(400) <= alive(40) + 3
+    assert peak(160) <= 1.05 * peak(20)
 
 
 class Counted(torch.utils.data.Dataset):
@@ -219,13 +221,23 @@ def test_one_iterator_for_the_whole_recursion(monkeypatch):
     assert first < 16  # with what is measured once, before the first step
 
 
-def test_workers_start_once_and_read_the_same():
+def note_start(folder, worker):
+    os.close(tempfile.mkstemp(dir=folder)[0])
+
+
+def test_workers_start_once_and_read_the_same(tmp_path):
     model = nn.Linear(4, 3)
     batch = (torch.randn(1, 4), torch.tensor([1]))
     options = {"recursion_depth": 30, "tolerance": None, "progress": False}
     alone = ptif.InfluenceFunction(model, DataLoader(Counted(), batch_size=3), **options).s_test(batch)
-    helped = ptif.InfluenceFunction(model, DataLoader(Counted(), batch_size=3, num_workers=2), **options).s_test(batch)
-    assert_close(alone, helped, rtol=0, atol=0)
+    started = functools.partial(note_start, tmp_path)
+    loader = DataLoader(Counted(), batch_size=3, num_workers=2, worker_init_fn=started)
+    helped = ptif.InfluenceFunction(model, loader, **options)
+    assert_close(alone, helped.s_test(batch), rtol=0, atol=0)
+    before = len(list(tmp_path.iterdir()))
+    helped.s_test(batch)
+    # two for the recursion, and two for each of the residuals: at its end, and of the mean over chains
+    assert len(list(tmp_path.iterdir())) - before <= 3 * 2
 
 
 def test_shuffling_changes_nothing():

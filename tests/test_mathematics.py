@@ -1,5 +1,7 @@
 """Gradients, products and scores by every path, against dense truth in double precision."""
 
+import functools
+
 import pytest
 import torch
 from cases import CASES, N, make, slow_gradients, slow_hessian
@@ -64,15 +66,21 @@ def test_scores_by_every_path(name, way, count):
     assert_close(found, vectors @ slow_gradients(model, loader, SOME, options).T, **EXACT)
 
 
+@functools.lru_cache
+def dense_hessian(name):
+    model, loader, options = make(name)
+    return slow_hessian(model, loader, SOME, options)
+
+
 @pytest.mark.parametrize("stack", [1, 5])
 @pytest.mark.parametrize("name", CASES)
 def test_hessian_products(name, stack):
-    model, loader, options, objective, samples = ready(name)
+    _, _, _, objective, samples = ready(name)
     vectors = torch.randn(stack, objective.P)
     with objective.active():
         probe(objective, samples)
         found = PRODUCTS["hessian"](objective, samples.take(SOME), vectors)
-    assert_close(found, vectors @ slow_hessian(model, loader, SOME, options), **EXACT)
+    assert_close(found, vectors @ dense_hessian(name), **EXACT)
 
 
 def dense_gauss_newton(model, loader, indices, options):
@@ -149,7 +157,7 @@ def test_grad_z_and_hvp(name):
         loss = ptif.calc_loss(model(x), t)
         product = ptif.hvp(loss, parameters, objective.unflatten(v))
     assert not any(p.requires_grad for p in product)
-    assert_close(objective.flatten(product), slow_hessian(model, loader, SOME, options) @ v, **EXACT)
+    assert_close(objective.flatten(product), dense_hessian(name) @ v, **EXACT)
 
 
 def test_calc_loss_is_mean_cross_entropy():

@@ -1,0 +1,194 @@
+r"""EKFAC that holds the largest rows of the Gauss-Newton matrix exactly.
+
+G = (1/n) \sum_{ik} g_{ik} g_{ik}^T, g_{ik} = J_i^T e_{ik}, over the eigenvectors e_{ik} of the loss's Hessian in the
+outputs. J [m, P] is made of the m largest g_{ik} / \sqrt{n}, diag(d) is EKFAC of all other rows, both in EKFAC's
+eigenbasis. With D = d + \lambda, (diag(D) + J^T J)^{-1} = D^{-1} - D^{-1} J^T (I + J D^{-1} J^T)^{-1} J D^{-1}
+(Woodbury): exact where J holds all rows, EKFAC where it holds none.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from .cg import iterate
+from .curvature import Curvature
+from .damping import HALVES, choose_damping
+from .ekfac import Ekfac, Passes, Seen, directions, eigenbasis_rows, fit
+from .gradients import activation_bytes, reuse
+from .system import NegativeCurvatureError, System
+
+DIRECTIONS = 9
+"""Eigenvectors of the loss's Hessian in a sample's outputs that may become rows; the rest is drawn."""
+
+
+ROWS_FOR_DAMPING = 200
+"""Rows that are exact in what preconditions the choice of the damping; twice as many where no product follows."""
+SHARE = 0.99
+"""The products with G run over the training samples that hold this share of its trace."""
+WORK = 6e10
+"""Floating-point operations for all products with G of an automatic choice: some seconds on one core."""
+
+
+class LowRank:
+    """EKFAC's eigenbasis, the diagonal d in it, the largest rows J, and where the trace of G lies.
+
+    Attributes:
+        factors: EKFAC of the rows that are not in `J`; its eigenvalues are d.
+        J: the largest rows in the eigenbasis, the largest first [m, P].
+        weights: the share of each training sample in the trace of G [n].
+    """
+
+    def __init__(self, factors: Ekfac, J: Tensor, weights: Tensor) -> None:
+        self.factors, self.J, self.weights = factors, J, weights
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """tr(G) / P."""
+        return self.factors.mean_eigenvalue + float(self.J.square().sum()) / self.J.shape[1]
+
+    def heaviest(self, share: float) -> list[int]:
+        """The fewest training samples that hold this share of the trace of G, in order."""
+        order = self.weights.argsort(descending=True, stable=True)
+        count = int((self.weights[order].cumsum(0) < share * self.weights.sum()).sum()) + 1
+        indices: list[int] = order[:count].sort().values.tolist()
+        return indices
+
+    def inverse(self, damping: float, rows: int | None = None) -> Woodbury:
+        """(G + damping I)^-1 with the `rows` largest rows exact (None: all), the others on the diagonal."""
+        J = self.J[:rows]
+        d = self.factors.eigenvalues + self.J[len(J) :].square().sum(0)
+        return Woodbury(self.factors, d + damping, J)
+
+
+@dataclasses.dataclass
+class Woodbury:
+    """(diag(D) + J^T J)^{-1} in the eigenbasis of `factors`, as a map of stacks [K, P]."""
+
+    factors: Ekfac
+    D: Tensor
+    J: Tensor
+
+    def __post_init__(self) -> None:
+        B = self.J / self.D.sqrt()
+        gram = (B @ B.T).double()
+        gram.diagonal().add_(1)
+        self.L = torch.linalg.cholesky(gram).to(B)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """The inverse of each row of v [K, P] -> [K, P]."""
+        scaled = self.factors.to_eigenbasis(v) / self.D
+        inside: Tensor = torch.cholesky_solve(self.J @ scaled.T, self.L)
+        return self.factors.from_eigenbasis(scaled - (inside.T @ self.J) / self.D)
+
+    def quadratic(self, v: Tensor) -> Tensor:
+        """v_k . (its inverse) of each row of v [K, P] -> [K]."""
+        v = self.factors.to_eigenbasis(v)
+        scaled = v / self.D
+        inside: Tensor = torch.linalg.solve_triangular(self.L, self.J @ scaled.T, upper=False)
+        return (v * scaled).sum(1) - inside.square().sum(0)
+
+
+def low_rank(system: System, rows: int) -> LowRank:
+    """Find the largest `rows` rows of G, and fit EKFAC to the others."""
+    passes = Passes(system, DIRECTIONS)
+    norms = torch.cat([_norms(seen) for seen in passes], 1)  # samples come in order
+    weights, candidates = norms.sum(0), norms[: _exact(passes)]
+    taken = torch.zeros_like(norms, dtype=torch.bool)
+    if candidates.numel() and rows:
+        taken.view(-1)[candidates.flatten().topk(min(rows, candidates.numel())).indices] = True
+    factors = fit(passes, ~taken)
+    J = torch.cat([*_rows(passes, factors, taken), system.objective.theta.new_zeros(0, system.objective.P)])
+    J /= system.samples.n**0.5
+    J = J[J.square().sum(1).argsort(descending=True)]
+    outside = factors.outside
+    factors.eigenvalues[outside] = (factors.eigenvalues[outside] - J[:, outside].square().sum(0)).clamp_min(0)
+    if bool(taken.all()):
+        factors.eigenvalues.zero_()  # no row is left, only rounding, and noise outside the layers
+    return LowRank(factors, J, weights)
+
+
+def _exact(passes: Passes) -> int:
+    """How many of the draws are eigenvectors, which come first."""
+    seen = next(iter(passes))
+    count = sum(part[0, 0].numel() for part in seen.cotangents)
+    return directions(count, DIRECTIONS)
+
+
+def _norms(seen: Seen) -> Tensor:
+    r"""\|g_ik\|^2 in the layers; without any \|e_ik\|^2 in its place -> [D, B]."""
+    if not seen.inputs:
+        return torch.stack([e.flatten(2).square().sum(2) for e in seen.cotangents]).sum(0)
+    layers = [
+        torch.stack([_outer_norms(x, draw) for draw in g]) for x, g in zip(seen.inputs, seen.gradients, strict=True)
+    ]
+    return torch.stack(layers).sum(0)
+
+
+def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
+    r"""\|\sum_t g_t a_t^T\|^2 of each sample and all groups; a [B, T, groups, in], g [B, T, groups, out] -> [B]."""
+    a, g = a.transpose(1, 2), g.transpose(1, 2)
+    if a.shape[2] == 1:
+        return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
+    if a.shape[2] ** 2 < a.shape[3] * g.shape[3]:
+        return ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3))
+    return (g.mT @ a).square().sum((1, 2, 3))
+
+
+def _rows(passes: Passes, factors: Ekfac, taken: Tensor) -> Iterator[Tensor]:
+    """The rows that are taken, in the eigenbasis [., P]."""
+    objective = passes.system.objective
+    for seen in passes:
+        draws, places = taken[:, torch.as_tensor(seen.batch.indices, device=taken.device)].nonzero(as_tuple=True)
+        row = 8 * (objective.P * objective.theta.element_size() + activation_bytes(objective, seen.batch))
+        size = max(1, int(passes.system.max_bytes / row))
+        for k, i in zip(draws.split(size), places.split(size), strict=True) if len(draws) else ():
+            yield eigenbasis_rows(objective, factors, seen, k, i)
+
+
+# ---- products with G, and the damping
+
+
+class Shift:
+    r"""(G + \lambda I)^{-1} g: by the low-rank form, and two steps of conjugate gradients where they are cheap."""
+
+    def __init__(self, system: System, basis: LowRank) -> None:
+        self.basis = basis
+        self.product = heavy_product(system, basis)
+        self.steps = 2 if 5 * 2 * HALVES * product_work(system) <= WORK else 0
+
+    def __call__(self, g: Tensor, damping: float) -> Tensor:
+        """[K, P] -> [K, P]."""
+        M = self.basis.inverse(damping, ROWS_FOR_DAMPING if self.steps else 2 * ROWS_FOR_DAMPING)
+        if self.steps:
+            try:
+                return iterate(lambda p: self.product(p) + damping * p, g, M, tolerance=0.0, limit=self.steps)[0]
+            except NegativeCurvatureError:  # a loss that is not convex in the model's output
+                self.steps = 0
+        return M(g)
+
+
+def heavy_product(system: System, basis: LowRank) -> Callable[[Tensor], Tensor]:
+    """V -> G V over the training samples that hold nearly all of its trace."""
+    indices = basis.heaviest(SHARE)
+    G = system.curvature if system.curvature.kind == "ggn" else Curvature(system.objective, "ggn", system.max_bytes)
+
+    def product(v: Tensor) -> Tensor:
+        return G.over(system.samples.ordered(system.batch, indices), v) * (len(indices) / system.samples.n)
+
+    return product
+
+
+def product_work(system: System) -> float:
+    """Floating-point operations of one product G v over the training set, about; a CUDA device does 50 at a time."""
+    uses = max(1.0, reuse(system.objective, system.samples.take([0])))
+    return 6 * uses * system.objective.P * system.samples.n / (50 if system.objective.device.type == "cuda" else 1)
+
+
+def damping_by_low_rank(system: System, basis: LowRank | None = None) -> None:
+    """Choose the system's damping; `basis` is the low-rank form of its G where it is already there."""
+    basis = low_rank(system, ROWS_FOR_DAMPING) if basis is None else basis
+    choose_damping(system, Shift(system, basis), basis.mean_eigenvalue)

@@ -1,0 +1,305 @@
+"""`solver="auto"`, `damping="auto"`, several models: against dense truth, and on models of all kinds."""
+
+import math
+
+import pytest
+import torch
+from cases import CASES, make, slow_gradients
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions import auto, damping
+from pytorch_influence_functions.ekfac import build
+from pytorch_influence_functions.exact import dense_curvature
+from pytorch_influence_functions.lowrank import low_rank
+from pytorch_influence_functions.system import System
+
+pytestmark = pytest.mark.usefixtures("double")
+QUIET = {"progress": False}
+GGN = [name for name in CASES if name != "time_first"]  # whose outputs are not one row per sample
+
+
+def network(n=60, classes=4, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, classes))
+    x = torch.randn(n, 6)
+    y = (x @ torch.randn(6, classes)).argmax(1)
+    optimizer = torch.optim.Adam(model.parameters(), 0.05)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model, DataLoader(TensorDataset(x, y), batch_size=16)
+
+
+def influence_of(name_or_pair, **options):
+    if isinstance(name_or_pair, str):
+        model, loader, extra = make(name_or_pair)
+    else:
+        (model, loader), extra = name_or_pair, {}
+    return ptif.InfluenceFunction(model, loader, **{**QUIET, **extra, **options}), loader
+
+
+@pytest.fixture
+def low_rank_only(monkeypatch):
+    """No exact solve, however small the problem."""
+    monkeypatch.setattr(auto, "EXACT_WORK", 0)
+
+
+# ---- the low-rank form
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_dropout", "dataclass_batch", "frozen", "refuses_vmap"])
+def test_all_rows_are_the_dense_solve(name):
+    system = influence_of(name, damping=0.05, solver="exact")[0].system
+    v = torch.randn(3, system.objective.P)
+    with system.guard():
+        G = dense_curvature(system)
+        inverse = low_rank(system, 10**6).inverse(0.05)
+        found, form = inverse(v), inverse.quadratic(v)
+    expected = torch.linalg.solve(G + 0.05 * torch.eye(len(G)), v.T).T
+    assert_close(found, expected)
+    assert_close(form, (expected * v).sum(1))
+
+
+def test_no_rows_are_ekfac():
+    system = influence_of(network(), damping=0.05, solver="ekfac")[0].system
+    v = torch.randn(3, system.objective.P)
+    with system.guard():
+        basis, factors = low_rank(system, 0), build(system)
+    assert_close(basis.inverse(0.05)(v), factors.inverse(v, 0.05))
+    assert basis.mean_eigenvalue == pytest.approx(factors.mean_eigenvalue)
+
+
+@pytest.mark.parametrize("rows", [1, 20, 70])
+def test_the_largest_rows_are_taken_and_the_diagonal_stays_true(rows):
+    system = influence_of(network(), damping=0.05, solver="ekfac")[0].system
+    with system.guard():
+        basis, everything = low_rank(system, rows), low_rank(system, 10**6)
+        Q = basis.factors.to_eigenbasis(torch.eye(system.objective.P))
+        diagonal = (Q.T @ dense_curvature(system) @ Q).diagonal()
+    norms = basis.J.square().sum(1)
+    assert_close(norms, everything.J.square().sum(1)[:rows])
+    assert_close(basis.factors.eigenvalues + basis.J.square().sum(0), diagonal)
+    assert_close(basis.inverse(0.1, rows=0).D, diagonal + 0.1)
+    assert basis.mean_eigenvalue == pytest.approx(float(diagonal.mean()))
+    assert_close(basis.weights.sum() / system.samples.n, diagonal.sum())
+
+
+def test_heaviest_samples():
+    system = influence_of(network(), damping=0.05, solver="ekfac")[0].system
+    with system.guard():
+        basis = low_rank(system, 5)
+    some = basis.heaviest(0.9)
+    assert some == sorted(some)
+    assert len(some) < system.samples.n
+    assert basis.weights[some].sum() >= 0.9 * basis.weights.sum()
+    assert basis.heaviest(1.0) == list(range(system.samples.n))
+
+
+# ---- the damping rule
+
+
+def test_prediction_error():
+    actual = torch.randn(16, 5)
+    assert damping.prediction_error(actual, actual) == 0
+    assert damping.prediction_error(actual, 1.1 * actual) == pytest.approx(0.1)
+    assert damping.prediction_error(actual * math.nan, actual) == math.inf
+    assert damping.prediction_error(torch.zeros(16, 5), torch.zeros(16, 5)) == 0
+
+
+@pytest.mark.parametrize("power", [0.2, 0.5, 1, 2])
+@pytest.mark.parametrize("truth", [0.003, 1, 50])
+def test_search_finds_the_damping(power, truth):
+    found, curve = damping.search(lambda value: 0.23 * (truth / value) ** power, 1.0, 0.23)
+    assert found == pytest.approx(truth, rel=0.25)
+    assert len(curve) <= damping.MOST
+    assert found in dict(curve)
+
+
+@pytest.mark.parametrize(("error", "end"), [(0.0, 0), (math.inf, 1)])
+def test_search_out_of_reach(error, end):
+    found, curve = damping.search(lambda _: error, 2.0)
+    assert len(curve) <= damping.MOST
+    assert found == (min if end == 0 else max)(dict(curve))
+    assert 1 / 100 >= found / 2 >= damping.BOUNDS[0] if end == 0 else 100 <= found / 2 <= damping.BOUNDS[1]
+
+
+def test_rule_on_a_quadratic_problem():
+    torch.manual_seed(0)
+    x, model = torch.randn(40, 3), nn.Linear(3, 1)
+    loader = DataLoader(TensorDataset(x, torch.randn(40, 1)), batch_size=8)
+    system = ptif.InfluenceFunction(model, loader, solver="exact", loss_func=nn.MSELoss(), **QUIET).system
+    with system.guard():
+        rule = damping._Rule(system)
+        gradients, shifts = rule.gradients(), torch.randn(16, 4)
+        found = rule.error(shifts)
+    rows = slow_gradients(model, loader, range(40), {"loss_func": nn.MSELoss()})
+    assert_close(gradients, rule.halves.to(rows) @ rows / 40)
+    predicted = shifts @ rows.T
+    second = (shifts @ torch.cat([x, torch.ones(40, 1)], 1).T).square()
+    error = second.square().sum(0) / (predicted + second).square().sum(0)
+    assert found == pytest.approx(float(error.sqrt().median()))
+
+
+def test_rule_without_curvature():
+    model, loader = network()
+    with pytest.raises(ValueError, match="no damping can be chosen"):
+        ptif.InfluenceFunction(
+            model, loader, damping="auto", solver="ekfac", loss_func=lambda y, t: y.mean(), **QUIET
+        ).scores(loader)
+
+
+@pytest.mark.parametrize("solver", ["lissa", "cg", "exact", "ekfac", "auto"])
+def test_automatic_damping_with_every_solver(solver):
+    lissa = {"scale": "auto", "recursion_depth": 5, "tolerance": None} if solver == "lissa" else {}
+    pair = network()
+    influence, loader = influence_of(pair, solver=solver, damping="auto", **lissa)
+    scores = influence.scores(loader)
+    chosen = influence.report["damping_chosen"]
+    assert scores.isfinite().all()
+    assert influence.report["damping"] == chosen["damping"] == influence.system.damping > 0
+    assert [chosen["damping"], chosen["error"]] in chosen["curve"]
+    assert chosen["error"] <= 1.1 * chosen["target"]
+    again = influence_of(pair, solver=solver, damping="auto", **lissa)[0]
+    assert_close(again.scores(loader), scores, rtol=0, atol=0)
+    if solver != "lissa":
+        named = influence_of(pair, solver=solver, damping=chosen["damping"])[0]
+        assert_close(named.scores(loader), scores)
+
+
+def test_the_chosen_point_is_what_it_says():
+    torch.manual_seed(1)
+    x = torch.randn(200, 5)
+    y = (x @ torch.randn(5) + torch.randn(200) > 0).long()
+    model = nn.Linear(5, 2)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x), y) + 1e-3 * sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    influence, _ = influence_of((model, DataLoader(TensorDataset(x, y), batch_size=32)), solver="exact", damping="auto")
+    influence.scores([x[:1], y[:1]])
+    system, chosen = influence.system, influence.report["damping_chosen"]
+    with system.guard():
+        rule = damping._Rule(system)
+        G = dense_curvature(system) + chosen["damping"] * torch.eye(system.objective.P)
+        error = rule.error(torch.linalg.solve(G, rule.gradients().T).T)
+    assert error == pytest.approx(chosen["error"], rel=0.02)
+
+
+# ---- what auto takes
+
+
+def test_tiny_problems_are_exact():
+    pair = network()
+    influence, loader = influence_of(pair, solver="auto", damping=0.1)
+    exact, _ = influence_of(pair, solver="exact", damping=0.1)
+    assert_close(influence.scores(loader), exact.scores(loader))
+    assert influence.report["chosen"] == "exact"
+    assert "costs little" in influence.report["why"]
+
+
+def test_few_rows_and_a_step(low_rank_only, monkeypatch, caplog):
+    monkeypatch.setattr(auto, "ROWS", 60)
+    monkeypatch.setattr(auto, "ROWS_WITH_STEP", 40)
+    pair = network()
+    caplog.set_level("INFO")
+    influence, loader = influence_of(pair, solver="auto", damping=0.02)
+    exact, _ = influence_of(pair, solver="exact", damping=0.02)
+    truth = exact.scores(loader)
+    stepped = influence.scores(loader)
+    assert "takes low rank plus EKFAC: a dense matrix of size" in caplog.text
+    assert influence.report["rows"] == 40
+    assert influence.report["step"] > 0.5
+    with influence.system.guard():
+        G, v = dense_curvature(influence.system), influence.gradients_of(influence.samples, range(60))
+        s = influence.s_test(loader)
+    rest = (v - s @ G - 0.02 * s).norm(dim=1) / v.norm(dim=1)
+    assert_close(influence.relative_residual, rest)
+    monkeypatch.setattr(auto, "STEPPED", 59)
+    plain = influence.scores(loader)
+    assert influence.report["rows"] == 60
+    assert influence.report["step"] == 0
+    errors = [(found - truth).norm() / truth.norm() for found in (stepped, plain)]
+    assert errors[0] < 0.05
+    assert errors[1] < 0.2
+
+
+def test_nothing_fits(low_rank_only, monkeypatch):
+    monkeypatch.setattr(auto, "FEWEST_ROWS", 10**6)
+    influence, loader = influence_of(network(), solver="auto")
+    assert influence.scores(loader).isfinite().all()
+    assert influence.report["chosen"] == "ekfac"
+    assert "max_memory" in influence.report["why"]
+    assert influence.report["damping"] == pytest.approx(0.1 * influence.report["mean_eigenvalue"])
+
+
+def test_little_memory(low_rank_only):
+    influence, loader = influence_of(network(), solver="auto", max_memory=0.5)
+    assert influence.scores(loader).isfinite().all()
+    assert influence.report["rows"] < 100
+
+
+@pytest.mark.parametrize("forced", [False, True])
+@pytest.mark.parametrize("name", GGN)
+def test_every_model(name, forced, monkeypatch):
+    if forced:
+        monkeypatch.setattr(auto, "EXACT_WORK", 0)
+    influence, loader = influence_of(name, solver="auto")
+    scores, own = influence.scores(loader), influence.self_influence()
+    assert scores.isfinite().all()
+    assert own.isfinite().all()
+    assert (own >= 0).all()
+    assert influence.report["chosen"] == ("low rank plus EKFAC" if forced else "exact")
+
+
+def test_hessian_is_refused():
+    with pytest.raises(ValueError, match="EKFAC approximates"):
+        influence_of(network(), solver="auto", curvature="hessian")[0].self_influence()
+
+
+# ---- self-influence
+
+
+@pytest.mark.parametrize("solver", ["ekfac", "auto"])
+@pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_dropout", "per_pixel", "dataclass_batch", "refuses_vmap"])
+def test_self_influence_is_the_diagonal_without_a_certificate(name, solver, low_rank_only, monkeypatch):
+    monkeypatch.setattr(auto, "STEPPED", 0)
+    influence, loader = influence_of(name, solver=solver, damping=0.1)
+    monkeypatch.setattr(System, "certificate", None)
+    assert_close(influence.self_influence(), influence.scores(loader).diagonal())
+
+
+# ---- several models
+
+
+@pytest.mark.parametrize("solver", ["auto", "ekfac", "cg"])
+def test_the_same_model_twice_is_one(solver):
+    model, loader = network()
+    one, two = (ptif.InfluenceFunction(m, loader, solver=solver, damping=0.1, **QUIET) for m in (model, [model, model]))
+    assert_close(two.scores(loader), one.scores(loader))
+    assert_close(two.self_influence(), one.self_influence())
+    assert_close(two.relative_residual, one.relative_residual)
+    assert len(two.report["other_models"]) == 1
+
+
+def test_models_are_averaged():
+    loader = network()[1]
+    models = [network(seed=seed)[0] for seed in (0, 1, 2)]
+    each = [ptif.InfluenceFunction(m, loader, solver="exact", damping=0.1, **QUIET) for m in models]
+    several = ptif.InfluenceFunction(models, loader, solver="exact", damping=0.1, **QUIET)
+    assert_close(several.scores(loader), torch.stack([one.scores(loader) for one in each]).mean(0))
+    assert_close(several.self_influence(), torch.stack([one.self_influence() for one in each]).mean(0))
+    with pytest.raises(ValueError, match="of one model, and there are 3"):
+        several.s_test(loader)
+    for member, one in zip(several.members, each, strict=True):
+        assert_close(member.s_test(loader), one.s_test(loader))
+    with pytest.raises(ValueError, match="empty"):
+        ptif.InfluenceFunction([], loader)
