@@ -29,7 +29,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from .utils import progress_bar
+from .utils import progress_bar, random_state
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
-        return self._replace(leaves=[t.to(device, non_blocking=t.is_pinned()) for t in self.leaves])
+        with torch.inference_mode(False):
+            leaves = [t.clone() if t.is_inference() else t for t in self.leaves]
+            return self._replace(leaves=[t.to(device, non_blocking=t.is_pinned()) for t in leaves])
 
 
 def as_batch(tree: Any, indices: Sequence[int] | None = None) -> Batch:
@@ -168,10 +170,11 @@ class Samples:
 
     def labels(self) -> list[Any]:
         """Label of each sample: from `dataset.targets` (or tensors) where there is one, else by reading the samples."""
-        known = stored_labels(self.dataset)
-        if known is None:
-            batches = self.ordered(text=f"Reading the labels of {self.name}")
-            known = [label for batch in batches for label in batch_labels(batch)]
+        with random_state(0):
+            known = stored_labels(self.dataset)
+            if known is None:
+                batches = self.ordered(text=f"Reading the labels of {self.name}")
+                known = [label for batch in batches for label in batch_labels(batch)]
         return [plain(label) for label in known]
 
     def _read(self, chunks: Any, seed: int) -> Iterator[Batch]:

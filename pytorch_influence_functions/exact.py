@@ -125,7 +125,7 @@ def gauss_newton_rows(objective: Objective, batch: Batch) -> Tensor:
     over = tuple(0 for _ in batch.leaves)
     J = vmap(jacrev(output), in_dims=(None, *over))(objective.theta, *batch.leaves)
     y = vmap(output, in_dims=(None, *over))(objective.theta, *batch.leaves)
-    values, vectors = torch.linalg.eigh(vmap(jacrev(jacrev(loss)))(y, *batch.leaves))
+    values, vectors = torch.linalg.eigh(vmap(jacrev(jacrev(loss)))(y, *batch.leaves).double())
     R = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
-    rows: Tensor = (R @ J).flatten(0, 1).detach()
+    rows: Tensor = (R @ J.double()).flatten(0, 1).detach()
     return rows

@@ -109,9 +109,11 @@ class Objective:
         self.sizes = [p.numel() for p in chosen.values()]
         self.dtypes = [p.dtype for p in chosen.values()]
         self.dtype = _widest(self.dtypes)
-        self.theta = torch.cat([p.detach().reshape(-1).to(self.device, self.dtype) for p in chosen.values()]).clone()
-        self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
-        self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
+        with torch.inference_mode(False):
+            parts = [p.detach().reshape(-1).to(self.device, self.dtype) for p in chosen.values()]
+            self.theta = torch.cat(parts).clone()
+            self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
+            self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
         self._loss_module = _Loss(self.model, self._batch_loss)
         self.paths = Paths()
         self.cost: tuple[float, int] | None = None
@@ -145,22 +147,31 @@ class Objective:
 
     def outputs(self, theta: Tensor, batch: Batch) -> Any:
         """What the model returns for a batch at theta [P]: one row per sample in each of its tensors."""
-        if self.model_loss is None:
-            return functional_call(self.model, self._state(theta), (self._pair(batch.tree)[0],))
-        return vmap(lambda *leaves: self._recorded(theta, batch.rebuild([t.unsqueeze(0) for t in leaves])))(
-            *batch.leaves
-        )
+        if not self._apart:
+            return self._output(theta, batch.tree)
+        if not self.paths.vmap:
+            raise NotImplementedError(
+                "the Gauss-Newton product needs the model's output for each sample, but a batch's output is not one row "
+                "per sample and torch.func.vmap refuses this model: use config['curvature'] = 'hessian' and a solver "
+                "that takes it (lissa, cg, exact)"
+            )
+        return vmap(lambda *leaves: self._output(theta, batch.rebuild([t.unsqueeze(0) for t in leaves])))(*batch.leaves)
 
     def batch_outputs(self, theta: Tensor, batch: Batch) -> Any:
         """`outputs` by one call of the model, as its modules and their hooks see it."""
-        if self.model_loss is None:
+        if not self._apart:
             return self.outputs(theta, batch)
-        leaves, rebuild = flatten_tree(self._recorded(theta, batch.tree))
+        leaves, rebuild = flatten_tree(self._output(theta, batch.tree))
+        if any(leaf.shape[:1] != (batch.size,) for leaf in leaves) or (self.model_loss is None and batch.size > 1):
+            raise NotImplementedError(
+                "EKFAC needs one row per sample in the model's output for a batch, which this model does not give: use "
+                "config['solver'] = 'cg' or 'exact', or \"lissa\""
+            )
         return rebuild([leaf.unsqueeze(1) for leaf in leaves])
 
     def output_losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Loss of each sample of a batch from the model's outputs -> [B]."""
-        if self.model_loss is None and self.loss_func is calc_loss:
+        if not self._apart and self.loss_func is calc_loss:
             return _cross_entropies(outputs, self._pair(batch.tree)[1])
         rows, rebuild = flatten_tree(outputs)
         count = len(rows)
@@ -169,7 +180,7 @@ class Objective:
             tree = batch.rebuild([t.unsqueeze(0) for t in leaves[count:]])
             if self.model_loss is not None:
                 return cast(Tensor, self.model_loss(_Replay(self.model, rebuild(leaves[:count])), tree)).reshape(())
-            output = rebuild([t.unsqueeze(0) for t in leaves[:count]])
+            output = rebuild(leaves[:count] if self._apart else [t.unsqueeze(0) for t in leaves[:count]])
             return cast(Tensor, self.loss_func(output, self._pair(tree)[1])).reshape(())
 
         return vmap(one)(*rows, *batch.leaves)
@@ -200,6 +211,17 @@ class Objective:
     def _call(self, theta: Tensor, tree: Any) -> Tensor:
         state = {f"model.{name}": t for name, t in self._state(theta).items()}
         return cast(Tensor, functional_call(self._loss_module, state, (tree,)))
+
+    @property
+    def _apart(self) -> bool:
+        """Whether each sample goes through the model alone to get its outputs."""
+        return self.model_loss is not None or not self.paths.batched
+
+    def _output(self, theta: Tensor, tree: Any) -> Any:
+        """What the model returns for a batch."""
+        if self.model_loss is not None:
+            return self._recorded(theta, tree)
+        return functional_call(self.model, self._state(theta), (self._pair(tree)[0],))
 
     def _recorded(self, theta: Tensor, tree: Any) -> Any:
         """What the model returned inside `model_loss`."""
