@@ -15,6 +15,14 @@ from .calc_influence_function import (
     version,
 )
 from .config import Config, get_default_config
+from .evaluation import (
+    label_baselines,
+    leave_one_out,
+    linear_datamodeling_score,
+    mislabel_curve,
+    random_subsets,
+    retrain_on_subsets,
+)
 from .gradients import NonFiniteError
 from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
@@ -42,6 +50,9 @@ __all__ = [
     # steps of the old package
     "calc_grad_z", "calc_s_test", "calc_s_test_single", "calc_influence_single",
     "load_grad_z", "load_s_test", "get_dataset_sample_ids", "get_dataset_sample_ids_per_class",
+    # proof by retraining
+    "leave_one_out", "retrain_on_subsets", "random_subsets", "linear_datamodeling_score", "mislabel_curve",
+    "label_baselines",
     # what can go wrong
     "NonFiniteError", "DivergenceError", "NegativeCurvatureError",
     "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning",

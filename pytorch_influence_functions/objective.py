@@ -151,9 +151,9 @@ class Objective:
             return self._output(theta, batch.tree)
         if not self.paths.vmap:
             raise NotImplementedError(
-                "the Gauss-Newton product needs the model's output for each sample, but a batch's output is not one row "
-                "per sample and torch.func.vmap refuses this model: use config['curvature'] = 'hessian' and a solver "
-                "that takes it (lissa, cg, exact)"
+                "the Gauss-Newton product needs the model's output for each sample, but its output for a batch is not one "
+                "row per sample and torch.func.vmap refuses it: use config['curvature'] = 'hessian' with the solver "
+                "lissa, cg or exact"
             )
         return vmap(lambda *leaves: self._output(theta, batch.rebuild([t.unsqueeze(0) for t in leaves])))(*batch.leaves)
 
