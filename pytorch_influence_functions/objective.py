@@ -152,8 +152,8 @@ class Objective:
         if not self.paths.vmap:
             raise NotImplementedError(
                 "the Gauss-Newton product needs the model's output for each sample, but its output for a batch is not "
-                "one row per sample and torch.func.vmap refuses it: use config['curvature'] = 'hessian' with the solver "
-                "lissa, cg or exact"
+                "one row per sample and torch.func.vmap refuses it: use config['curvature'] = 'hessian' with lissa, "
+                "cg or exact"
             )
         return vmap(lambda *leaves: self._output(theta, batch.rebuild([t.unsqueeze(0) for t in leaves])))(*batch.leaves)
 
