@@ -66,7 +66,8 @@ def resolved(chains: Row, k: int, draws: int = 64) -> float:
     """How many of the k largest would be among the k largest again if all chains were run anew.
 
     The mean of the r chains has the covariance C = sum_c d_c d_c^T / (r (r - 1)), d_c a chain's difference from it, and
-    a new mean differs from this one by a draw from 2 C.
+    a new mean differs from this one by a draw from 2 C; as C is itself estimated from r chains, the draw is one of
+    Student's t with r - 1 degrees of freedom.
 
     Args:
         chains: scores by each chain [r, n].
@@ -75,7 +76,9 @@ def resolved(chains: Row, k: int, draws: int = 64) -> float:
     """
     r = len(chains)
     mean = chains.mean(0)
-    weights = np.random.default_rng(0).standard_normal((draws, r)) * (2 / (r * (r - 1))) ** 0.5
+    generator = np.random.default_rng(0)
+    weights = generator.standard_normal((draws, r)) * (2 / (r * (r - 1))) ** 0.5
+    weights *= ((r - 1) / generator.chisquare(r - 1, (draws, 1))) ** 0.5
     top = set(np.argpartition(-mean, k - 1)[:k].tolist())
     again = (np.argpartition(-(mean + w @ (chains - mean)), k - 1)[:k] for w in weights)
     return float(np.mean([len(top.intersection(new.tolist())) for new in again]))
