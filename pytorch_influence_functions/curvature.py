@@ -12,57 +12,90 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from .data import Batch, flatten_tree
-from .gradients import REUSED, activation_bytes, reuse
-from .objective import Objective
+from .gradients import REUSED, activation_bytes, in_stacks, reuse
+from .objective import Objective, Rebuild
 
-Product = Callable[[Objective, Batch, Tensor], Tensor]
+Product = Callable[..., Tensor]
 STACK = 32
-"""Vectors that go through the model together."""
+"""Vectors that go through the model together, where their size does not decide."""
+MANY = 16
+"""From so many vectors on `torch.func` costs less than batched double backward also where parameters are used once."""
+LEAST_STACK, STACK_BYTES = 8, 64 * 2**20
+"""So many vectors at least, and so large a stack: a larger one leaves the caches."""
 
 
-def hessian_products(objective: Objective, batch: Batch, vectors: Tensor) -> Tensor:
-    """H v for each row v of `vectors` [K, P], H over the batch -> [K, P]."""
-    if len(vectors) > 1 and objective.paths.hessian and reuse(objective, batch) >= REUSED:
-        slope = grad(lambda theta: objective.loss(theta, batch))
-        return cast(Tensor, vmap(lambda v: jvp(slope, (objective.theta,), (v,))[1])(vectors))
+def hessian_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
+    """H v for each row v of `vectors` [K, P], H over the batch, `stack` of them at a time -> [K, P]."""
+    together = min(len(vectors), stack) > 1 and objective.paths.hessian
+    if together and (len(vectors) >= MANY or reuse(objective, batch) >= REUSED):
+        slope: Callable[[Tensor], Tensor] = grad(lambda theta: objective.loss(theta, batch))
+        pullback = vjp(slope, objective.theta)[1]
+        return in_stacks(lambda part: cast(Tensor, vmap(pullback)(part)[0]), vectors, stack)
     theta = objective.theta.detach().requires_grad_()
     (g,) = torch.autograd.grad(objective.loss(theta, batch), theta, create_graph=True)
     if not g.requires_grad:
         return torch.zeros_like(vectors)
-    if len(vectors) > 1 and objective.paths.hessian:
-        products = torch.autograd.grad(g, theta, vectors, is_grads_batched=True, materialize_grads=True)[0]
-        return products.detach()
+    if together:
+        return in_stacks(lambda part: _pulled_back(g, theta, part), vectors, stack)
     each = (torch.autograd.grad(g, theta, v, retain_graph=True, materialize_grads=True)[0] for v in vectors)
     return torch.stack([product.detach() for product in each])
 
 
-def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor) -> Tensor:
-    """G v for each row v of `vectors` [K, P], G over the batch -> [K, P]."""
+def _pulled_back(g: Tensor, theta: Tensor, vectors: Tensor) -> Tensor:
+    return torch.autograd.grad(g, theta, vectors, is_grads_batched=True, materialize_grads=True, retain_graph=True)[
+        0
+    ].detach()
+
+
+def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
+    """G v for each row v of `vectors` [K, P], G over the batch, `stack` of them at a time -> [K, P]."""
+    if min(len(vectors), stack) == 1 or not objective.paths.ggn:
+        return torch.stack([_gauss_newton_product(objective, batch, v) for v in vectors])
 
     def outputs(theta: Tensor) -> list[Tensor]:
         leaves, rebuild = flatten_tree(objective.outputs(theta, batch))
         rebuilders.append(rebuild)
         return leaves
 
-    rebuilders: list[Callable[..., object]] = []
+    rebuilders: list[Rebuild] = []
     y, pullback = cast(tuple[list[Tensor], Callable[..., tuple[Tensor]]], vjp(outputs, objective.theta))
-
-    def mean_loss(leaves: list[Tensor]) -> Tensor:
-        return objective.output_losses(rebuilders[0](leaves), batch).mean()
-
-    # the loss's Hessian in the outputs by double backward, which every loss has
-    slope_pullback = vjp(grad(mean_loss), y)[1]
+    loss_hessian = _loss_hessian(objective, batch, y, rebuilders[0])
 
     def product(v: Tensor) -> Tensor:
-        u = jvp(outputs, (objective.theta,), (v,))[1]
-        return pullback(*slope_pullback(u))[0]
+        return pullback(loss_hessian(jvp(outputs, (objective.theta,), (v,))[1]))[0]
 
-    if len(vectors) > 1 and objective.paths.ggn:
-        return vmap(product)(vectors)
-    return torch.stack([product(v) for v in vectors])
+    return in_stacks(vmap(product), vectors, stack)
+
+
+def _gauss_newton_product(objective: Objective, batch: Batch, v: Tensor) -> Tensor:
+    """G v for one vector [P]: the outputs and their derivative along v from one pass, then back."""
+    theta = objective.theta.detach().requires_grad_()
+    with forward_ad.dual_level():
+        leaves, rebuild = flatten_tree(objective.outputs(forward_ad.make_dual(theta, v), batch))
+        duals = [forward_ad.unpack_dual(leaf) for leaf in leaves]
+    y = [dual.primal for dual in duals]
+    u = [torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent.detach() for dual in duals]
+    w = _loss_hessian(objective, batch, [a.detach() for a in y], rebuild)(u)
+    reached = [(a, b) for a, b in zip(y, w, strict=True) if a.requires_grad]
+    if not reached:
+        return torch.zeros_like(v)
+    return torch.autograd.grad([a for a, _ in reached], theta, [b for _, b in reached], materialize_grads=True)[0]
+
+
+def _loss_hessian(
+    objective: Objective, batch: Batch, y: list[Tensor], rebuild: Rebuild
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """u -> (Hessian of the mean loss in the outputs y) u, by double backward, which every loss has."""
+
+    def mean_loss(leaves: list[Tensor]) -> Tensor:
+        return objective.output_losses(rebuild(leaves), batch).mean()
+
+    pullback = vjp(grad(mean_loss), y)[1]
+    return lambda u: cast(list[Tensor], pullback(u)[0])
 
 
 PRODUCTS: dict[str, Product] = {"hessian": hessian_products, "ggn": gauss_newton_products}
@@ -83,10 +116,7 @@ class Curvature:
 
     def __call__(self, batch: Batch, vectors: Tensor) -> Tensor:
         """Curvature over one batch times each row of `vectors` [K, P] -> [K, P]."""
-        size = self.stack(batch)
-        if len(vectors) <= size:
-            return self._product(self.objective, batch, vectors)
-        return torch.cat([self._product(self.objective, batch, part) for part in vectors.split(size)])
+        return self._product(self.objective, batch, vectors, self.stack(batch))
 
     def over(self, batches: Iterable[Batch], vectors: Tensor) -> Tensor:
         """Curvature over all samples of `batches`, each batch by its size, times `vectors` [K, P] -> [K, P]."""
@@ -98,9 +128,9 @@ class Curvature:
 
     def stack(self, batch: Batch) -> int:
         """How many vectors go through the model together on this batch."""
-        per_vector = 6 * batch.size * activation_bytes(self.objective, batch)
-        per_vector += 4 * self.objective.P * self.objective.theta.element_size()
-        return max(1, int(min(STACK, self.max_bytes / per_vector)))
+        kept, row = batch.size * activation_bytes(self.objective, batch), self.objective.theta.nbytes
+        good = max(LEAST_STACK, STACK_BYTES / (kept + row))
+        return max(1, int(min(good, self.max_bytes / (6 * kept + 4 * row))))
 
 
 class Spectrum(NamedTuple):

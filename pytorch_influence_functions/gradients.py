@@ -8,7 +8,7 @@ all vectors, or one sample at a time where the model allows neither.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -61,17 +61,17 @@ def per_sample_gradients(objective: Objective, batch: Batch, max_bytes: float = 
 
 def gradient_products(objective: Objective, batch: Batch, vectors: Tensor, max_bytes: float = math.inf) -> Tensor:
     """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of a batch -> [K, B]."""
-    if objective.paths.forward and (len(vectors) < FEW or not objective.paths.vmap or reuse(objective, batch) < REUSED):
+    if objective.paths.forward and (len(vectors) < few(objective, batch) or not objective.paths.vmap):
         return forward_products(objective, batch, vectors, max_bytes)
     size = _block(objective, batch, max_bytes) if objective.paths.vmap else 1
     blocks = (batch.rows(i, min(i + size, batch.size)) for i in range(0, batch.size, size))
     return torch.cat([vectors @ per_sample_gradients(objective, block).T for block in blocks], dim=1)
 
 
-FEW = 4
-"""Below this number of vectors forward mode is cheaper than per-sample gradients."""
-REUSED = 3.0
-"""Below this number of uses of a parameter per sample the gradients cost more to store than to compute."""
+FEW, MANY = 4, 64
+"""From so many vectors on per-sample gradients are cheaper than forward mode: for a convolution, for a small MLP."""
+REUSED, SMALL_BYTES = 3.0, 2**18
+"""Where a parameter is used fewer times per sample, gradients larger than this cost more to store than to compute."""
 CACHE_BYTES = 32 * 2**20
 """Blocks of per-sample gradients and stacks of products are about this large."""
 
@@ -82,12 +82,17 @@ def forward_products(objective: Objective, batch: Batch, vectors: Tensor, max_by
     def along(s: Tensor) -> Tensor:
         return cast(Tensor, jvp(lambda theta: objective.losses(theta, batch), (objective.theta,), (s,))[1])
 
-    if not objective.paths.stacked:
+    size = int(min(len(vectors), max_bytes / (3 * batch.size * activation_bytes(objective, batch))))
+    if size <= 1 or not objective.paths.stacked:
         return torch.stack([along(s) for s in vectors])
-    size = max(1, int(min(len(vectors), max_bytes / (3 * batch.size * activation_bytes(objective, batch)))))
-    if size == 1:
-        return torch.stack([along(s) for s in vectors])
-    return torch.cat([vmap(along)(part) for part in vectors.split(size)])
+    return in_stacks(vmap(along), vectors, size)
+
+
+def in_stacks(product: Callable[[Tensor], Tensor], vectors: Tensor, size: int) -> Tensor:
+    """`product` of stacks of at most `size` vectors, all about as large."""
+    if len(vectors) <= size:
+        return product(vectors)
+    return torch.cat([product(part) for part in vectors.tensor_split(-(-len(vectors) // size))])
 
 
 def vmap_gradients(objective: Objective, batch: Batch) -> Tensor:
@@ -98,12 +103,20 @@ def vmap_gradients(objective: Objective, batch: Batch) -> Tensor:
 
 
 def _block(objective: Objective, batch: Batch, max_bytes: float) -> int:
-    """How many samples' gradients to hold at once."""
+    """How many samples' gradients to hold at once: the batch in parts that are about as large."""
     row = 2 * objective.P * objective.theta.element_size() + 3 * activation_bytes(objective, batch)
-    return max(1, int(min(batch.size, max_bytes / row, 4 * CACHE_BYTES / row)))
+    most = max(1, int(min(max_bytes, 4 * CACHE_BYTES) / row))
+    return -(-batch.size // -(-batch.size // most))
 
 
 # ---- cost
+
+
+def few(objective: Objective, batch: Batch) -> float:
+    """Below this number of vectors forward mode is cheaper than per-sample gradients."""
+    if reuse(objective, batch) >= REUSED:
+        return FEW
+    return MANY if objective.theta.nbytes <= SMALL_BYTES else math.inf
 
 
 def reuse(objective: Objective, batch: Batch) -> float:
@@ -112,22 +125,23 @@ def reuse(objective: Objective, batch: Batch) -> float:
 
 
 def activation_bytes(objective: Objective, batch: Batch) -> int:
-    """Bytes that one sample's forward pass keeps for the backward pass."""
+    """Bytes that one sample's forward pass keeps for the backward pass, beside its input and the parameters."""
     return _cost(objective, batch)[1]
 
 
 def _cost(objective: Objective, batch: Batch) -> tuple[float, int]:
     if objective.cost is None:
         one = batch.rows(0, 1) if batch.sliceable else batch
+        theta = objective.theta.detach().requires_grad_()
+        given = {t.untyped_storage().data_ptr() for t in (theta, *one.leaves)}
         kept: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
-            kept[t.data_ptr()] = t.numel() * t.element_size()
+            if t.untyped_storage().data_ptr() not in given:
+                kept[t.data_ptr()] = t.nbytes
             return t
 
-        theta = objective.theta.detach().requires_grad_()
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             objective.losses(theta, one)
-        total = sum(kept.values()) - objective.P * objective.theta.element_size()
-        objective.cost = (counter.get_total_flops() / (2 * objective.P), max(total, 4096))
+        objective.cost = (counter.get_total_flops() / (2 * objective.P), max(sum(kept.values()), 1024))
     return objective.cost

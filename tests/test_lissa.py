@@ -31,7 +31,7 @@ def dense(model, loader, options, v, damping):
 def test_whole_training_set_as_one_batch_converges_to_the_dense_solve(name):
     model, loader, options = make(name, batch_size=11)
     v = slow_gradients(model, loader, [0, 3], options)
-    damping = 3.0
+    damping = 6.0  # well beyond the negative eigenvalues, whatever weights a version of torch draws
     influence = ptif.InfluenceFunction(
         model, loader, damp=damping / 25, scale=25, recursion_depth=400, tolerance=None, **QUIET, **options
     )
