@@ -6,6 +6,7 @@ H = \nabla^2 L(\theta) (`"hessian"`) and its Gauss-Newton part G = (1/B) \sum_i 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
@@ -16,9 +17,10 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from .data import Batch, flatten_tree
-from .gradients import REUSED, activation_bytes, in_stacks, reuse
+from .gradients import REUSED, activation_bytes, agrees, in_stacks, reuse
 from .objective import Objective, Rebuild
 
+logger = logging.getLogger(__name__)
 Product = Callable[..., Tensor]
 STACK = 32
 """Vectors that go through the model together, where their size does not decide."""
@@ -46,9 +48,10 @@ def hessian_products(objective: Objective, batch: Batch, vectors: Tensor, stack:
 
 
 def _pulled_back(g: Tensor, theta: Tensor, vectors: Tensor) -> Tensor:
-    return torch.autograd.grad(g, theta, vectors, is_grads_batched=True, materialize_grads=True, retain_graph=True)[
-        0
-    ].detach()
+    (products,) = torch.autograd.grad(
+        g, theta, vectors, is_grads_batched=True, materialize_grads=True, retain_graph=True
+    )
+    return products.detach()
 
 
 def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
@@ -116,7 +119,19 @@ class Curvature:
 
     def __call__(self, batch: Batch, vectors: Tensor) -> Tensor:
         """Curvature over one batch times each row of `vectors` [K, P] -> [K, P]."""
+        if len(vectors) > 1 and getattr(self.objective.paths, self.kind) is None:
+            self._try_stack(batch, vectors[:2])
         return self._product(self.objective, batch, vectors, self.stack(batch))
+
+    def _try_stack(self, batch: Batch, two: Tensor) -> None:
+        """Find whether products of a stack are those of its vectors [2, P], on a few samples."""
+        objective = self.objective
+        few = batch.rows(0, 2) if objective.paths.rows and batch.sliceable else batch
+        expected = torch.cat([self._product(objective, few, v.unsqueeze(0)) for v in two])
+        objective.paths = objective.paths._replace(**{self.kind: True})
+        if not agrees(lambda: self._product(objective, few, two), expected):
+            objective.paths = objective.paths._replace(**{self.kind: False})
+            logger.info("the model does not allow stacks of %s products; one at a time gives the same", self.kind)
 
     def over(self, batches: Iterable[Batch], vectors: Tensor) -> Tensor:
         """Curvature over all samples of `batches`, each batch by its size, times `vectors` [K, P] -> [K, P]."""

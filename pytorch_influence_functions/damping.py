@@ -135,7 +135,7 @@ class _Rule:
             theta = objective.theta.detach().requires_grad_()
             losses = objective.losses(theta, batch)
             weights = self.halves[:, torch.as_tensor(batch.indices)].to(losses)
-            if objective.paths.hessian:
+            if objective.paths.vmap:
                 total += torch.autograd.grad(losses, theta, weights, is_grads_batched=True)[0]
             else:
                 each = [torch.autograd.grad(losses, theta, w, retain_graph=True)[0] for w in weights]

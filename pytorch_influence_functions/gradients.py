@@ -7,6 +7,7 @@ all vectors, or one sample at a time where the model allows neither.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -18,6 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .data import Batch
 from .objective import Objective
+
+logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(ValueError):
@@ -107,6 +110,24 @@ def _block(objective: Objective, batch: Batch, max_bytes: float) -> int:
     row = 2 * objective.P * objective.theta.element_size() + 3 * activation_bytes(objective, batch)
     most = max(1, int(min(max_bytes, 4 * CACHE_BYTES) / row))
     return -(-batch.size // -(-batch.size // most))
+
+
+# ---- trust
+
+
+def agrees(value: Callable[[], Tensor], expected: Tensor) -> bool:
+    """Whether a way of computing works and gives the expected numbers, up to rounding."""
+    try:
+        got = value().detach()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        logger.debug("a faster way is refused: %s", (str(error).splitlines() or [type(error).__name__])[0])
+        return False
+    slack = torch.finfo(expected.dtype).eps ** 0.5
+    return got.shape == expected.shape and bool(
+        (got - expected).abs().max() <= slack * (1e-3 + 10 * expected.abs().max())
+    )
 
 
 # ---- cost

@@ -64,10 +64,10 @@ class Paths(NamedTuple):
     """Forward-mode derivatives of the losses."""
     stacked: bool = False
     """`vmap` over forward-mode derivatives."""
-    hessian: bool = False
-    """`vmap` over Hessian-vector products."""
-    ggn: bool = False
-    """`vmap` over Gauss-Newton products."""
+    hessian: bool | None = None
+    """`vmap` over Hessian-vector products; None is not tried yet."""
+    ggn: bool | None = None
+    """`vmap` over Gauss-Newton products; None is not tried yet."""
 
 
 class Objective:

@@ -79,7 +79,7 @@ def test_hessian_products(name, stack):
     vectors = torch.randn(stack, objective.P)
     with objective.active():
         probe(objective, samples)
-        found = PRODUCTS["hessian"](objective, samples.take(SOME), vectors)
+        found = Curvature(objective, "hessian")(samples.take(SOME), vectors)
     assert_close(found, vectors @ dense_hessian(name), **EXACT)
 
 
@@ -113,7 +113,7 @@ def test_gauss_newton_products(name, stack):
     vectors, truth = torch.randn(stack, objective.P), dense_gauss_newton(model, loader, SOME, options)
     with objective.active():
         probe(objective, samples)
-        found = PRODUCTS["ggn"](objective, samples.take(SOME), vectors)
+        found = Curvature(objective, "ggn")(samples.take(SOME), vectors)
         rows = gauss_newton_rows(objective, samples.take(SOME))
     assert_close(found, vectors @ truth, **EXACT)
     assert_close(rows.T @ rows / len(SOME), truth, **EXACT)
@@ -125,11 +125,11 @@ def test_gauss_newton_of_a_model_loss_is_that_of_its_pair():
     vectors = torch.randn(3, objective.P)
     with objective.active():
         probe(objective, samples)
-        found = PRODUCTS["ggn"](objective, samples.take(SOME), vectors)
+        found = Curvature(objective, "ggn")(samples.take(SOME), vectors)
         pairs = [(loader.dataset[i].x, loader.dataset[i].y) for i in SOME]
         same = Samples(torch.utils.data.DataLoader(pairs, batch_size=2), progress=False)
         probe(plain, same)
-        assert_close(found, PRODUCTS["ggn"](plain, same.take(range(len(SOME))), vectors), **EXACT)
+        assert_close(found, Curvature(plain, "ggn")(same.take(range(len(SOME))), vectors), **EXACT)
 
 
 @pytest.mark.parametrize("kind", PRODUCTS)
