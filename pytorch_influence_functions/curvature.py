@@ -37,14 +37,29 @@ def hessian_products(objective: Objective, batch: Batch, vectors: Tensor, stack:
         slope: Callable[[Tensor], Tensor] = grad(lambda theta: objective.loss(theta, batch))
         pullback = vjp(slope, objective.theta)[1]
         return in_stacks(lambda part: cast(Tensor, vmap(pullback)(part)[0]), vectors, stack)
+    if not together:
+        return _double_backward(objective, batch, vectors)
     theta = objective.theta.detach().requires_grad_()
     (g,) = torch.autograd.grad(objective.loss(theta, batch), theta, create_graph=True)
-    if not g.requires_grad:
+    return in_stacks(lambda part: _pulled_back(g, theta, part), vectors, stack) if g.requires_grad else 0 * vectors
+
+
+def _double_backward(objective: Objective, batch: Batch, vectors: Tensor) -> Tensor:
+    """H v one vector at a time, in the parameters' own shapes."""
+    theta = [part.requires_grad_() for part in objective.unflatten(objective.theta.detach())]
+    first = torch.autograd.grad(objective.loss(theta, batch), theta, create_graph=True, materialize_grads=True)
+    curved = [i for i, g in enumerate(first) if g.requires_grad]
+    if not curved:
         return torch.zeros_like(vectors)
-    if together:
-        return in_stacks(lambda part: _pulled_back(g, theta, part), vectors, stack)
-    each = (torch.autograd.grad(g, theta, v, retain_graph=True, materialize_grads=True)[0] for v in vectors)
-    return torch.stack([product.detach() for product in each])
+    slopes = [first[i] for i in curved]
+    rows = []
+    for k, v in enumerate(vectors):
+        parts = objective.unflatten(v)
+        along = [parts[i] for i in curved]
+        more = k + 1 < len(vectors)
+        second = torch.autograd.grad(slopes, theta, along, retain_graph=more, materialize_grads=True)
+        rows.append(torch.cat([part.reshape(-1) for part in second]))
+    return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
 
 
 def _pulled_back(g: Tensor, theta: Tensor, vectors: Tensor) -> Tensor:

@@ -24,8 +24,6 @@ from .solvers import DEFAULT_CURVATURE, MOST_TOGETHER, make_solver
 from .system import Residual, Solution, Solve, ToleranceWarning, make_system
 
 logger = logging.getLogger(__name__)
-MANY = 64
-"""From this number of solutions on, gradients cost less than as many products with them."""
 
 
 class InfluenceFunction:
@@ -235,17 +233,10 @@ class InfluenceFunction:
         n = self.samples.n
         scores = torch.empty(len(vectors), n, dtype=self.objective.dtype)
         for batch in self.samples.ordered(self.system.scoring_batch, text="Scoring the training set"):
-            block = self._gradient_products(batch, vectors) / n
+            block = gradient_products(self.objective, batch, vectors, self.system.max_bytes) / n
             require_finite(block.T, batch.indices, self.samples.name, "gradient")
             scores[:, torch.as_tensor(batch.indices)] = block.detach().cpu()
         return scores
-
-    def _gradient_products(self, batch: Batch, vectors: Tensor) -> Tensor:
-        """g_i . s_k [K, B]; for many vectors by gradients, whose product with them is one of matrices."""
-        held = batch.size * self.objective.P * vectors.element_size()
-        if len(vectors) < MANY or not self.objective.paths.vmap or held > self.system.max_bytes / 2:
-            return gradient_products(self.objective, batch, vectors, self.system.max_bytes)
-        return vectors @ per_sample_gradients(self.objective, batch, self.system.max_bytes).T
 
     def _own(self, gradients: Tensor) -> Tensor:
         return ((self._solve(gradients).vectors * gradients).sum(1) / self.samples.n).cpu()

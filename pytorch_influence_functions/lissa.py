@@ -371,7 +371,8 @@ class _Recursion:
         """The last iterate or the average of the later ones, whichever has the smaller residual, row by row."""
         k, n, batch_size = len(self.rows), self.system.samples.n, self.system.samples.batch_size
         read = j * batch_size
-        count = n if 2 * n <= EXACT_COST * read else min(n, max(8 * batch_size, int(CHECK_COST * read)))
+        least = 2 if self.config.tolerance is None else 8  # minibatches; without a tolerance only the order matters
+        count = n if 2 * n <= EXACT_COST * read else min(n, max(least * batch_size, int(CHECK_COST * read)))
         both = torch.cat(
             [self.base + self.h / self.step.scale, self.base + self.total / (self.count * self.step.scale)]
         )

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 IGNORED_CLASS = -100
 """The class id that cross-entropy leaves out."""
 Rebuild = Callable[[Sequence[Tensor]], Any]
+Theta = Tensor | Sequence[Tensor]
+"""The parameters as one vector [P], or as tensors of their shapes."""
 
 
 def calc_loss(y: Tensor, t: Tensor) -> Tensor:
@@ -114,6 +116,7 @@ class Objective:
             self.theta = torch.cat(parts).clone()
             self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
             self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
+        self._tied = _tied_names(self.model)
         self._loss_module = _Loss(self.model, self._batch_loss)
         self.paths = Paths()
         self.cost: tuple[float, int] | None = None
@@ -125,13 +128,17 @@ class Objective:
 
     # ---- the functions
 
-    def loss(self, theta: Tensor, batch: Batch) -> Tensor:
-        """Mean loss of a batch at theta [P] -> scalar."""
+    def loss(self, theta: Theta, batch: Batch) -> Tensor:
+        """Mean loss of a batch at theta, [P] or cut into its parameters -> scalar."""
         if batch.size > 1 and not (self.paths.rows and batch.sliceable):
             return self._call(theta, batch.tree)
+        if self.loss_func is calc_loss and not self._apart:
+            y, t = self.outputs(theta, batch), self._pair(batch.tree)[1]
+            if y.dim() == 2:
+                return _cross_entropy(y, t, "sum") / batch.size
         return self.losses(theta, batch).mean()
 
-    def losses(self, theta: Tensor, batch: Batch) -> Tensor:
+    def losses(self, theta: Theta, batch: Batch) -> Tensor:
         """Loss of each sample of a batch at theta [P] -> [B]."""
         if batch.size == 1:
             return self._call(theta, batch.tree).reshape(1)
@@ -141,11 +148,11 @@ class Objective:
             return vmap(lambda *leaves: self.sample_loss(theta, leaves, batch.rebuild))(*batch.leaves)
         return torch.stack([self._call(theta, batch.rows(i, i + 1).tree) for i in range(batch.size)])
 
-    def sample_loss(self, theta: Tensor, leaves: Sequence[Tensor], rebuild: Rebuild) -> Tensor:
+    def sample_loss(self, theta: Theta, leaves: Sequence[Tensor], rebuild: Rebuild) -> Tensor:
         """Loss of one sample, its tensors given without the batch dimension -> scalar."""
         return self._call(theta, rebuild([t.unsqueeze(0) for t in leaves]))
 
-    def outputs(self, theta: Tensor, batch: Batch) -> Any:
+    def outputs(self, theta: Theta, batch: Batch) -> Any:
         """What the model returns for a batch at theta [P]: one row per sample in each of its tensors."""
         if not self._apart:
             return self._output(theta, batch.tree)
@@ -157,7 +164,7 @@ class Objective:
             )
         return vmap(lambda *leaves: self._output(theta, batch.rebuild([t.unsqueeze(0) for t in leaves])))(*batch.leaves)
 
-    def batch_outputs(self, theta: Tensor, batch: Batch) -> Any:
+    def batch_outputs(self, theta: Theta, batch: Batch) -> Any:
         """`outputs` by one call of the model, as its modules and their hooks see it."""
         if not self._apart:
             return self.outputs(theta, batch)
@@ -204,32 +211,37 @@ class Objective:
 
     # ---- inside
 
-    def _state(self, theta: Tensor) -> dict[str, Tensor]:
-        tensors = zip(self.names, self.unflatten(theta), self.dtypes, strict=True)
-        return {**self._fixed, **{name: t if t.dtype == dtype else t.to(dtype) for name, t, dtype in tensors}}
+    def _state(self, theta: Theta) -> dict[str, Tensor]:
+        """Every parameter and buffer by each of its names."""
+        parts = self.unflatten(theta) if isinstance(theta, Tensor) else theta
+        tensors = zip(self.names, parts, self.dtypes, strict=True)
+        state = {**self._fixed, **{name: t if t.dtype == dtype else t.to(dtype) for name, t, dtype in tensors}}
+        for other, name in self._tied:
+            state[other] = state[name]
+        return state
 
-    def _call(self, theta: Tensor, tree: Any) -> Tensor:
+    def _call(self, theta: Theta, tree: Any) -> Tensor:
         state = {f"model.{name}": t for name, t in self._state(theta).items()}
-        return cast(Tensor, functional_call(self._loss_module, state, (tree,)))
+        return cast(Tensor, functional_call(self._loss_module, state, (tree,), tie_weights=False))
 
     @property
     def _apart(self) -> bool:
         """Whether each sample goes through the model alone to get its outputs."""
         return self.model_loss is not None or not self.paths.batched
 
-    def _output(self, theta: Tensor, tree: Any) -> Any:
+    def _output(self, theta: Theta, tree: Any) -> Any:
         """What the model returns for a batch."""
         if self.model_loss is not None:
             return self._recorded(theta, tree)
-        return functional_call(self.model, self._state(theta), (self._pair(tree)[0],))
+        return functional_call(self.model, self._state(theta), (self._pair(tree)[0],), tie_weights=False)
 
-    def _recorded(self, theta: Tensor, tree: Any) -> Any:
+    def _recorded(self, theta: Theta, tree: Any) -> Any:
         """What the model returned inside `model_loss`."""
         recorder: list[Any] = []
         state = {f"model.{name}": t for name, t in self._state(theta).items()}
         model_loss = cast(Callable[..., Any], self.model_loss)
         spying = _Loss(self.model, lambda model, tree: model_loss(_Record(model, recorder), tree))
-        functional_call(spying, state, (tree,))
+        functional_call(spying, state, (tree,), tie_weights=False)
         if len(recorder) != 1:
             raise NotImplementedError(
                 f"model_loss calls the model {len(recorder)} times; the Gauss-Newton product needs one call: "
@@ -356,6 +368,13 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None = N
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def _tied_names(model: nn.Module) -> list[tuple[str, str]]:
+    """(other name, first name) of each parameter or buffer that has several."""
+    first: dict[Tensor, str] = {}
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return [(name, first[t]) for name, t in named if first.setdefault(t, name) != name]
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
