@@ -44,36 +44,37 @@ def iterate(
     Raises:
         NegativeCurvatureError: a direction p with p . product(p) <= 0.
     """
-    s, rest = torch.zeros_like(v), v.clone()
+    solved, rest = torch.zeros_like(v), v.clone()
     steps = torch.zeros(len(v), dtype=torch.long)
     goal = tolerance * v.norm(dim=1)
-    rows = (rest.norm(dim=1) > goal).nonzero().squeeze(1)
-    r = rest[rows]
-    z = M(r) if len(rows) else r
-    p, rz = z, (r * z).sum(1)
-    for _ in range(limit if len(rows) else 0):
+    rows = (v.norm(dim=1) > goal).nonzero().squeeze(1)
+    s, r = solved[rows], rest[rows]
+    p = M(r).clone() if len(rows) else r
+    rz = torch.linalg.vecdot(r, p)
+    for step in range(1, limit + 1 if len(rows) else 1):
         Ap = product(p)
-        pAp = (p * Ap).sum(1)
+        pAp = torch.linalg.vecdot(p, Ap)
         _require_positive(pAp, p)
-        alpha = rz / pAp
-        s[rows] += alpha.unsqueeze(1) * p
-        r = r - alpha.unsqueeze(1) * Ap
-        rest[rows] = r
-        steps[rows.cpu()] += 1
+        alpha = (rz / pAp).unsqueeze(1)
+        s.addcmul_(p, alpha)
+        r.addcmul_(Ap, -alpha)
         progress()
         go = r.norm(dim=1) > goal[rows]
-        rows, r, p, rz = rows[go], r[go], p[go], rz[go]
-        if len(rows) == 0:
-            break
+        if step == limit or not bool(go.all()):
+            done = ~go if step < limit else torch.ones_like(go)
+            solved[rows[done]], rest[rows[done]], steps[rows[done].cpu()] = s[done], r[done], step
+            rows, s, r, p, rz = rows[~done], s[~done], r[~done], p[~done], rz[~done]
+            if len(rows) == 0:
+                break
         z = M(r)
-        last, rz = rz, (r * z).sum(1)
-        p = z + (rz / last).unsqueeze(1) * p
-    return s, rest, steps
+        last, rz = rz, torch.linalg.vecdot(r, z)
+        p.mul_((rz / last).unsqueeze(1)).add_(z)
+    return solved, rest, steps
 
 
 def _require_positive(pAp: Tensor, p: Tensor) -> None:
-    along = pAp / p.square().sum(1)
-    if bool((along <= 0).any()):
+    if bool((pAp <= 0).any()):
+        along = pAp / p.square().sum(1)
         raise NegativeCurvatureError(
             f"conjugate gradients met the curvature {float(along.min()):.3g} (with damping), which is not positive: "
             "set config['curvature'] = 'ggn', or raise config['damping'] by at least "
