@@ -234,7 +234,7 @@ def stacks(repeats):
 
         def block(vectors, influence=influence):
             with influence.objective.active():
-                iterate(lambda p: influence.system.product(p) + p, vectors, lambda r: r, tolerance=0, limit=2)
+                iterate(lambda p: influence.system.product(p).add_(p), vectors, lambda r: r, tolerance=0, limit=2)
 
         (ratio,) = ratios(partial(block, v), partial(block, v[:1]), repeats=max(3, repeats // 2))
         yield (f"(f) {name}, conjugate gradients, 32 right-hand sides against 1", f"{ratio:.1f} x", "", ratio < 16)

@@ -24,7 +24,7 @@ def conjugate_gradient(system: System) -> Solve:
         limit, tolerance = min(MOST_ITERATIONS, 2 * v.shape[1]), system.config.tolerance
         with progress_bar("Conjugate gradients", total=limit, unit="step", enabled=system.config.progress) as bar:
             s, rest, steps = iterate(
-                lambda p: system.product(p) + system.damping * p, v, system.precondition,
+                lambda p: system.product(p).add_(p, alpha=system.damping), v, system.precondition,
                 tolerance=tolerance if tolerance is not None else torch.finfo(v.dtype).eps * 8, limit=limit,
                 progress=bar.update,
             )  # fmt: skip

@@ -150,11 +150,12 @@ class Curvature:
 
     def over(self, batches: Iterable[Batch], vectors: Tensor) -> Tensor:
         """Curvature over all samples of `batches`, each batch by its size, times `vectors` [K, P] -> [K, P]."""
-        total, count = torch.zeros_like(vectors), 0
+        total, count = None, 0
         for batch in batches:
-            total.add_(self(batch, vectors), alpha=batch.size)
+            part = self(batch, vectors)
+            total = part.mul_(batch.size) if total is None else total.add_(part, alpha=batch.size)
             count += batch.size
-        return total.div_(count)
+        return torch.zeros_like(vectors) if total is None else total.div_(count)
 
     def stack(self, batch: Batch) -> int:
         """How many vectors go through the model together on this batch."""
