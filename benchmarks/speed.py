@@ -144,7 +144,7 @@ def lissa_steps(repeats):
 
                     def step(influence=influence, batch=batch, vectors=vectors, h=h):
                         product = influence.system.curvature(batch, h)
-                        h.mul_(0.99).add_(vectors).add_(product, alpha=-1e-3).mul_(0.5)
+                        h.mul_(0.5).add_(vectors).add_(product, alpha=-1e-3)
 
                     unit, double = inside(
                         influence, step, plain(model, dataset, size), double_backward(model, dataset.tensors, vectors),

@@ -46,7 +46,7 @@ def hessian_products(objective: Objective, batch: Batch, vectors: Tensor, stack:
 
 def _double_backward(objective: Objective, batch: Batch, vectors: Tensor) -> Tensor:
     """H v one vector at a time, in the parameters' own shapes."""
-    theta = [part.requires_grad_() for part in objective.unflatten(objective.theta.detach())]
+    theta = objective.leaves
     first = torch.autograd.grad(objective.loss(theta, batch), theta, create_graph=True, materialize_grads=True)
     curved = [i for i, g in enumerate(first) if g.requires_grad]
     if not curved:

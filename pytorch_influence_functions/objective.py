@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -84,6 +84,7 @@ class Objective:
 
     Attributes:
         theta: the parameters as one vector [P], a copy.
+        leaves: theta cut into its parameters, each the leaf of a graph.
         names, shapes: of each parameter, in the order of theta; tied parameters once.
 
     Raises:
@@ -101,6 +102,10 @@ class Objective:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+            raise TypeError(
+                "model: a torch.jit module's parameters cannot be replaced; pass the module it was made from"
+            )
         self.model = _unwrapped(model)
         self.loss_func = calc_loss if loss_func is None else loss_func
         self.model_loss = model_loss
@@ -116,8 +121,8 @@ class Objective:
             self.theta = torch.cat(parts).clone()
             self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
             self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
-        self._tied = _tied_names(self.model)
-        self._loss_module = _Loss(self.model, self._batch_loss)
+            self.leaves = [part.requires_grad_() for part in self.unflatten(self.theta.detach())]
+        self._slots = _slots(self.model)
         self.paths = Paths()
         self.cost: tuple[float, int] | None = None
 
@@ -196,6 +201,7 @@ class Objective:
         """The same objective in double precision; batches must be so, too."""
         twin = copy.copy(self)
         twin.dtype, twin.dtypes, twin.theta = torch.float64, [torch.float64] * len(self.dtypes), self.theta.double()
+        twin.leaves = [part.requires_grad_() for part in twin.unflatten(twin.theta.detach())]
         twin._fixed = {name: t.double() if t.is_floating_point() else t for name, t in self._fixed.items()}
         return twin
 
@@ -207,22 +213,35 @@ class Objective:
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """[P] -> tensors shaped like the parameters."""
-        return [part.view(shape) for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)]
+        return [
+            part.view(shape) if len(shape) != 1 else part
+            for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)
+        ]
 
     # ---- inside
 
-    def _state(self, theta: Theta) -> dict[str, Tensor]:
-        """Every parameter and buffer by each of its names."""
+    @contextlib.contextmanager
+    def _at(self, theta: Theta) -> Iterator[nn.Module]:
+        """The model at theta, with buffers of its own inside; its own tensors are back afterwards."""
         parts = self.unflatten(theta) if isinstance(theta, Tensor) else theta
-        tensors = zip(self.names, parts, self.dtypes, strict=True)
-        state = {**self._fixed, **{name: t if t.dtype == dtype else t.to(dtype) for name, t, dtype in tensors}}
-        for other, name in self._tied:
-            state[other] = state[name]
-        return state
+        given = zip(self.names, parts, self.dtypes, strict=True)
+        state = {**self._fixed, **{name: t if t.dtype == dtype else t.to(dtype) for name, t, dtype in given}}
+        held = [registry[key] for registry, key, _ in self._slots]
+        try:
+            for registry, key, name in self._slots:
+                registry[key] = state[name]
+            yield self.model
+        finally:
+            for (registry, key, _), own in zip(self._slots, held, strict=True):
+                registry[key] = own
 
     def _call(self, theta: Theta, tree: Any) -> Tensor:
-        state = {f"model.{name}": t for name, t in self._state(theta).items()}
-        return cast(Tensor, functional_call(self._loss_module, state, (tree,), tie_weights=False))
+        """Mean loss of a batch by the user's loss."""
+        with self._at(theta) as model:
+            if self.model_loss is not None:
+                return cast(Tensor, self.model_loss(model, tree)).reshape(())
+            x, t = self._pair(tree)
+            return cast(Tensor, self.loss_func(model(x), t)).reshape(())
 
     @property
     def _apart(self) -> bool:
@@ -233,27 +252,20 @@ class Objective:
         """What the model returns for a batch."""
         if self.model_loss is not None:
             return self._recorded(theta, tree)
-        return functional_call(self.model, self._state(theta), (self._pair(tree)[0],), tie_weights=False)
+        with self._at(theta) as model:
+            return model(self._pair(tree)[0])
 
     def _recorded(self, theta: Theta, tree: Any) -> Any:
         """What the model returned inside `model_loss`."""
         recorder: list[Any] = []
-        state = {f"model.{name}": t for name, t in self._state(theta).items()}
-        model_loss = cast(Callable[..., Any], self.model_loss)
-        spying = _Loss(self.model, lambda model, tree: model_loss(_Record(model, recorder), tree))
-        functional_call(spying, state, (tree,), tie_weights=False)
+        with self._at(theta) as model:
+            cast(Callable[..., Any], self.model_loss)(_Record(model, recorder), tree)
         if len(recorder) != 1:
             raise NotImplementedError(
                 f"model_loss calls the model {len(recorder)} times; the Gauss-Newton product needs one call: "
                 "use config['curvature'] = 'hessian'"
             )
         return recorder[0]
-
-    def _batch_loss(self, model: nn.Module, tree: Any) -> Tensor:
-        if self.model_loss is not None:
-            return cast(Tensor, self.model_loss(model, tree)).reshape(())
-        x, t = self._pair(tree)
-        return cast(Tensor, self.loss_func(model(x), t)).reshape(())
 
     @staticmethod
     def _pair(tree: Any) -> tuple[Any, Any]:
@@ -280,23 +292,13 @@ class Objective:
                 stack.enter_context(torch.backends.cudnn.flags(enabled=False))
             try:
                 self.model.eval()
+                self._slots = _slots(self.model)
                 torch.backends.mha.set_fastpath_enabled(False)
                 yield
             finally:
                 torch.backends.mha.set_fastpath_enabled(fast_path)
                 for module, training in modes.items():
                     module.training = training
-
-
-class _Loss(nn.Module):
-    """`loss(model, batch)` as a module, so that `functional_call` can replace the model's parameters in it."""
-
-    def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor]) -> None:
-        super().__init__()
-        self.model, self._loss = model, loss
-
-    def forward(self, tree: Any) -> Tensor:
-        return self._loss(self.model, tree)
 
 
 class _Record:
@@ -370,11 +372,17 @@ def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
 
 
-def _tied_names(model: nn.Module) -> list[tuple[str, str]]:
-    """(other name, first name) of each parameter or buffer that has several."""
+def _slots(model: nn.Module) -> list[tuple[dict[str, Any], str, str]]:
+    """Where each parameter and buffer is kept: the registry of its module, its key there, the first of its names."""
+    slots: list[tuple[dict[str, Any], str, str]] = []
     first: dict[Tensor, str] = {}
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return [(name, first[t]) for name, t in named if first.setdefault(t, name) != name]
+    for kind in ("_parameters", "_buffers"):
+        for path, module in model.named_modules():
+            registry = getattr(module, kind)
+            for key, t in registry.items():
+                if t is not None:
+                    slots.append((registry, key, first.setdefault(t, f"{path}.{key}" if path else key)))
+    return slots
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -154,6 +154,13 @@ def test_nothing_to_differentiate():
         ptif.InfluenceFunction(lambda x: x, loader())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_scripted_model():
+    scripted = torch.jit.trace(model(), X[:1])
+    with pytest.raises(TypeError, match="pass the module it was made from"):
+        ptif.InfluenceFunction(scripted, loader())
+
+
 def test_outdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"config\['outdir'\]: cannot write to"):
