@@ -73,7 +73,7 @@ CONFIGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("config", "error", "message"), CONFIGS, ids=lambda v: str(v)[:40])
+@pytest.mark.parametrize(("config", "error", "message"), CONFIGS, ids=[message for *_, message in CONFIGS])
 def test_options(config, error, message, tmp_path):
     with pytest.raises(error, match=re.escape(message)):
         run({"outdir": tmp_path, **config})
