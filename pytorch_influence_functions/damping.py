@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -110,6 +110,13 @@ def choose_damping(
     system.report["damping_chosen"] = {
         "damping": damping, "error": error, "target": target, "curve": [list(point) for point in curve],
     }  # fmt: skip
+
+
+def error_curve(system: System, shift: Callable[[Tensor, float], Tensor], dampings: Sequence[float]) -> list[float]:
+    """The prediction error at each of these dampings, by which `choose_damping` chooses; arguments as there."""
+    rule = _Rule(system)
+    gradients = rule.gradients()
+    return [rule.error(shift(gradients, damping)) for damping in dampings]
 
 
 class _Rule:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -20,6 +21,7 @@ from torch.utils.data import DataLoader
 from .config import Config
 from .data import Batch, Samples, as_batch
 from .gradients import gradient, gradient_products, per_sample_gradients, require_finite
+from .lowrank import error_curve_by_low_rank
 from .solvers import DEFAULT_CURVATURE, MOST_TOGETHER, make_solver
 from .system import Residual, Solution, Solve, ToleranceWarning, make_system
 
@@ -148,6 +150,24 @@ class InfluenceFunction:
             own = own + other.self_influence()
         self._report_others()
         return own / (1 + len(self.others))
+
+    def damping_curve(self, dampings: Sequence[float]) -> list[float]:
+        """What `damping="auto"` goes by: the relative error of predicted changes of the training loss at each damping.
+
+        A first-order prediction holds where it is small; see `damping` for what is measured.
+
+        Args:
+            dampings: numbers above 0.
+
+        Returns:
+            The error at each of them; infinite where the shifted parameters have no finite loss.
+        """
+        self._require_single("damping_curve")
+        wrong = [value for value in dampings if not 0 < value < math.inf]
+        if wrong:
+            raise ValueError(f"dampings: expected numbers above 0, got {wrong[0]!r}")
+        with self.system.guard():
+            return error_curve_by_low_rank(self.system, dampings)
 
     # ---- the same, a group at a time (for the drivers)
 

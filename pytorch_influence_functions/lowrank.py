@@ -9,14 +9,14 @@ eigenbasis. With D = d + \lambda, (diag(D) + J^T J)^{-1} = D^{-1} - D^{-1} J^T (
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from .cg import iterate
 from .curvature import Curvature
-from .damping import HALVES, choose_damping
+from .damping import HALVES, choose_damping, error_curve
 from .ekfac import Ekfac, Passes, Seen, directions, eigenbasis_rows, fit
 from .gradients import activation_bytes, reuse
 from .system import NegativeCurvatureError, System
@@ -192,3 +192,8 @@ def damping_by_low_rank(system: System, basis: LowRank | None = None) -> None:
     """Choose the system's damping; `basis` is the low-rank form of its G where it is already there."""
     basis = low_rank(system, ROWS_FOR_DAMPING) if basis is None else basis
     choose_damping(system, Shift(system, basis), basis.mean_eigenvalue)
+
+
+def error_curve_by_low_rank(system: System, dampings: Sequence[float]) -> list[float]:
+    """The prediction error at each of these dampings, as `damping="auto"` sees it."""
+    return error_curve(system, Shift(system, low_rank(system, ROWS_FOR_DAMPING)), dampings)

@@ -192,6 +192,11 @@ def test_the_chosen_point_is_what_it_says():
         G = dense_curvature(system) + chosen["damping"] * torch.eye(system.objective.P)
         error = rule.error(torch.linalg.solve(G, rule.gradients().T).T)
     assert error == pytest.approx(chosen["error"], rel=0.02)
+    curve = influence.damping_curve([chosen["damping"], 100 * chosen["damping"]])
+    assert curve[0] == pytest.approx(chosen["error"], rel=0.02)
+    assert curve[1] < curve[0]
+    with pytest.raises(ValueError, match="dampings: expected numbers above 0, got -1"):
+        influence.damping_curve([0.1, -1])
 
 
 # ---- what auto takes
