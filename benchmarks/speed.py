@@ -152,6 +152,7 @@ def lissa_steps(repeats):
                     goal = None
                     if kind == "hessian" and name == "CNN":
                         goal = double <= 1.05 and (unit / K <= 0.8 or (K, size) != (32, 4))
+                        goal = "level within 5 %" if goal and double > 1 else goal
                     yield (f"(b) {name}, LiSSA step ({kind}), minibatch {size}, K = {K}, per test sample",
                            f"{unit / K:.2f} x", f"{1 / double:.2f} x faster than double backward", goal)  # fmt: skip
 
@@ -285,7 +286,7 @@ def main():
     print("| what | cost | | goal |\n|---|---|---|---|")
     for part in options.parts:
         for what, cost, beside, goal in PARTS[part](options.repeats):
-            mark = {True: "met", False: "missed", None: ""}[goal]
+            mark = {True: "met", False: "missed", None: ""}.get(goal, goal)
             rows.append([what, cost, beside, mark])
             print(f"| {what} | {cost} | {beside} | {mark} |", flush=True)
     if options.json:
