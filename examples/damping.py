@@ -78,17 +78,19 @@ def main():
     picked = chosen.report["damping_chosen"]
     print(f'{picked["damping"]:9.2g}{own!s:>16}{picked["error"]:8.2f}   chosen by damping="auto"')
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), constrained_layout=True)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     line = picked["damping"]
     plot_damping_curve(GRID, {"linear datamodeling score": [float(results[v]) for v in GRID]}, chosen=line, axis=left)
     left.plot(line, float(own), "*", color="black", markersize=10)
     left.set_ylabel("rank correlation with retraining")
     left.set_ylim(bottom=0)
     plot_damping_curve(GRID, {"error of first-order predictions": errors}, chosen=line, axis=right)
-    right.axhline(picked["target"], color="0.6", linewidth=1, linestyle=":")
+    right.axhline(picked["target"], color="0.6", linewidth=1, linestyle=":", label=f"target: {picked['target']}")
+    right.legend(frameon=False, fontsize=8)
     right.set_ylabel("relative error, without retraining")
-    right.set_ylim(0, 1.2)
+    right.set_ylim(bottom=0)
     args.out.parent.mkdir(exist_ok=True, parents=True)
+    figure.tight_layout()
     figure.savefig(args.out, dpi=150)
 
 
