@@ -14,6 +14,7 @@ from tasks import FOLDER, TASKS, task
 from torch.utils.data import DataLoader
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.evaluation import SubsetLosses
 
 GRID = np.logspace(-3.5, 1, 19).tolist()
 
@@ -23,7 +24,7 @@ def difference(retrained, one, other):
     scores = {"one": one, "other": other}
 
     def gap(kept):
-        part = ptif.SubsetLosses(retrained.members[kept], retrained.losses[kept])
+        part = SubsetLosses(retrained.members[kept], retrained.losses[kept])
         found = ptif.linear_datamodeling_score(scores, part)
         return float(found["one"]) - float(found["other"])
 
