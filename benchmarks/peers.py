@@ -137,9 +137,9 @@ def dattri_arnoldi(task, model, damping):
 # ---- pyDVL
 
 
-def pydvl(method, task, chunk=BATCH):
+def pydvl(method, task, fit_batch=BATCH):
     train, test = loaders(task)
-    method.fit(train)
+    method.fit(DataLoader(task.train, fit_batch))
     with torch.no_grad():
         factors = torch.cat([method.influence_factors(*batch) for batch in test])
     return torch.cat([method.influences_from_factors(factors, *batch).detach() for batch in train], 1)
@@ -152,11 +152,11 @@ def pydvl_direct(task, model, damping):
 
 
 def pydvl_direct_gauss_newton(task, model, damping):
-    from pydvl.influence import SecondOrderMode
+    from pydvl.influence.torch.util import SecondOrderMode
     from pydvl.influence.torch import DirectInfluence
 
-    mode = {"second_order_mode": SecondOrderMode.GAUSS_NEWTON}
-    return pydvl(DirectInfluence(model, F.cross_entropy, **mode, **given(regularization=damping)), task)
+    options = {"second_order_mode": SecondOrderMode.GAUSS_NEWTON, **given(regularization=damping)}
+    return pydvl(DirectInfluence(model, F.cross_entropy, **options), task, fit_batch=1)  # one gradient's square a batch
 
 
 def pydvl_block_cg(task, model, damping):
