@@ -152,8 +152,8 @@ def pydvl_direct(task, model, damping):
 
 
 def pydvl_direct_gauss_newton(task, model, damping):
-    from pydvl.influence.torch.util import SecondOrderMode
     from pydvl.influence.torch import DirectInfluence
+    from pydvl.influence.torch.util import SecondOrderMode
 
     options = {"second_order_mode": SecondOrderMode.GAUSS_NEWTON, **given(regularization=damping)}
     return pydvl(DirectInfluence(model, F.cross_entropy, **options), task, fit_batch=1)  # one gradient's square a batch
