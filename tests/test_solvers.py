@@ -1,0 +1,240 @@
+"""Every solver, curvature and preconditioner against the dense solve; EKFAC against one that is built by hand."""
+
+import functools
+
+import pytest
+import torch
+from cases import slow_hessian
+from test_mathematics import dense_gauss_newton
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions import ekfac
+
+pytestmark = pytest.mark.usefixtures("double")
+N = 23
+
+
+class Pooled(nn.Module):
+    """Embedding, norm and layers that are shared over the positions of a sequence."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.first, self.norm, self.out = (
+            nn.Embedding(6, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.norm(self.first(self.embedding(x))))).mean(1)
+
+
+def convolutions():
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.BatchNorm2d(4), nn.Tanh(),
+        nn.Conv2d(4, 3, 2, dilation=2, bias=False), nn.Tanh(), nn.Flatten(), nn.Linear(3, 4),
+    )  # fmt: skip
+    net(torch.randn(20, 2, 5, 5))  # running statistics
+    return net
+
+
+MODELS = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)), lambda: torch.randn(N, 4), 3),
+    "cnn": (convolutions, lambda: torch.randn(N, 2, 5, 5), 4),
+    "norms_and_embeddings": (Pooled, lambda: torch.randint(0, 6, (N, 4)), 3),
+}
+
+
+@functools.lru_cache
+def ready(name):
+    torch.manual_seed(5)
+    make, inputs, classes = MODELS[name]
+    model = make().eval()
+    return model, DataLoader(TensorDataset(inputs(), torch.randint(0, classes, (N,))), batch_size=N)
+
+
+@functools.lru_cache
+def dense(name, curvature):
+    model, loader = ready(name)
+    return {"hessian": slow_hessian, "ggn": dense_gauss_newton}[curvature](model, loader, range(N), {})
+
+
+def influence_of(name, **options):
+    model, loader = ready(name)
+    return ptif.InfluenceFunction(model, loader, progress=False, **options)
+
+
+LISSA = {"scale": "auto", "recursion_depth": 4000, "tolerance": 1e-9}
+WAYS = {
+    "exact": {"solver": "exact"},
+    "cg": {"solver": "cg", "tolerance": 1e-11},
+    "cg, ekfac": {"solver": "cg", "tolerance": 1e-11, "preconditioner": "ekfac"},
+    "lissa": {"solver": "lissa", **LISSA},
+    "lissa, ekfac": {"solver": "lissa", **LISSA, "preconditioner": "ekfac"},
+    "auto": {"solver": "auto"},
+}
+
+
+@pytest.mark.parametrize(
+    ("way", "curvature"),
+    [(way, curvature) for way in WAYS for curvature in ("ggn", "hessian") if (way, curvature) != ("auto", "hessian")],
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_solver_is_the_dense_solve(name, way, curvature):
+    H = dense(name, curvature)
+    damping = 0.3 + max(0.0, -2 * float(torch.linalg.eigvalsh(H).min()))
+    influence = influence_of(name, curvature=curvature, damping=damping, **WAYS[way])
+    batch = next(iter(ready(name)[1]))
+    tests = [part[:3] for part in batch]
+    v = gradients(name, 3)
+    expected = torch.linalg.solve(H + damping * torch.eye(len(H)), v.T).T
+    found = influence.s_test(tests)
+    assert_close(found, expected, rtol=1e-6, atol=1e-7 * float(expected.abs().max()))
+    influence.scores(tests)
+    assert influence.relative_residual.max() < 1e-7
+
+
+def gradients(name, count):
+    model, loader = ready(name)
+    x, y = next(iter(loader))
+    parameters = list(model.parameters())
+    rows = [torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), parameters) for i in range(count)]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+# ---- EKFAC by hand
+
+
+def factored_by_hand(name):
+    """The EKFAC approximation of G as a dense matrix [P, P], one sample and one output at a time."""
+    model, loader = ready(name)
+    x, _ = next(iter(loader))
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    seen, handles = {}, []
+    for key, module in layers:
+        handles.append(module.register_forward_hook(lambda _m, i, o, key=key: seen.__setitem__(key, (i[0], o))))
+    groups = {key: getattr(module, "groups", 1) for key, module in layers}
+    A = {key: [0.0] * groups[key] for key in groups}
+    S = {key: [0.0] * groups[key] for key in groups}
+    for i in range(N):
+        logits = model(x[i : i + 1])[0]
+        p = logits.detach().softmax(0)
+        values, vectors = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))
+        for key, module in layers:
+            inputs, outputs = seen[key]
+            for k, a in enumerate(columns(module, inputs.detach())):
+                A[key][k] = A[key][k] + a @ a.T / N
+            for value, vector in zip(values.clamp_min(0), vectors.T, strict=True):
+                (g,) = torch.autograd.grad(logits, outputs, value.sqrt() * vector, retain_graph=True)
+                g = g[0].flatten(1) if isinstance(module, nn.Conv2d) else g.reshape(-1, g.shape[-1]).T
+                for k, part in enumerate(g.chunk(groups[key])):
+                    S[key][k] = S[key][k] + part @ part.T / N
+    for handle in handles:
+        handle.remove()
+    G, names = dense(name, "ggn"), [n for n, _ in model.named_parameters()]
+    ends = torch.tensor([p.numel() for p in model.parameters()]).cumsum(0).tolist()
+    place = {n: torch.arange(end - p.numel(), end) for n, p, end in zip(names, model.parameters(), ends, strict=True)}
+    result = torch.diag(G.diagonal())
+    for key, module in layers:
+        W = place[f"{key}.weight"].view(groups[key], module.weight.shape[0] // groups[key], -1)
+        b = place[f"{key}.bias"].view(groups[key], -1, 1) if module.bias is not None else W[..., :0]
+        for k, index in enumerate(torch.cat([W, b], -1)):
+            Q = torch.kron(torch.linalg.eigh(S[key][k])[1], torch.linalg.eigh(A[key][k])[1])
+            rows = index.flatten()
+            block = G[rows][:, rows]
+            result[rows[:, None], rows] = Q @ torch.diag((Q.T @ block @ Q).diagonal()) @ Q.T
+    return result
+
+
+def columns(module, x):
+    """What each output position of a layer sees, with a one for the bias: [in, T] for each of its groups."""
+    if isinstance(module, nn.Linear):
+        a = [x.reshape(-1, x.shape[-1]).T]
+    else:
+        a = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)[0].chunk(module.groups)
+    return [torch.cat([part, torch.ones_like(part[:1])]) if module.bias is not None else part for part in a]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ekfac_is_that_built_by_hand(name, monkeypatch):
+    monkeypatch.setattr(ekfac, "_batch_size", lambda *_: 1)  # then no draw is in the diagonal outside the layers
+    system = influence_of(name, solver="ekfac", damping=0.1).system
+    with system.guard():
+        factors = ekfac.build(system)
+    P = system.objective.P
+    by_hand = factored_by_hand(name)
+    assert_close(factors.product(torch.eye(P)), by_hand)
+    expected = torch.linalg.inv(by_hand + 0.1 * torch.eye(P))
+    assert_close(factors.inverse(torch.eye(P), 0.1), expected)
+    assert float((by_hand - dense(name, "ggn")).abs().max()) > 0.01  # it is an approximation here
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ekfac_scores_are_those_by_hand(name, monkeypatch):
+    monkeypatch.setattr(ekfac, "_batch_size", lambda *_: 1)
+    influence = influence_of(name, solver="ekfac", damping=0.1)
+    g = gradients(name, N)
+    expected = g @ torch.linalg.solve(factored_by_hand(name) + 0.1 * torch.eye(g.shape[1]), g.T) / N
+    assert_close(influence.scores(next(iter(ready(name)[1]))), expected)
+    assert_close(influence.self_influence(), expected.diagonal())
+
+
+def test_the_diagonal_outside_the_layers_is_right_in_the_mean():
+    names = "norms_and_embeddings"
+    found = []
+    for seed in range(200):
+        system = influence_of(names, solver="ekfac", damping=0.1, seed=seed).system
+        with system.guard():
+            factors = ekfac.build(system)
+        found.append(factors.eigenvalues[factors.outside])
+    found = torch.stack(found)
+    truth = dense(names, "ggn").diagonal()[factors.outside]
+    error = found.std(0) / len(found) ** 0.5
+    assert ((found.mean(0) - truth).abs() <= 4.5 * error + 1e-12).all()
+    assert (error <= 0.2 * truth + 1e-12).all()
+
+
+def test_factors_of_many_outputs_are_right_in_the_mean():
+    torch.manual_seed(0)
+    model, x = nn.Linear(3, 20), torch.randn(400, 3)
+    loader = DataLoader(TensorDataset(x, torch.randint(0, 20, (400,))), batch_size=100)
+    traces = []
+    for seed in range(100):
+        influence = ptif.InfluenceFunction(model, loader, solver="ekfac", damping=0.1, seed=seed, progress=False)
+        with influence.system.guard():
+            traces.append(float(ekfac.build(influence.system).eigenvalues.sum()))
+    p = model(x).detach().softmax(1)
+    truth = float(((1 - p.square().sum(1)) * (x.square().sum(1) + 1)).mean())
+    error = torch.tensor(traces).std() / 10
+    assert abs(sum(traces) / 100 - truth) <= 4 * error
+    assert error < 0.01 * truth
+
+
+# ---- where the Kronecker form is exact
+
+
+def exact_cases():
+    torch.manual_seed(0)
+    x = torch.randn(N, 4)
+    regression = nn.Linear(4, 3), TensorDataset(x, torch.randn(N, 3)), {"loss_func": nn.MSELoss()}
+    uniform = nn.Linear(4, 5), TensorDataset(x, torch.randint(0, 5, (N,))), {}
+    nn.init.zeros_(uniform[0].weight)
+    nn.init.zeros_(uniform[0].bias)
+    return {"regression": regression, "uniform_softmax": uniform}
+
+
+@pytest.mark.parametrize("name", ["regression", "uniform_softmax"])
+def test_ekfac_is_exact_where_the_kronecker_form_is(name):
+    model, dataset, options = exact_cases()[name]
+    loader = DataLoader(dataset, batch_size=7)
+    G = dense_gauss_newton(model, loader, range(N), options)
+    influence = ptif.InfluenceFunction(model, loader, solver="ekfac", damping=0.02, progress=False, **options)
+    v = torch.randn(4, len(G))
+    with influence.system.guard():
+        factors = ekfac.build(influence.system)
+    assert_close(factors.product(v), v @ G)
+    assert_close(factors.inverse(v, 0.02), torch.linalg.solve(G + 0.02 * torch.eye(len(G)), v.T).T)
+    influence.scores(dataset[:3])
+    assert influence.relative_residual.max() < 1e-9
