@@ -162,15 +162,19 @@ def choose_scale(system: System) -> Step:
             )
         system.use_gauss_newton(message)
         eigenvalue, spectrum = measure(system)
-    asked = eigenvalue if config.scale == "auto" or system.preconditioner else float(config.scale)
-    needed = 1.1 * max(eigenvalue, system.damping)
-    if asked < max(eigenvalue, system.damping) and not system.preconditioner:
+    least = eigenvalue if system.preconditioner else max(eigenvalue, system.damping)
+    if isinstance(config.scale, str) or system.preconditioner:
+        scale = 1.1 * least
+    elif config.scale >= least:
+        scale = float(config.scale)
+    else:
+        scale = 1.1 * least
+        what = "curvature" if least == eigenvalue else "curvature and the damping"
         warnings.warn(
-            f"config['scale'] = {asked:g} is below the largest eigenvalue {eigenvalue:.3g} of a minibatch's curvature; "
-            f"scale {needed:.3g} is used, lambda = {system.damping:g} is kept (damp = {system.damping / needed:.3g})",
+            f"config['scale'] = {config.scale:g} is below the largest eigenvalue {least:.3g} of a minibatch's {what}; "
+            f"scale {scale:.3g} is used, lambda = {system.damping:g} is kept (damp = {system.damping / scale:.3g})",
             CurvatureWarning, stacklevel=2,
         )  # fmt: skip
-    scale = asked if asked > eigenvalue else needed
     return Step(max(scale, 1e-12), system.damping, eigenvalue, spectrum)
 
 

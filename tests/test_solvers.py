@@ -96,6 +96,31 @@ def test_every_solver_is_the_dense_solve(name, way, curvature):
     assert influence.relative_residual.max() < 1e-7
 
 
+@pytest.mark.parametrize("damping", [0.02, 5.0, 500.0])
+@pytest.mark.parametrize("preconditioner", [None, "ekfac"])
+@pytest.mark.filterwarnings("error::pytorch_influence_functions.CurvatureWarning")
+def test_automatic_scale_at_any_damping(damping, preconditioner):
+    influence = influence_of(
+        "mlp", solver="lissa", curvature="ggn", damping=damping, preconditioner=preconditioner, **LISSA
+    )
+    check(influence, dense("mlp", "ggn"), damping)
+    assert max(max(chain) for chain in influence.report["steps"]) < 200 or (preconditioner is None and damping < 1)
+
+
+def test_a_scale_below_the_damping_is_raised_too():
+    influence = influence_of("mlp", solver="lissa", curvature="ggn", damping=15, **{**LISSA, "scale": 10})
+    with pytest.warns(ptif.CurvatureWarning, match=r"config\['scale'\] = 10 .* curvature and the damping; scale 16.5"):
+        check(influence, dense("mlp", "ggn"), 15)
+
+
+def check(influence, H, damping):
+    """The influence's s_test on three samples of the mlp is the dense solve."""
+    v = gradients("mlp", 3)
+    expected = torch.linalg.solve(H + damping * torch.eye(len(H)), v.T).T
+    found = influence.s_test([part[:3] for part in next(iter(ready("mlp")[1]))])
+    assert_close(found, expected, rtol=1e-6, atol=1e-7 * float(expected.abs().max()))
+
+
 def gradients(name, count):
     model, loader = ready(name)
     x, y = next(iter(loader))
