@@ -35,8 +35,9 @@ OURS = {
     "ours, the default options": {},
 }  # fmt: skip
 THREE = 'ours, solver="auto", three models'
-SETTINGS = {"kronfluence EKFAC": ["heuristic", 1e-4, 1e-3, 3e-3, 1e-2]}
+SETTINGS = {"kronfluence EKFAC": ["heuristic", 1e-4, 1e-3, 3e-3, 1e-2], "TRAK": [10.0, 30.0, 100.0, 300.0, 1000.0]}
 DAMPINGS = [1e-3, 1e-2, 3e-2, 1e-1]
+"""TRAK's is not divided by the number of training samples."""
 MODELS = 3
 
 
