@@ -3,8 +3,9 @@
 Digits; an MLP 64-64-10; 1,400 training and 150 test samples; the truth is the mean test loss of five models on each of
 60 random halves of the training set (linear datamodeling score; its standard error is over the halves). Every way runs
 in a process of its own, which first trains the model through a DataLoader and then explains it: seconds and memory
-beyond that of the trained model, and the time as a part of the training's. The first rows are the mean and the median
-over three models; other packages are also run with each of a few dampings, the best of which was picked by its score.
+beyond that of the trained model, and the time as a part of the training's. The scores are for the same model; ours
+also for two more, and times are the medians over them. Other packages are also run with each of a few dampings, the
+best of which was picked by its score.
 Trained models stay in outdir/retrainings. pip install -r benchmarks/requirements.txt for the others.
 """
 
@@ -77,17 +78,16 @@ def run(name, setting, seed, limit):
 
 
 def row(name, setting, results, retrained):
-    """Print a row for results with models of other seeds; return the mean score."""
+    """Print a row: the score of the first result, medians over all of them, which are of models of other seeds."""
     failed = [r for r in results if isinstance(r, str)]
     if failed:
         print(f"| {name} | {setting} | {failed[0]} | | | |", flush=True)
-        return -1.0
+        return
     found = [ptif.linear_datamodeling_score(r["scores"].double(), retrained) for r in results]
-    score, error = np.mean([f.score for f in found]), np.mean([f.stderr for f in found])
+    mean = f" (mean of {len(found)} models: {np.mean([f.score for f in found]):.3f})" if len(found) > 1 else ""
     seconds, peak = np.median([r["seconds"] for r in results]), np.median([r["peak"] for r in results])
     part = np.median([r["seconds"] / r["training"] for r in results])
-    print(f"| {name} | {setting} | {score:.3f} ± {error:.3f} | {seconds:.1f} | {part:.2f} | {peak:.0f} |", flush=True)
-    return score
+    print(f"| {name} | {setting} | {found[0]}{mean} | {seconds:.1f} | {part:.2f} | {peak:.0f} |", flush=True)
 
 
 def more_tests(repeats=3):
