@@ -91,6 +91,7 @@ def main():
     parser.add_argument("--solvers", nargs="+", default=["exact", "cg", "lissa"], help="for the logistic regression")
     parser.add_argument("--cnn-solver", default="cg")
     parser.add_argument("--num", type=int, default=40, help="training samples to leave out")
+    parser.add_argument("--cnn-steps", type=int, default=40, help="of L-BFGS, from the trained weights of the CNN")
     parser.add_argument("--out", type=Path, default=Path("figs/leave_one_out.png"))
     args = parser.parse_args()
     train, test = data()
@@ -98,7 +99,7 @@ def main():
     fit(linear, train, range(N), 1000)
     fit(curved, train, range(N), 1000)
     cases = {f"logistic regression, {name}": (linear, 300, {"solver": name}) for name in args.solvers}
-    cases[f"CNN, {args.cnn_solver}"] = (curved, 40, {"solver": args.cnn_solver, "curvature": "hessian"})
+    cases[f"CNN, {args.cnn_solver}"] = (curved, args.cnn_steps, {"solver": args.cnn_solver, "curvature": "hessian"})
     results = {}
     with tempfile.TemporaryDirectory() as folder:  # the solvers mostly name the same samples: each is retrained once
         for name, (model, steps, options) in cases.items():
