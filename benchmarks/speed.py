@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.cg import iterate
-from pytorch_influence_functions.lissa import choose_scale
+from pytorch_influence_functions.solve.cg import iterate
+from pytorch_influence_functions.solve.lissa import choose_scale
 
 SAMPLES, BATCH = 512, 128
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.plotting import plot_damping_curve
+from pytorch_influence_functions.show.plotting import plot_damping_curve
 
 N, TESTS, EPOCHS, BATCH = 1400, 150, 40, 100
 GRID = np.logspace(-3.5, 0, 15).tolist()

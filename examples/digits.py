@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.plotting import plot_influences
+from pytorch_influence_functions.show.plotting import plot_influences
 
 HERE = Path(__file__).parent.parent
 TRAIN, FLIPPED = 1000, 0.1

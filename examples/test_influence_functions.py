@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from train_influence_functions import load, make_model
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.plotting import plot_influences
+from pytorch_influence_functions.show.plotting import plot_influences
 
 
 def main() -> None:

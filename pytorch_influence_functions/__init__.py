@@ -15,7 +15,7 @@ from .calc_influence_function import (
     version,
 )
 from .config import Config, get_default_config
-from .evaluation import (
+from .evaluation.retraining import (
     label_baselines,
     leave_one_out,
     linear_datamodeling_score,
@@ -23,11 +23,11 @@ from .evaluation import (
     random_subsets,
     retrain_on_subsets,
 )
-from .gradients import NonFiniteError
 from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
-from .results import InfluenceResult
-from .system import (
+from .model.gradients import NonFiniteError
+from .show.results import InfluenceResult
+from .solve.system import (
     CurvatureWarning,
     DeviceWarning,
     DivergenceError,
@@ -35,7 +35,7 @@ from .system import (
     ToleranceWarning,
     VaryingDataWarning,
 )
-from .tuning import tune
+from .solve.tuning import tune
 from .utils import display_progress, init_logging, save_json
 
 __version__ = version()

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .config import Config
-from .data import Samples
+from .data.samples import Samples
 from .influence import InfluenceFunction
-from .results import InfluenceResult, RunFiles, entry, harmful_and_helpful
-from .store import RowWriter, as_parameters, read_rows
+from .run.store import RowWriter, as_parameters, read_rows
+from .show.results import InfluenceResult, RunFiles, entry, harmful_and_helpful
 from .utils import log_to
 
 logger = logging.getLogger(__name__)

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .config import Config
-from .data import Batch, Samples, as_batch
-from .gradients import gradient, gradient_products, per_sample_gradients, require_finite
-from .lowrank import error_curve_by_low_rank
-from .solvers import DEFAULT_CURVATURE, MOST_TOGETHER, make_solver
-from .system import Residual, Solution, Solve, ToleranceWarning, make_system
+from .data.samples import Batch, Samples, as_batch
+from .model.gradients import gradient, gradient_products, per_sample_gradients, require_finite
+from .solve.low_rank import error_curve_by_low_rank
+from .solve.solvers import DEFAULT_CURVATURE, MOST_TOGETHER, make_solver
+from .solve.system import Residual, Solution, Solve, ToleranceWarning, make_system
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .config import Config
-from .data import as_batch
-from .gradients import gradient, require_finite
-from .lissa import lissa
-from .objective import Objective, calc_loss
-from .system import choose_device, make_system
+from .data.samples import as_batch
+from .model.gradients import gradient, require_finite
+from .model.objective import Objective, calc_loss
+from .solve.lissa import lissa
+from .solve.system import choose_device, make_system
 
 __all__ = ["calc_loss", "grad_z", "hvp", "s_test"]
 

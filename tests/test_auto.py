@@ -10,11 +10,11 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import auto, damping
-from pytorch_influence_functions.ekfac import build
-from pytorch_influence_functions.exact import dense_curvature
-from pytorch_influence_functions.lowrank import low_rank
-from pytorch_influence_functions.system import System
+from pytorch_influence_functions.solve import auto, damping
+from pytorch_influence_functions.solve.ekfac import build
+from pytorch_influence_functions.solve.exact import dense_curvature
+from pytorch_influence_functions.solve.low_rank import low_rank
+from pytorch_influence_functions.solve.system import System
 
 pytestmark = pytest.mark.usefixtures("double")
 QUIET = {"progress": False}

@@ -12,8 +12,9 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-from pytorch_influence_functions import InfluenceFunction, NonFiniteError, evaluation
-from pytorch_influence_functions.evaluation import (
+from pytorch_influence_functions import InfluenceFunction, NonFiniteError
+from pytorch_influence_functions.evaluation import retraining as evaluation
+from pytorch_influence_functions.evaluation.retraining import (
     DatamodelingScore,
     LeaveOneOut,
     SubsetLosses,

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.config import Config
-from pytorch_influence_functions.lissa import lissa
-from pytorch_influence_functions.system import make_system
+from pytorch_influence_functions.solve.lissa import lissa
+from pytorch_influence_functions.solve.system import make_system
 
 QUIET = {"progress": False}
 pytestmark = pytest.mark.usefixtures("double")

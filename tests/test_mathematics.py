@@ -11,12 +11,12 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.curvature import PRODUCTS, Curvature, extreme_eigenvalues
-from pytorch_influence_functions.data import Samples
-from pytorch_influence_functions.exact import gauss_newton_rows
-from pytorch_influence_functions.gradients import forward_products, gradient_products, per_sample_gradients
-from pytorch_influence_functions.objective import Objective, Paths
-from pytorch_influence_functions.probe import probe
+from pytorch_influence_functions.data.samples import Samples
+from pytorch_influence_functions.model.curvature import PRODUCTS, Curvature, extreme_eigenvalues
+from pytorch_influence_functions.model.gradients import forward_products, gradient_products, per_sample_gradients
+from pytorch_influence_functions.model.objective import Objective, Paths
+from pytorch_influence_functions.model.probe import probe
+from pytorch_influence_functions.solve.exact import gauss_newton_rows
 
 pytestmark = pytest.mark.usefixtures("double")
 EXACT = {"rtol": 1e-8, "atol": 1e-11}

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions import ekfac
+from pytorch_influence_functions.solve import ekfac
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 23

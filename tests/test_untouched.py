@@ -174,7 +174,7 @@ RAISING = {
 
 def interrupted(influence, test):
     """A group of test samples is taken, and the generator dropped."""
-    from pytorch_influence_functions.data import Samples
+    from pytorch_influence_functions.data.samples import Samples
 
     groups = influence.groups(Samples(test, progress=False), [0, 1])
     next(groups)

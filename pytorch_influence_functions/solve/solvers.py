@@ -13,7 +13,7 @@ from .cg import conjugate_gradient
 from .ekfac import build, ekfac
 from .exact import exact
 from .lissa import lissa
-from .lowrank import damping_by_low_rank
+from .low_rank import damping_by_low_rank
 from .system import Solve, System
 
 SOLVERS: dict[str, Callable[[System], Solve]] = {

@@ -26,12 +26,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .config import Config
-from .data import Batch, Samples, as_batch
-from .gradients import NonFiniteError, per_sample_gradients, require_finite
-from .objective import Objective, Paths
-from .system import make_system
-from .utils import progress_bar, random_state, write_atomically
+from ..config import Config
+from ..data.samples import Batch, Samples, as_batch
+from ..model.gradients import NonFiniteError, per_sample_gradients, require_finite
+from ..model.objective import Objective, Paths
+from ..solve.system import make_system
+from ..utils import progress_bar, random_state, write_atomically
 
 logger = logging.getLogger(__name__)
 Floats: TypeAlias = NDArray[np.float64]

@@ -13,7 +13,7 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from .utils import save_json
+from ..utils import save_json
 
 
 class RowWriter:

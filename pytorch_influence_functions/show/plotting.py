@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .data import plain
+from ..data.samples import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from .data import Batch, Samples
+from ..data.samples import Batch, Samples
 from .gradients import agrees, forward_products, gradient, require_finite, vmap_gradients
 from .objective import Objective, Paths
 

@@ -29,7 +29,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-from .utils import progress_bar, random_state
+from ..utils import progress_bar, random_state
 
 logger = logging.getLogger(__name__)
 

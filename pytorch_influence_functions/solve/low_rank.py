@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..model.curvature import Curvature
+from ..model.gradients import activation_bytes, reuse
 from .cg import iterate
-from .curvature import Curvature
 from .damping import HALVES, choose_damping, error_curve
 from .ekfac import Ekfac, Passes, Seen, directions, eigenbasis_rows, fit
-from .gradients import activation_bytes, reuse
 from .system import NegativeCurvatureError, System
 
 DIRECTIONS = 9

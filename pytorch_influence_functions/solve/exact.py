@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from .data import Batch, flatten_tree
-from .objective import Objective
+from ..data.samples import Batch, flatten_tree
+from ..model.objective import Objective
+from ..utils import progress_bar
 from .system import Residual, Solution, Solve, System
-from .utils import progress_bar
 
 ROW_BLOCK = 64
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from .utils import save_json, write_atomically
+from ..utils import save_json, write_atomically
 
 Row: TypeAlias = NDArray[np.floating[Any]]
 

@@ -25,12 +25,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .curvature import Spectrum, extreme_eigenvalues
-from .data import Batch
-from .gradients import gradient_products
-from .results import Row, resolved
+from ..data.samples import Batch
+from ..model.curvature import Spectrum, extreme_eigenvalues
+from ..model.gradients import gradient_products
+from ..show.results import Row, resolved
+from ..utils import progress_bar
 from .system import CurvatureWarning, DivergenceError, NegativeCurvatureError, Residual, Solution, Solve, System, take
-from .utils import progress_bar
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .ekfac import build, by_gradients, require_gauss_newton, solver
 from .exact import dual_rows, exact
-from .lowrank import WORK, LowRank, Woodbury, damping_by_low_rank, heavy_product, low_rank, product_work
+from .low_rank import WORK, LowRank, Woodbury, damping_by_low_rank, heavy_product, low_rank, product_work
 from .system import Residual, Solution, Solve, System
 
 logger = logging.getLogger(__name__)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp, vmap
 from torch.nn import functional as F
 
+from ..data.samples import Batch, flatten_tree
+from ..model.gradients import per_sample_gradients
+from ..model.objective import IGNORED_CLASS, Objective, calc_loss
 from .damping import choose_damping
-from .data import Batch, flatten_tree
-from .gradients import per_sample_gradients
-from .objective import IGNORED_CLASS, Objective, calc_loss
 from .system import Residual, Solution, Solve, System
 
 logger = logging.getLogger(__name__)

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .config import Config
-from .curvature import STACK, Curvature
-from .data import Batch, Samples, varying_sample
-from .gradients import activation_bytes
-from .objective import Objective
-from .probe import probe
-from .utils import random_state
+from ..config import Config
+from ..data.samples import Batch, Samples, varying_sample
+from ..model.curvature import STACK, Curvature
+from ..model.gradients import activation_bytes
+from ..model.objective import Objective
+from ..model.probe import probe
+from ..utils import random_state
 
 logger = logging.getLogger(__name__)
 MIB = 2**20

@@ -10,8 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..utils import progress_bar
 from .system import NegativeCurvatureError, Residual, Solution, Solve, System
-from .utils import progress_bar
 
 MOST_ITERATIONS = 500
 Map = Callable[[Tensor], Tensor]

@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .data import Batch
-from .gradients import gradient_products
+from ..data.samples import Batch
+from ..model.gradients import gradient_products
 from .system import System
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,1 @@
+"""What is a batch? Batches, samples (the only place that iterates a loader), labels, checks."""

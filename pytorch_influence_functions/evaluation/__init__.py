@@ -1,0 +1,1 @@
+"""Is it true? Retraining, and what predictions are worth beside it."""
