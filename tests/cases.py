@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 from torch import nn
+from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -183,3 +184,25 @@ def slow_hessian(model, loader, indices, options):
             row = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
             rows.append(torch.cat([r.reshape(-1) for r in row]))
     return torch.stack(rows)
+
+
+def dense_gauss_newton(model, loader, indices, options):
+    """Mean over samples of J^T (loss Hessian) J, from Jacobians of the plain model."""
+    model.eval()
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
+    shapes = [p.shape for p in model.parameters() if p.requires_grad]
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+    total = 0
+    for i in indices:
+        x, t = loader.collate_fn([loader.dataset[i]])
+
+        def output(flat, x=x):
+            parts = [p.view(s) for p, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
+            return functional_call(model, dict(zip(names, parts, strict=True)), (x,))
+
+        y = output(theta)
+        J = jacrev(lambda flat: output(flat).reshape(-1))(theta)
+        loss = options.get("loss_func", F.cross_entropy)
+        H = hessian(lambda flat, y=y, t=t, loss=loss: loss(flat.view(y.shape), t))(y.reshape(-1).detach())
+        total = total + J.T @ H @ J / len(indices)
+    return total.detach()

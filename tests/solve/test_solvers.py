@@ -4,8 +4,7 @@ import functools
 
 import pytest
 import torch
-from cases import slow_hessian
-from test_mathematics import dense_gauss_newton
+from cases import dense_gauss_newton, slow_hessian
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close

@@ -4,8 +4,7 @@ import functools
 
 import pytest
 import torch
-from cases import CASES, N, make, slow_gradients, slow_hessian
-from test_mathematics import dense_gauss_newton
+from cases import CASES, N, dense_gauss_newton, make, slow_gradients, slow_hessian
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 

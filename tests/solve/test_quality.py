@@ -31,7 +31,7 @@ QUIET = {"progress": False}
 
 def robustness():
     """benchmarks/robustness.py, which holds the ten models."""
-    path = Path(__file__).parents[1] / "benchmarks" / "robustness.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "robustness.py"
     spec = importlib.util.spec_from_file_location("robustness", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

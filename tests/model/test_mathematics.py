@@ -4,9 +4,8 @@ import functools
 
 import pytest
 import torch
-from cases import CASES, N, make, slow_gradients, slow_hessian
+from cases import CASES, N, dense_gauss_newton, make, slow_gradients, slow_hessian
 from torch import nn
-from torch.func import functional_call, hessian, jacrev
 from torch.nn import functional as F
 from torch.testing import assert_close
 
@@ -81,28 +80,6 @@ def test_hessian_products(name, stack):
         probe(objective, samples)
         found = Curvature(objective, "hessian")(samples.take(SOME), vectors)
     assert_close(found, vectors @ dense_hessian(name), **EXACT)
-
-
-def dense_gauss_newton(model, loader, indices, options):
-    """Mean over samples of J^T (loss Hessian) J, from Jacobians of the plain model."""
-    model.eval()
-    names = [n for n, p in model.named_parameters() if p.requires_grad]
-    shapes = [p.shape for p in model.parameters() if p.requires_grad]
-    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
-    total = 0
-    for i in indices:
-        x, t = loader.collate_fn([loader.dataset[i]])
-
-        def output(flat, x=x):
-            parts = [p.view(s) for p, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
-            return functional_call(model, dict(zip(names, parts, strict=True)), (x,))
-
-        y = output(theta)
-        J = jacrev(lambda flat: output(flat).reshape(-1))(theta)
-        loss = options.get("loss_func", F.cross_entropy)
-        H = hessian(lambda flat, y=y, t=t, loss=loss: loss(flat.view(y.shape), t))(y.reshape(-1).detach())
-        total = total + J.T @ H @ J / len(indices)
-    return total.detach()
 
 
 @pytest.mark.parametrize("stack", [1, 5])
