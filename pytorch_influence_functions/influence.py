@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .config import Config
-from .data.samples import Batch, Samples, as_batch
+from .data.batch import Batch, as_batch
+from .data.samples import Samples
 from .model.gradients import gradient, gradient_products, per_sample_gradients, require_finite
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.solvers import DEFAULT_CURVATURE, MOST_TOGETHER, make_solver

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .config import Config
-from .data.samples import as_batch
+from .data.batch import as_batch
 from .model.gradients import gradient, require_finite
 from .model.objective import Objective, calc_loss
 from .solve.lissa import lissa

@@ -1,113 +1,23 @@
 """Training and test sets as their loaders read them: the only place that iterates a loader.
 
 Batches come in index order or at random from a seeded generator, on the right device, with the user's `collate_fn`,
-workers and pinning. A batch of any structure is held as its list of tensors and a function that builds it again.
+workers and pinning.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-import logging
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    BatchSampler,
-    DataLoader,
-    Dataset,
-    DistributedSampler,
-    IterableDataset,
-    RandomSampler,
-    Sampler,
-    SequentialSampler,
-    Subset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from ..utils import progress_bar, random_state
-
-logger = logging.getLogger(__name__)
-
-
-class Batch(NamedTuple):
-    """Samples that were collated together: the tensors of a batch of any structure, and the way back to it."""
-
-    leaves: list[Tensor]
-    rebuild: Callable[[Sequence[Tensor]], Any]
-    size: int
-    indices: Sequence[int]
-
-    @property
-    def tree(self) -> Any:
-        """The batch as the loader's `collate_fn` made it."""
-        return self.rebuild(self.leaves)
-
-    @property
-    def sliceable(self) -> bool:
-        """Whether every tensor has one row per sample."""
-        return bool(self.leaves) and all(t.dim() > 0 and t.shape[0] == self.size for t in self.leaves)
-
-    def rows(self, start: int, stop: int) -> Batch:
-        """Samples `start` to `stop` of a sliceable batch."""
-        leaves = [t[start:stop] for t in self.leaves]
-        return Batch(leaves, self.rebuild, len(self.indices[start:stop]), self.indices[start:stop])
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on `device`."""
-        with torch.inference_mode(False):
-            leaves = [t.clone() if t.is_inference() else t for t in self.leaves]
-            return self._replace(leaves=[t.to(device, non_blocking=t.is_pinned()) for t in leaves])
-
-
-def as_batch(tree: Any, indices: Sequence[int] | None = None) -> Batch:
-    """Wrap a collated batch; without `indices` its size is the first dimension of its first tensor."""
-    leaves, rebuild = flatten_tree(tree)
-    if indices is None:
-        if not leaves or leaves[0].dim() == 0:
-            raise TypeError(f"expected a batch that holds tensors with one row per sample, got {type(tree).__name__}")
-        indices = range(leaves[0].shape[0])
-    return Batch(leaves, rebuild, len(indices), indices)
-
-
-def flatten_tree(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """Tensors of a nested mapping, sequence, named tuple or dataclass in a fixed order, and the inverse."""
-    leaves: list[Tensor] = []
-    template = _visit(tree, lambda t: leaves.append(t) or _Slot(len(leaves) - 1))  # type: ignore[func-returns-value]
-    return leaves, lambda new: _visit(template, lambda slot: new[slot.place])
-
-
-class _Slot(NamedTuple):
-    """Where a tensor stood in a batch."""
-
-    place: int
-
-
-def _visit(tree: Any, fn: Callable[[Any], Any]) -> Any:
-    """Copy of `tree` with `fn` put in place of each tensor (or slot); what is neither stays as it is."""
-    if isinstance(tree, Tensor | _Slot):
-        return fn(tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        new = copy.copy(tree)
-        for field in dataclasses.fields(tree):
-            object.__setattr__(new, field.name, _visit(getattr(tree, field.name), fn))
-        return new
-    if isinstance(tree, Mapping):
-        items = {key: _visit(value, fn) for key, value in tree.items()}
-        if type(tree) is dict:
-            return items
-        mapping: Any = copy.copy(tree)
-        mapping.update(items)
-        return mapping
-    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_visit(value, fn) for value in tree))
-    if isinstance(tree, list | tuple):
-        return type(tree)(_visit(value, fn) for value in tree)
-    return tree
+from .batch import Batch, as_batch
+from .checks import check_loader
+from .labels import batch_labels, plain, stored_labels
 
 
 class Samples:
@@ -252,36 +162,6 @@ def _batch_size(loader: DataLoader[Any]) -> int:
     return int(size) if size else max(len(next(iter(cast(Any, loader.batch_sampler)))), 1)
 
 
-def check_loader(loader: Any, name: str) -> None:
-    """Raise where a loader cannot be read by index; warn where its sampler leaves samples out."""
-    if not hasattr(loader, "dataset"):
-        raise TypeError(
-            f"{name}: expected a torch DataLoader, got {type(loader).__name__}; "
-            "wrap the data set: DataLoader(dataset, batch_size=32)"
-        )
-    dataset = loader.dataset
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TypeError(
-            f"{name}: its dataset ({type(dataset).__name__}) has no length or no index, but influence is given per "
-            "sample; use a map-style dataset with __len__ and __getitem__, e.g. a list of the samples"
-        )
-    if len(dataset) == 0:
-        raise ValueError(f"{name}: its dataset ({type(dataset).__name__}) is empty; expected at least one sample")
-    if loader.batch_sampler is None:
-        raise ValueError(
-            f"{name}: it has batch_size=None, so one item of its dataset is not one sample; "
-            "give a DataLoader with a batch_size over single samples"
-        )
-    sampler = loader.sampler
-    plain_batches = type(loader.batch_sampler) is BatchSampler
-    if not plain_batches or not isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler):
-        logger.warning(
-            "%s: its sampler (%s) is not used: all %d samples of its dataset count, each once. "
-            "To leave some out, pass a DataLoader over torch.utils.data.Subset.",
-            name, type(sampler if plain_batches else loader.batch_sampler).__name__, len(dataset),
-        )  # fmt: skip
-
-
 def varying_sample(samples: Samples, tries: int = 8) -> int | None:
     """Index of a sample that is not the same when read twice (random augmentation), or None."""
     step = max(samples.n // tries, 1)
@@ -294,37 +174,3 @@ def varying_sample(samples: Samples, tries: int = 8) -> int | None:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-def stored_labels(dataset: Any) -> Sequence[Any] | None:
-    """Labels that a data set holds in memory (`targets`, `labels`, or the second tensor), or None."""
-    if isinstance(dataset, Subset):
-        whole = stored_labels(dataset.dataset)
-        return None if whole is None else [whole[i] for i in dataset.indices]
-    if type(dataset) is TensorDataset:
-        return dataset.tensors[1] if len(dataset.tensors) > 1 else None  # type: ignore[return-value]
-    for name in ("targets", "labels"):
-        known = getattr(dataset, name, None)
-        if known is not None and hasattr(known, "__len__") and len(known) == len(dataset):
-            transform = getattr(dataset, "target_transform", None)
-            return [transform(label) for label in known] if callable(transform) else cast(Sequence[Any], known)
-    return None
-
-
-def batch_labels(batch: Batch) -> list[Any]:
-    """Labels of a batch: the rows of its second part, or of its `labels`, `label`, `targets`, `target` or `y`."""
-    tree: Any = batch.tree
-    if isinstance(tree, Mapping):
-        tree = (None, next((tree[key] for key in LABEL_KEYS if key in tree), None))
-    elif not isinstance(tree, list | tuple):
-        tree = (None, next((getattr(tree, key) for key in LABEL_KEYS if hasattr(tree, key)), None))
-    labels: Any = tree[1] if len(tree) > 1 else None
-    return list(labels) if hasattr(labels, "__len__") and len(labels) == batch.size else [None] * batch.size
-
-
-LABEL_KEYS = ("labels", "label", "targets", "target", "y")
-
-
-def plain(label: Any) -> Any:
-    """A label as a Python number or (nested) list, whether it came as tensor, numpy scalar or number."""
-    return label.tolist() if hasattr(label, "tolist") else label

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
-from ..data.samples import Batch, Samples, as_batch
+from ..data.batch import Batch, as_batch
+from ..data.samples import Samples
 from ..model.gradients import NonFiniteError, per_sample_gradients, require_finite
 from ..model.objective import Objective, Paths
 from ..solve.system import make_system

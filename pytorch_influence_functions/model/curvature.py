@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
-from ..data.samples import Batch, flatten_tree
+from ..data.batch import Batch, flatten_tree
 from .gradients import REUSED, activation_bytes, agrees, in_stacks, reuse
 from .objective import Objective, Rebuild
 

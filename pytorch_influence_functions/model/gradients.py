@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..data.samples import Batch
+from ..data.batch import Batch
 from .objective import Objective
 
 logger = logging.getLogger(__name__)

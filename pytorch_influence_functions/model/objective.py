@@ -19,7 +19,7 @@ from torch.func import vmap
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..data.samples import Batch, flatten_tree
+from ..data.batch import Batch, flatten_tree
 
 logger = logging.getLogger(__name__)
 IGNORED_CLASS = -100

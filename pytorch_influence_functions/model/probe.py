@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from ..data.samples import Batch, Samples
+from ..data.batch import Batch
+from ..data.samples import Samples
 from .gradients import agrees, forward_products, gradient, require_finite, vmap_gradients
 from .objective import Objective, Paths
 

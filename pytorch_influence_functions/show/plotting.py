@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ..data.samples import plain
+from ..data.labels import plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..data.samples import Batch
+from ..data.batch import Batch
 from ..model.gradients import gradient_products
 from .system import System
 

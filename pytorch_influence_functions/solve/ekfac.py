@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import grad, jacrev, vjp, vmap
 from torch.nn import functional as F
 
-from ..data.samples import Batch, flatten_tree
+from ..data.batch import Batch, flatten_tree
 from ..model.gradients import per_sample_gradients
 from ..model.objective import IGNORED_CLASS, Objective, calc_loss
 from .damping import choose_damping

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from ..data.samples import Batch, flatten_tree
+from ..data.batch import Batch, flatten_tree
 from ..model.objective import Objective
 from ..utils import progress_bar
 from .system import Residual, Solution, Solve, System

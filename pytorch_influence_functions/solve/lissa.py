@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.samples import Batch
+from ..data.batch import Batch
 from ..model.curvature import Spectrum, extreme_eigenvalues
 from ..model.gradients import gradient_products
 from ..show.results import Row, resolved

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
-from ..data.samples import Batch, Samples, varying_sample
+from ..data.batch import Batch
+from ..data.samples import Samples, varying_sample
 from ..model.curvature import STACK, Curvature
 from ..model.gradients import activation_bytes
 from ..model.objective import Objective

@@ -1,0 +1,87 @@
+"""A batch of any structure as its list of tensors and a function that builds it again."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Samples that were collated together: the tensors of a batch of any structure, and the way back to it."""
+
+    leaves: list[Tensor]
+    rebuild: Callable[[Sequence[Tensor]], Any]
+    size: int
+    indices: Sequence[int]
+
+    @property
+    def tree(self) -> Any:
+        """The batch as the loader's `collate_fn` made it."""
+        return self.rebuild(self.leaves)
+
+    @property
+    def sliceable(self) -> bool:
+        """Whether every tensor has one row per sample."""
+        return bool(self.leaves) and all(t.dim() > 0 and t.shape[0] == self.size for t in self.leaves)
+
+    def rows(self, start: int, stop: int) -> Batch:
+        """Samples `start` to `stop` of a sliceable batch."""
+        leaves = [t[start:stop] for t in self.leaves]
+        return Batch(leaves, self.rebuild, len(self.indices[start:stop]), self.indices[start:stop])
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device`."""
+        with torch.inference_mode(False):
+            leaves = [t.clone() if t.is_inference() else t for t in self.leaves]
+            return self._replace(leaves=[t.to(device, non_blocking=t.is_pinned()) for t in leaves])
+
+
+def as_batch(tree: Any, indices: Sequence[int] | None = None) -> Batch:
+    """Wrap a collated batch; without `indices` its size is the first dimension of its first tensor."""
+    leaves, rebuild = flatten_tree(tree)
+    if indices is None:
+        if not leaves or leaves[0].dim() == 0:
+            raise TypeError(f"expected a batch that holds tensors with one row per sample, got {type(tree).__name__}")
+        indices = range(leaves[0].shape[0])
+    return Batch(leaves, rebuild, len(indices), indices)
+
+
+def flatten_tree(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """Tensors of a nested mapping, sequence, named tuple or dataclass in a fixed order, and the inverse."""
+    leaves: list[Tensor] = []
+    template = _visit(tree, lambda t: leaves.append(t) or _Slot(len(leaves) - 1))  # type: ignore[func-returns-value]
+    return leaves, lambda new: _visit(template, lambda slot: new[slot.place])
+
+
+class _Slot(NamedTuple):
+    """Where a tensor stood in a batch."""
+
+    place: int
+
+
+def _visit(tree: Any, fn: Callable[[Any], Any]) -> Any:
+    """Copy of `tree` with `fn` put in place of each tensor (or slot); what is neither stays as it is."""
+    if isinstance(tree, Tensor | _Slot):
+        return fn(tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        new = copy.copy(tree)
+        for field in dataclasses.fields(tree):
+            object.__setattr__(new, field.name, _visit(getattr(tree, field.name), fn))
+        return new
+    if isinstance(tree, Mapping):
+        items = {key: _visit(value, fn) for key, value in tree.items()}
+        if type(tree) is dict:
+            return items
+        mapping: Any = copy.copy(tree)
+        mapping.update(items)
+        return mapping
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_visit(value, fn) for value in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_visit(value, fn) for value in tree)
+    return tree
