@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,12 +12,17 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Samples that were collated together: the tensors of a batch of any structure, and the way back to it."""
+    """Samples that were collated together: the tensors of a batch of any structure, and the way back to it.
+
+    Samples that cannot be collated together without changing each other (padding, time first) come as `parts`, each a
+    batch of one; then `leaves` is empty.
+    """
 
     leaves: list[Tensor]
     rebuild: Callable[[Sequence[Tensor]], Any]
     size: int
     indices: Sequence[int]
+    parts: tuple[Batch, ...] = ()
 
     @property
     def tree(self) -> Any:
@@ -30,24 +35,62 @@ class Batch(NamedTuple):
         return bool(self.leaves) and all(t.dim() > 0 and t.shape[0] == self.size for t in self.leaves)
 
     def rows(self, start: int, stop: int) -> Batch:
-        """Samples `start` to `stop` of a sliceable batch."""
-        leaves = [t[start:stop] for t in self.leaves]
-        return Batch(leaves, self.rebuild, len(self.indices[start:stop]), self.indices[start:stop])
+        """Samples `start` to `stop` of a sliceable batch, or of one in parts."""
+        indices = self.indices[start:stop]
+        if self.parts:
+            return apart(self.parts[start:stop])
+        if self.size == 1:
+            return self
+        if not self.sliceable:
+            raise ValueError(UNCUT)
+        return Batch([t[start:stop] for t in self.leaves], self.rebuild, len(indices), indices)
+
+    def singles(self) -> Iterator[Batch]:
+        """Each sample as a batch of one."""
+        for i in range(self.size):
+            yield self.rows(i, i + 1)
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
+        if self.parts:
+            return self._replace(parts=tuple(part.to(device) for part in self.parts))
         with torch.inference_mode(False):
             leaves = [t.clone() if t.is_inference() else t for t in self.leaves]
             return self._replace(leaves=[t.to(device, non_blocking=t.is_pinned()) for t in leaves])
 
 
+UNCUT = (
+    "the samples of this batch cannot be told apart: its tensors do not have one row per sample, or a sample's loss in "
+    "it is another than alone (padding, time first); pass a DataLoader over the test samples instead of a batch"
+)
+"""What is said of a batch of several samples that has to be cut and cannot be."""
+
+
+def apart(parts: Sequence[Batch]) -> Batch:
+    """Batches of one as a single batch of all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    indices = [part.indices[0] for part in parts]
+    return Batch([], lambda _: [part.tree for part in parts], len(parts), indices, tuple(parts))
+
+
 def as_batch(tree: Any, indices: Sequence[int] | None = None) -> Batch:
-    """Wrap a collated batch; without `indices` its size is the first dimension of its first tensor."""
+    """Wrap a collated batch; without `indices` its size is the first dimension that its tensors share.
+
+    Tensors of different first dimensions are those of one sample where one of them has a single row.
+
+    Raises:
+        TypeError: there is no tensor that could have one row per sample.
+        ValueError: the number of samples cannot be seen.
+    """
     leaves, rebuild = flatten_tree(tree)
     if indices is None:
-        if not leaves or leaves[0].dim() == 0:
+        sizes = {t.shape[0] for t in leaves if t.dim() > 0}
+        if not sizes:
             raise TypeError(f"expected a batch that holds tensors with one row per sample, got {type(tree).__name__}")
-        indices = range(leaves[0].shape[0])
+        if len(sizes) > 1 and 1 not in sizes:
+            raise ValueError(UNCUT)
+        indices = range(min(sizes))
     return Batch(leaves, rebuild, len(indices), indices)
 
 

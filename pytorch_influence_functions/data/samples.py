@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from ..utils import progress_bar, random_state
-from .batch import Batch, as_batch
+from .batch import Batch, apart, as_batch
 from .checks import check_loader
 from .labels import batch_labels, plain, stored_labels
 
@@ -28,6 +28,9 @@ class Samples:
         device: where batches are put.
         name: what error messages call it (`"train_loader"`, `"test_loader"`).
         progress: show progress bars.
+
+    Attributes:
+        apart: whether each sample is collated alone, since in a batch it would be another.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Samples:
         self.n = len(cast(Any, self.dataset))
         self.collate: Callable[[list[Any]], Any] = loader.collate_fn
         self.batch_size = min(_batch_size(loader), self.n)
+        self.apart = False
 
     def __len__(self) -> int:
         return self.n
@@ -54,7 +58,9 @@ class Samples:
         return as_batch(self.collate([self.dataset[index]]), [index]).to(self.device)
 
     def take(self, indices: Sequence[int]) -> Batch:
-        """These samples, collated together, read in this process."""
+        """These samples, collated together (or `apart`), read in this process."""
+        if self.apart:
+            return apart([self.sample(i) for i in indices])
         return as_batch(self._collated(indices), indices).to(self.device)
 
     def ordered(
@@ -93,12 +99,17 @@ class Samples:
                 yield self.take(chunk)
             return
         # each worker batch carries its indices, so that nothing depends on what collate_fn returns
+        collate = _IndexedCollate(self.collate, self.apart)
         reader = DataLoader(
-            cast(Any, _Indexed(self.dataset)), batch_sampler=chunks, collate_fn=_IndexedCollate(self.collate),
+            cast(Any, _Indexed(self.dataset)), batch_sampler=chunks, collate_fn=collate,
             generator=torch.Generator().manual_seed(seed), **_loader_options(self.loader),
         )  # fmt: skip
-        for indices, tree in reader:
-            yield as_batch(tree, indices).to(self.device)
+        for indices, trees in reader:
+            if self.apart:
+                parts = [as_batch(tree, [i]) for i, tree in zip(indices, trees, strict=True)]
+                yield apart(parts).to(self.device)
+            else:
+                yield as_batch(trees, indices).to(self.device)
 
     @property
     def _in_memory(self) -> bool:
@@ -130,13 +141,15 @@ class _Indexed(Dataset[Any]):
 
 
 class _IndexedCollate:
-    """The user's `collate_fn` on the samples, the indices beside it."""
+    """The user's `collate_fn` on the samples, all together or each `apart`, the indices beside it."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
+    def __init__(self, collate: Callable[[list[Any]], Any], apart: bool) -> None:
+        self.collate, self.apart = collate, apart
 
     def __call__(self, pairs: list[tuple[int, Any]]) -> tuple[list[int], Any]:
-        return [i for i, _ in pairs], self.collate([sample for _, sample in pairs])
+        samples = [sample for _, sample in pairs]
+        tree = [self.collate([one]) for one in samples] if self.apart else self.collate(samples)
+        return [i for i, _ in pairs], tree
 
 
 class _RandomBatches(Sampler[list[int]]):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
@@ -18,6 +19,7 @@ from torch.func import grad, jvp, vjp, vmap
 
 from ..data.batch import Batch, flatten_tree
 from .gradients import REUSED, activation_bytes, agrees, in_stacks, reuse
+from .linear import INSIDE
 from .objective import Objective, Rebuild
 
 logger = logging.getLogger(__name__)
@@ -129,11 +131,17 @@ class Curvature:
     """
 
     def __init__(self, objective: Objective, kind: str, max_bytes: float = math.inf) -> None:
+        if kind == "ggn" and objective.linear == INSIDE:
+            raise ValueError(INSIDE)
+        if kind == "ggn" and objective.linear is not None:
+            warnings.warn(objective.linear, stacklevel=4)
         self.objective, self.kind, self.max_bytes = objective, kind, max_bytes
         self._product = PRODUCTS[kind]
 
     def __call__(self, batch: Batch, vectors: Tensor) -> Tensor:
         """Curvature over one batch times each row of `vectors` [K, P] -> [K, P]."""
+        if batch.parts:
+            return self.over(batch.parts, vectors)
         if len(vectors) > 1 and getattr(self.objective.paths, self.kind) is None:
             self._try_stack(batch, vectors[:2])
         return self._product(self.objective, batch, vectors, self.stack(batch))
@@ -141,7 +149,7 @@ class Curvature:
     def _try_stack(self, batch: Batch, two: Tensor) -> None:
         """Find whether products of a stack are those of its vectors [2, P], on a few samples."""
         objective = self.objective
-        few = batch.rows(0, 2) if objective.paths.rows and batch.sliceable else batch
+        few = batch.rows(0, 2) if objective.paths.rows else batch
         expected = torch.cat([self._product(objective, few, v.unsqueeze(0)) for v in two])
         objective.paths = objective.paths._replace(**{self.kind: True})
         if not agrees(lambda: self._product(objective, few, two), expected):
@@ -153,7 +161,7 @@ class Curvature:
         total, count = None, 0
         for batch in batches:
             part = self(batch, vectors)
-            total = part.mul_(batch.size) if total is None else total.add_(part, alpha=batch.size)
+            total = part.mul(batch.size) if total is None else total.add_(part, alpha=batch.size)
             count += batch.size
         return torch.zeros_like(vectors) if total is None else total.div_(count)
 

@@ -1,0 +1,86 @@
+"""What a model returns inside a loss: seen while it is called, put in its place, and read as a known loss."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .cross_entropy import IGNORED_CLASS
+
+
+@contextlib.contextmanager
+def recorded(model: nn.Module, outputs: list[Any]) -> Iterator[None]:
+    """Inside: what each call of the model returns is appended to `outputs`."""
+    handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def replayed(model: nn.Module, output: Any) -> Iterator[None]:
+    """Inside: a call of the model returns this `output`."""
+    own = vars(model).get("forward")
+    vars(model)["forward"] = lambda *_args, **_kwargs: output
+    try:
+        yield
+    finally:
+        del vars(model)["forward"]
+        if own is not None:
+            vars(model)["forward"] = own
+
+
+class Head(NamedTuple):
+    """A known loss of one of the tensors that the model returns and one of the batch's.
+
+    It stands for a loss that is linear in what the model returns (computed inside the model, or from its
+    log-probabilities), whose Gauss-Newton matrix there is zero: the curvature lies behind this tensor.
+    """
+
+    name: str
+    output: int
+    """Place of the output among the tensors that the model returns."""
+    target: int
+    """Place of the target among the tensors of the batch."""
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+
+def _classes_last(y: Tensor, t: Tensor) -> Tensor:
+    """Mean cross-entropy with the classes in the last dimension, y [B, ..., C], t [B, ...]."""
+    return F.cross_entropy(y.reshape(-1, y.shape[-1]), t.reshape(-1), ignore_index=IGNORED_CLASS)
+
+
+def _next_token(y: Tensor, t: Tensor) -> Tensor:
+    """Mean cross-entropy of each token given those before it, y [B, T, C], t [B, T]."""
+    return _classes_last(y[:, :-1], t[:, 1:])
+
+
+def _squares(y: Tensor, t: Tensor) -> Tensor:
+    return F.mse_loss(y.reshape(t.shape), t)
+
+
+def _binary(y: Tensor, t: Tensor) -> Tensor:
+    return F.binary_cross_entropy_with_logits(y.reshape(t.shape), t.to(y))
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross-entropy": F.cross_entropy,
+    "cross-entropy over the last dimension": _classes_last,
+    "cross-entropy of the next token": _next_token,
+    "mean squared error": _squares,
+    "binary cross-entropy with logits": _binary,
+}
+"""What a loss inside a model is compared with, in value and gradient."""
+
+
+def candidates(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Iterator[Head]:
+    """Every known loss of every pair of an output and a tensor of the batch."""
+    for i, y in enumerate(outputs):
+        for j in range(len(targets)):
+            if y.is_floating_point() and y.dim() > 0:
+                yield from (Head(name, i, j, loss) for name, loss in LOSSES.items())

@@ -1,0 +1,49 @@
+"""Which tensors of a model are its parameters here, and in which precision they are held."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+
+def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+    """The trainable parameters whose name, or a module above them, matches one of `patterns`; tied ones once."""
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        raise ValueError(
+            "model: no parameter has requires_grad=True; influence is about trained parameters, so set "
+            "requires_grad_(True) on those that were trained"
+        )
+    if patterns is None:
+        return trainable
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(_matches(name, pattern) for name in trainable):
+            raise ValueError(
+                f"config['parameters']: {pattern!r} matches no trainable parameter; there are {', '.join(trainable)}"
+            )
+    return {name: p for name, p in trainable.items() if any(_matches(name, pattern) for pattern in patterns)}
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside DataParallel, DistributedDataParallel or torch.compile."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def widest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The precision that holds all of these."""
+    return functools.reduce(torch.promote_types, dtypes)
