@@ -31,6 +31,8 @@ class Samples:
 
     Attributes:
         apart: whether each sample is collated alone, since in a batch it would be another.
+        shapes: the only shape in which samples may be collated together (that of each tensor behind its first
+            dimension); batches of another are taken apart. None is any.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Samples:
         self.collate: Callable[[list[Any]], Any] = loader.collate_fn
         self.batch_size = min(_batch_size(loader), self.n)
         self.apart = False
+        self.shapes: Shapes | None = None
 
     def __len__(self) -> int:
         return self.n
@@ -60,8 +63,17 @@ class Samples:
     def take(self, indices: Sequence[int]) -> Batch:
         """These samples, collated together (or `apart`), read in this process."""
         if self.apart:
-            return apart([self.sample(i) for i in indices])
-        return as_batch(self._collated(indices), indices).to(self.device)
+            return self._alone(indices)
+        return self._trusted(as_batch(self._collated(indices), indices)).to(self.device)
+
+    def _alone(self, indices: Sequence[int]) -> Batch:
+        return apart([self.sample(i) for i in indices])
+
+    def _trusted(self, batch: Batch) -> Batch:
+        """The batch, or its samples read again one by one where they may have been changed to fit each other."""
+        if self.shapes is None or batch.size == 1 or shapes_of(batch) == self.shapes:
+            return batch
+        return self._alone(batch.indices)
 
     def ordered(
         self, batch_size: int | None = None, indices: Sequence[int] | None = None, text: str | None = None
@@ -109,7 +121,7 @@ class Samples:
                 parts = [as_batch(tree, [i]) for i, tree in zip(indices, trees, strict=True)]
                 yield apart(parts).to(self.device)
             else:
-                yield as_batch(trees, indices).to(self.device)
+                yield self._trusted(as_batch(trees, indices)).to(self.device)
 
     @property
     def _in_memory(self) -> bool:
@@ -120,6 +132,14 @@ class Samples:
             rows = torch.as_tensor(indices)
             return [t[rows] for t in cast(TensorDataset, self.dataset).tensors]
         return self.collate([self.dataset[i] for i in indices])
+
+
+Shapes = tuple[tuple[int, ...], ...]
+
+
+def shapes_of(batch: Batch) -> Shapes:
+    """Shape of each tensor of a batch behind its first dimension."""
+    return tuple(tuple(t.shape[1:]) for t in batch.leaves)
 
 
 class _Indexed(Dataset[Any]):

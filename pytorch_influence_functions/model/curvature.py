@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
-from ..data.batch import Batch, flatten_tree
+from ..data.batch import Batch
 from .gradients import REUSED, activation_bytes, agrees, in_stacks, reuse
 from .linear import INSIDE
 from .objective import Objective, Rebuild
+from .outputs import numbers_of
 
 logger = logging.getLogger(__name__)
 Product = Callable[..., Tensor]
@@ -77,7 +78,7 @@ def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor, s
         return torch.stack([_gauss_newton_product(objective, batch, v) for v in vectors])
 
     def outputs(theta: Tensor) -> list[Tensor]:
-        leaves, rebuild = flatten_tree(objective.outputs(theta, batch))
+        leaves, rebuild = numbers_of(objective.outputs(theta, batch))
         rebuilders.append(rebuild)
         return leaves
 
@@ -92,18 +93,54 @@ def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor, s
 
 
 def _gauss_newton_product(objective: Objective, batch: Batch, v: Tensor) -> Tensor:
-    """G v for one vector [P]: the outputs and their derivative along v from one pass, then back."""
+    """G v for one vector [P]: the outputs and their derivative along v, the loss's Hessian, then back."""
     theta = objective.theta.detach().requires_grad_()
-    with forward_ad.dual_level():
-        leaves, rebuild = flatten_tree(objective.outputs(forward_ad.make_dual(theta, v), batch))
-        duals = [forward_ad.unpack_dual(leaf) for leaf in leaves]
-    y = [dual.primal for dual in duals]
-    u = [torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent.detach() for dual in duals]
-    w = _loss_hessian(objective, batch, [a.detach() for a in y], rebuild)(u)
+    y, u, rebuild = _outputs_along(objective, batch, theta, v)
+    w = _loss_hessian(objective, batch, [part.detach() for part in y], rebuild)(u)
     reached = [(a, b) for a, b in zip(y, w, strict=True) if a.requires_grad]
     if not reached:
         return torch.zeros_like(v)
     return torch.autograd.grad([a for a, _ in reached], theta, [b for _, b in reached], materialize_grads=True)[0]
+
+
+def _outputs_along(
+    objective: Objective, batch: Batch, theta: Tensor, v: Tensor
+) -> tuple[list[Tensor], list[Tensor], Rebuild]:
+    """Outputs y at theta [P] with their graph, J v, and how to build what the model returned from y."""
+    if objective.paths.dual is not False:
+        try:
+            return _dual_outputs(objective, batch, theta, v)
+        except (NotImplementedError, RuntimeError) as error:
+            if isinstance(error, torch.OutOfMemoryError) or objective.paths.dual:
+                raise
+            logger.info("J v comes from two backward passes: %s", str(error).splitlines()[0])
+            objective.paths = objective.paths._replace(dual=False)
+    return _twice_backward(objective, batch, theta, v)
+
+
+def _dual_outputs(
+    objective: Objective, batch: Batch, theta: Tensor, v: Tensor
+) -> tuple[list[Tensor], list[Tensor], Rebuild]:
+    """J v by forward mode, in the pass that computes y."""
+    with forward_ad.dual_level():
+        leaves, rebuild = numbers_of(objective.outputs(forward_ad.make_dual(theta, v), batch))
+        duals = [forward_ad.unpack_dual(leaf) for leaf in leaves]
+    y = [dual.primal for dual in duals]
+    u = [torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent.detach() for dual in duals]
+    return y, u, rebuild
+
+
+def _twice_backward(
+    objective: Objective, batch: Batch, theta: Tensor, v: Tensor
+) -> tuple[list[Tensor], list[Tensor], Rebuild]:
+    """J v as the derivative in w of (J^T w) . v, for layers that have no forward mode (LSTM, grid_sample)."""
+    y, rebuild = numbers_of(objective.outputs(theta, batch))
+    reached = [part for part in y if part.requires_grad]
+    w = [torch.zeros_like(part).requires_grad_() for part in reached]
+    (pulled,) = torch.autograd.grad(reached, theta, w, create_graph=True, materialize_grads=True)
+    along = iter(torch.autograd.grad(pulled, w, v, retain_graph=True, materialize_grads=True))
+    u = [next(along).detach() if part.requires_grad else torch.zeros_like(part) for part in y]
+    return y, u, rebuild
 
 
 def _loss_hessian(

@@ -13,7 +13,7 @@ from torch.func import grad, vjp
 from ..data.batch import Batch, flatten_tree
 from .gradients import agrees
 from .objective import Objective
-from .outputs import candidates
+from .outputs import candidates, numbers_of
 
 logger = logging.getLogger(__name__)
 INSIDE = (
@@ -81,13 +81,5 @@ def _slopes(objective: Objective, one: Batch) -> tuple[list[Tensor], list[Tensor
 
 def _loss_in_outputs(objective: Objective, one: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
     """Outputs of one sample that are numbers, and its loss as a function of them."""
-    rows, rebuild = flatten_tree(objective.outputs(objective.theta, one))
-    floats = [i for i, row in enumerate(rows) if row.is_floating_point()]
-
-    def loss(parts: list[Tensor]) -> Tensor:
-        whole = list(rows)
-        for i, part in zip(floats, parts, strict=True):
-            whole[i] = part
-        return objective.output_losses(rebuild(whole), one).sum()
-
-    return [rows[i].detach() for i in floats], loss
+    y, rebuild = numbers_of(objective.outputs(objective.theta, one))
+    return [part.detach() for part in y], lambda parts: objective.output_losses(rebuild(parts), one).sum()

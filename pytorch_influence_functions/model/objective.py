@@ -44,6 +44,8 @@ class Paths(NamedTuple):
     """Forward-mode derivatives of the losses."""
     stacked: bool = False
     """`vmap` over forward-mode derivatives."""
+    dual: bool | None = None
+    """Forward-mode derivatives of the outputs; None is not tried yet."""
     hessian: bool | None = None
     """`vmap` over Hessian-vector products; None is not tried yet."""
     ggn: bool | None = None

@@ -9,7 +9,22 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.batch import flatten_tree
 from .cross_entropy import IGNORED_CLASS
+
+
+def numbers_of(outputs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """The floating-point tensors among a model's outputs, and how to put others in their place."""
+    leaves, rebuild = flatten_tree(outputs)
+    places = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
+
+    def again(numbers: Sequence[Tensor]) -> Any:
+        whole = list(leaves)
+        for i, number in zip(places, numbers, strict=True):
+            whole[i] = number
+        return rebuild(whole)
+
+    return [leaves[i] for i in places], again
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from ..data.batch import Batch, flatten_tree
-from ..data.samples import Samples
+from ..data.samples import Samples, shapes_of
 from .gradients import agrees, forward_products, gradient, require_finite, vmap_gradients
 from .linear import find_head
 from .objective import Objective, Paths
@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 MOST_PROBED = 8
 """Samples of the batch that a model is tried on: one batch, as the loader makes it, up to so many. Two would not tell a
 model that branches on the size of its batch from one that does not; more cost more than a short run."""
+LOOKED_AT = 32
+"""Samples whose shapes are looked at, so that short and long sequences stand in the batch that a model is tried on."""
 
 
 def probe(objective: Objective, samples: Samples) -> None:
@@ -28,8 +30,8 @@ def probe(objective: Objective, samples: Samples) -> None:
         NonFiniteError: a loss or gradient of these samples is NaN or infinite.
         TypeError, ValueError: the loss cannot take the batch.
     """
-    indices = _spread(samples.n, max(2, min(samples.batch_size, MOST_PROBED)))
-    objective.paths, samples.apart = Paths(), False
+    objective.paths, samples.apart, samples.shapes = Paths(), False, None
+    indices, uniform = _different(samples, max(2, min(samples.batch_size, MOST_PROBED)))
     alone = [samples.sample(i) for i in indices]
     _look_for_mutation(objective, alone[0], samples)
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
@@ -48,6 +50,7 @@ def probe(objective: Objective, samples: Samples) -> None:
             "the loss, lets them go together", samples.name,
         )  # fmt: skip
         return
+    samples.shapes = shapes_of(alone[0]) if uniform else None
     _try_fast_paths(objective, batch, losses, truth)
     slow = [name for name, allowed in objective.paths._asdict().items() if allowed is False]
     if slow:
@@ -58,6 +61,16 @@ def _spread(n: int, count: int) -> list[int]:
     """Indices over the whole set, `count` of them (the first one again where there are fewer samples)."""
     chosen = sorted({i * n // count for i in range(count)})
     return chosen if len(chosen) > 1 else [0, 0]
+
+
+def _different(samples: Samples, count: int) -> tuple[list[int], bool]:
+    """Indices of `count` samples, of as many shapes as there are; and whether those looked at have one shape."""
+    shapes = {i: shapes_of(samples.sample(i)) for i in _spread(samples.n, min(samples.n, LOOKED_AT))}
+    first_of_each = list({shape: i for i, shape in reversed(shapes.items())}.values())
+    if len(first_of_each) == 1:
+        return _spread(samples.n, count), True
+    others = [i for i in shapes if i not in first_of_each]
+    return sorted([*first_of_each, *others][:count]), False
 
 
 def _look_for_mutation(objective: Objective, one: Batch, samples: Samples) -> None:
