@@ -180,7 +180,7 @@ class InfluenceFunction:
         self.system.tests = len(indices)
         for part in _split(indices, self.system.group_size):
             with self.system.guard():
-                solution = self._solve(self.gradients_of(tests, part))
+                solution = self._measured(self.gradients_of(tests, part))
                 scores, chains = self._products(solution)
             yield part, solution, scores, chains
 
@@ -190,7 +190,7 @@ class InfluenceFunction:
         self.system.tests = len(indices)
         for part in _split(indices, self.system.group_size):
             with self.system.guard():
-                solution = self._solve(self.gradients_of(tests, part))
+                solution = self._measured(self.gradients_of(tests, part))
             yield part, solution
 
     def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
@@ -222,6 +222,12 @@ class InfluenceFunction:
         solution = self._prepare(self.system.tests or len(v))(v)
         self._describe(solution.report)
         self._warn_if_inexact(solution)
+        return solution
+
+    def _measured(self, v: Tensor) -> Solution:
+        """A solution whose residual is known: it is measured here, inside the guard."""
+        solution = self._solve(v)
+        solution.certificate = solution.residual
         return solution
 
     def _describe(self, report: dict[str, Any]) -> None:

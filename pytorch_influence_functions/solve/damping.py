@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..data.batch import Batch
 from ..model.gradients import gradient_products
+from ..model.objective import Objective
 from .system import System
 
 logger = logging.getLogger(__name__)
@@ -129,9 +129,16 @@ class _Rule:
         self.halves = torch.stack([torch.zeros(n).index_fill(0, half, 1) for half in halves])
         chosen: list[int] = torch.randperm(n, generator=generator)[:SAMPLES].sort().values.tolist()
         self.batches = list(system.samples.ordered(system.scoring_batch, chosen))
-        self.objective = system.objective.double()
-        self.doubled = [_double(batch) for batch in self.batches]
-        self.losses = self._losses(self.objective.theta)
+        self.objective, self.losses = self._precise(system.objective)
+
+    def _precise(self, own: Objective) -> tuple[Objective, Tensor]:
+        """The objective in double precision and its losses; in its own where the model runs in no other."""
+        double = own.double()
+        try:
+            return double, self._losses(double)
+        except RuntimeError as error:
+            logger.info("changes of the loss are computed in %s: %s", own.dtype, str(error).splitlines()[0])
+            return own, self._losses(own)
 
     def gradients(self) -> Tensor:
         """(1/n) of the summed gradients of each half -> [halves, P]."""
@@ -153,13 +160,12 @@ class _Rule:
         """The prediction error of these shifts [halves, P]."""
         system = self.system
         predicted = [gradient_products(system.objective, b, shifts, system.max_bytes) for b in self.batches]
-        actual = torch.stack([self._losses(self.objective.theta + shift.double()) - self.losses for shift in shifts])
+        changes = [self._losses(self.objective, shift) - self.losses for shift in shifts]
+        actual = torch.stack(changes)
         return prediction_error(actual, torch.cat(predicted, 1).to(actual))
 
-    def _losses(self, theta: Tensor) -> Tensor:
+    def _losses(self, objective: Objective, shift: Tensor | None = None) -> Tensor:
+        """Loss of each of the samples at the parameters, shifted by `shift` [P]."""
+        theta = objective.theta if shift is None else objective.theta + shift.to(objective.theta)
         with torch.no_grad():
-            return torch.cat([self.objective.losses(theta, batch) for batch in self.doubled])
-
-
-def _double(batch: Batch) -> Batch:
-    return batch._replace(leaves=[t.double() if t.is_floating_point() else t for t in batch.leaves])
+            return torch.cat([objective.losses(theta, batch) for batch in self.batches])
