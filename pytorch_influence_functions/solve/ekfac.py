@@ -10,44 +10,26 @@ or summed over all outputs where there are few. Parameters outside such layers h
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.func import grad, jacrev, vjp, vmap
-from torch.nn import functional as F
+from torch import Tensor
 
-from ..data.batch import Batch, flatten_tree
+from ..data.batch import Batch
 from ..model.gradients import per_sample_gradients
-from ..model.objective import IGNORED_CLASS, Objective, calc_loss
+from ..model.layers import Layer, backward, forward, gather, layer_inputs, scatter
+from ..model.objective import Objective
 from .damping import choose_damping
+from .passes import Passes, Seen, batch_size, output_rows
 from .system import Residual, Solution, Solve, System
 
 logger = logging.getLogger(__name__)
-FEW_OUTPUTS = 16
-"""Up to this many outputs of a sample the expectation over g is a sum over all of them; beyond it, g is drawn."""
-DENSE_OUTPUTS = 512
-"""Up to this many outputs the Hessian of the loss in them is built; beyond it, it must be diagonal."""
 DAMPING_TARGET = 0.7
 """The error to stay below where EKFAC alone predicts: it is larger at every lambda than that of the true system."""
 CERTIFIED = 256
 """Training samples that the residual is measured on."""
-
-
-class Layer(NamedTuple):
-    """A layer whose gradient is a sum of outer products: where its parameters are, and how to see its inputs."""
-
-    name: str
-    module: nn.Module
-    weight: slice
-    bias: slice | None
-    groups: int
-    inputs: Callable[[Tensor, int], Tensor]
-    """Input as the module gets it, batch size -> [B, T, groups, in (+ 1)]."""
-    outputs: Callable[[Tensor, int], Tensor]
-    """Gradient of its output, batch size -> [B, T, groups, out]."""
 
 
 class Block(NamedTuple):
@@ -76,14 +58,14 @@ class Ekfac:
         """Each row of v [K, P] in the eigenbasis -> [K, P]."""
         result = v.clone()
         for block in self.blocks:
-            _scatter(block.layer, block.Q_out.mT @ _gather(block.layer, v) @ block.Q_in, result)
+            scatter(block.layer, block.Q_out.mT @ gather(block.layer, v) @ block.Q_in, result)
         return result
 
     def from_eigenbasis(self, v: Tensor) -> Tensor:
         """The inverse of `to_eigenbasis`."""
         result = v.clone()
         for block in self.blocks:
-            _scatter(block.layer, block.Q_out @ _gather(block.layer, v) @ block.Q_in.mT, result)
+            scatter(block.layer, block.Q_out @ gather(block.layer, v) @ block.Q_in.mT, result)
         return result
 
     def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
@@ -150,29 +132,39 @@ def solver(system: System, factors: Ekfac) -> Solve:
 
 def _by_layers(system: System, factors: Ekfac) -> Tensor:
     r"""g_i^T (G + \lambda I)^{-1} g_i of each training sample [n], from what its layers see."""
-    objective, layers = system.objective, [block.layer for block in factors.blocks]
+    layers = [block.layer for block in factors.blocks]
     weights = 1 / (factors.eigenvalues + system.damping).unsqueeze(0)
-    result = torch.zeros(system.samples.n, dtype=objective.dtype)
-    for batch in system.samples.ordered(_batch_size(system, layers), text="Self-influence"):
-        a, y, outs, theta = _forward(objective, layers, batch)
-        leaves, rebuild = [part.detach().requires_grad_() for part in y], flatten_tree(y)[1]
-        losses = objective.output_losses(leaves[0] if len(leaves) == 1 else rebuild(leaves), batch).sum()
-        e = list(torch.autograd.grad(losses, leaves, materialize_grads=True, allow_unused=True))
-        g, _ = _backward(y, outs, theta, e, layers, batch.size)
-        total: Any = 0
-        for block, x, d in zip(factors.blocks, a, g, strict=True):
-            left, right = d.transpose(1, 2) @ block.Q_out, x.transpose(1, 2) @ block.Q_in
-            w = _gather(block.layer, weights)[0]
-            if left.shape[2] == 1:
-                total = total + ((left[:, :, 0].square().unsqueeze(2) @ w).squeeze(2) * right[:, :, 0].square()).sum(
-                    (1, 2)
-                )
-            else:
-                size = _few(left, right)
-                pairs = zip(left.split(size), right.split(size), strict=True)
-                total = total + torch.cat([((p.mT @ q).square() * w).sum((1, 2, 3)) for p, q in pairs])
-        result[torch.as_tensor(batch.indices)] = total.detach().cpu()
+    result = torch.zeros(system.samples.n, dtype=system.objective.dtype)
+    for batch in system.samples.ordered(batch_size(system, layers), text="Self-influence"):
+        for one in batch.parts or (batch,):
+            found = _quadratic_by_layers(system.objective, factors, weights, one)
+            result[torch.as_tensor(one.indices)] = found.detach().cpu()
     return result
+
+
+def _quadratic_by_layers(objective: Objective, factors: Ekfac, weights: Tensor, batch: Batch) -> Tensor:
+    """The quadratic form with `weights` [1, P] in the eigenbasis of each sample's gradient -> [B]."""
+    layers = [block.layer for block in factors.blocks]
+    seen = forward(objective, layers, batch)
+    y = [part.detach().requires_grad_() for part in seen.y]
+    losses = objective.output_losses(seen.rebuild(y), batch).sum()
+    e = list(torch.autograd.grad(losses, y, materialize_grads=True, allow_unused=True))
+    g, _ = backward(layers, seen, e, batch.size)
+    total = objective.theta.new_zeros(batch.size)
+    for block, x, d in zip(factors.blocks, layer_inputs(layers, seen, batch.size), g, strict=True):
+        left, right = d.transpose(1, 2) @ block.Q_out, x.transpose(1, 2) @ block.Q_in
+        total = total + _weighted_squares(left, right, gather(block.layer, weights)[0])
+    return total
+
+
+def _weighted_squares(g: Tensor, a: Tensor, w: Tensor) -> Tensor:
+    """Sum of w (sum_t g_t a_t^T)^2 of each sample; g [B, groups, T, out], a [B, groups, T, in] -> [B]."""
+    if g.shape[2] == 1:
+        once = g[:, :, 0].square().unsqueeze(2) @ w
+        return (once.squeeze(2) * a[:, :, 0].square()).sum((1, 2))
+    size = _few(g, a)
+    pairs = zip(g.split(size), a.split(size), strict=True)
+    return torch.cat([((p.mT @ q).square() * w).sum((1, 2, 3)) for p, q in pairs])
 
 
 def by_gradients(system: System, quadratic: Callable[[Tensor], Tensor]) -> Tensor:
@@ -184,87 +176,12 @@ def by_gradients(system: System, quadratic: Callable[[Tensor], Tensor]) -> Tenso
     return result
 
 
-# ---- passes over the training set
+# ---- the factors
 
 
 def build(system: System) -> Ekfac:
     """Gather the factors in one pass over the training set and the corrected eigenvalues in a second."""
     return fit(Passes(system))
-
-
-class Seen(NamedTuple):
-    """What the layers see of one batch, for D draws of output gradients."""
-
-    batch: Batch
-    inputs: list[Tensor]
-    """Of each layer [B, T, groups, in]."""
-    cotangents: list[Tensor]
-    """The output gradients e [D, B, ...]."""
-    gradients: list[Tensor]
-    """Those of each layer's outputs [D, B, T, groups, out]."""
-    outside: Tensor
-    """Estimate of the summed squares of all gradients [P]; [1] where no parameter is outside the layers."""
-
-    @property
-    def bytes(self) -> int:
-        """What it holds."""
-        tensors = [*self.batch.leaves, *self.inputs, *self.cotangents, *self.gradients, self.outside]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-
-class Passes:
-    """The training set as its layers see it, the same in each pass: kept where the memory allows, else read again.
-
-    Args:
-        system: the model and its training set.
-        top: directions of the loss's Hessian that are taken one by one; None: all where they are few, else none.
-    """
-
-    def __init__(self, system: System, top: int | None = None) -> None:
-        self.system, self.top, objective = system, top, system.objective
-        self.layers = usable_layers(objective, system.samples.take([0, system.samples.n // 2]))
-        self.outside = torch.ones(objective.P, dtype=torch.bool)
-        for layer in self.layers:
-            for place in (layer.weight, layer.bias):
-                if place is not None:
-                    self.outside[place] = False
-        self._kept: list[Seen] | None = None
-        _tell(objective, self.outside)
-
-    def __iter__(self) -> Iterator[Seen]:
-        if self._kept is not None:
-            yield from self._kept
-            return
-        kept: list[Seen] | None = []
-        for seen in self._read():
-            yield seen
-            if kept is not None:
-                kept.append(seen)
-                if seen.bytes / seen.batch.size * self.system.samples.n > self.system.max_bytes / 4:
-                    kept = None
-        self._kept = kept
-
-    def _read(self) -> Iterator[Seen]:
-        objective, generator = self.system.objective, torch.Generator().manual_seed(self.system.config.seed)
-        for batch in self.system.samples.ordered(_batch_size(self.system, self.layers), text="EKFAC"):
-            a, y, outs, theta = _forward(objective, self.layers, batch)
-            es = list(pseudo_gradients(objective, y, batch, generator, self.top))
-            draws = [_backward(y, outs, theta, e, self.layers, batch.size, bool(self.outside.any())) for e in es]
-            # draws are independent over the samples: the square of the sum has the sum of squares as its mean
-            squares = sum((p.square() for _, p in draws if p is not None), start=objective.theta.new_zeros(1))
-            yield Seen(batch, a, _stacked(es), _stacked([g for g, _ in draws]), squares)
-
-
-def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """Lists of tensors of the same shapes -> one list of their stacks."""
-    return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
-
-
-def _batch_size(system: System, layers: Sequence[Layer]) -> int:
-    if not system.objective.paths.rows:
-        return 1
-    most = 1024 if sum(layer.weight.stop - layer.weight.start for layer in layers) > 0.5 * system.objective.P else 32
-    return max(1, min(most, int(system.max_bytes / (8 * system.activations))))
 
 
 def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
@@ -292,7 +209,7 @@ def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
     if len(outside):
         eigenvalues[0, outside] = diagonal[outside]
     for layer, square in zip(layers, squares, strict=True):
-        _scatter(layer, square.unsqueeze(0), eigenvalues)
+        scatter(layer, square.unsqueeze(0), eigenvalues)
     return Ekfac(blocks, eigenvalues[0], outside)
 
 
@@ -324,92 +241,12 @@ def _few(g: Tensor, a: Tensor) -> int:
     return max(1, int(2**24 / (g.shape[1] * g.shape[3] * a.shape[3])))
 
 
-# ---- one batch
-
-
-def _forward(
-    objective: Objective, layers: Sequence[Layer], batch: Batch
-) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]], Tensor]:
-    """Inputs of each layer [B, T, groups, in], the model's output, each layer's outputs, and theta with its graph."""
-    seen: list[list[Tensor]] = [[] for _ in layers]
-    outs: list[list[Tensor]] = [[] for _ in layers]
-
-    def hook(i: int) -> Callable[..., None]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[i].append(inputs[0].detach())
-            outs[i].append(output)
-
-        return keep
-
-    handles = [layer.module.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
-    try:
-        theta = objective.theta.detach().requires_grad_()
-        y, _ = flatten_tree(objective.batch_outputs(theta, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    a = [torch.cat([layer.inputs(x, batch.size) for x in xs], 1) for layer, xs in zip(layers, seen, strict=True)]
-    return a, y, outs, theta
-
-
-def _backward(
-    y: list[Tensor],
-    outs: list[list[Tensor]],
-    theta: Tensor,
-    e: list[Tensor],
-    layers: Sequence[Layer],
-    size: int,
-    whole: bool = False,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Output gradients of each layer [B, T, groups, out] for output gradients e; the parameters' [P] where `whole`."""
-    flat = [out for parts in outs for out in parts] + ([theta] if whole else [])
-    grads = torch.autograd.grad(y, flat, e, retain_graph=True, allow_unused=True, materialize_grads=True)
-    each = iter(grads)
-    g = [
-        torch.cat([layer.outputs(next(each), size) for _ in parts], 1)
-        for layer, parts in zip(layers, outs, strict=True)
-    ]
-    return g, next(each, None)
-
-
-def pseudo_gradients(
-    objective: Objective, y: Sequence[Tensor], batch: Batch, generator: torch.Generator, top: int | None = None
-) -> Iterator[list[Tensor]]:
-    r"""Output gradients e whose second moment is the loss's Hessian in the outputs: \sum_e e e^T = \nabla^2_y \ell_i.
-
-    First its `top` largest eigenvectors (None: all where there are few outputs, which is exact, else none), then one
-    draw of the rest: for cross-entropy the gradient at a label drawn from the model (true Fisher), for any other loss
-    R^T \epsilon with R^T R its Hessian.
-    """
-    leaves = [part.detach() for part in y]
-    count = sum(leaf[0].numel() for leaf in leaves)
-    ordered = top is not None
-    top = (count if count <= FEW_OUTPUTS else 0) if top is None else directions(count, top)
-    if top == 0 and objective.model_loss is None and objective.loss_func is calc_loss:
-        yield [_sampled_cross_entropy(leaves[0], batch.tree[1], generator)]
-    elif count <= DENSE_OUTPUTS:
-        R = _roots(objective, leaves, batch, ordered=top < count or ordered)
-        for row in R[:, :top].unbind(1):  # random signs keep the samples independent
-            yield _split_like(row * _normal(row[:, :1], generator).sign(), leaves)
-        if top < count:
-            yield _split_like((_normal(R[:, top:, 0], generator).unsqueeze(1) @ R[:, top:]).squeeze(1), leaves)
-    else:
-        yield _diagonal_draw(objective, leaves, batch, generator)
-
-
-def directions(count: int, top: int) -> int:
-    """How many directions of `count` outputs are taken one by one: the last costs no more than a draw of it."""
-    if count > DENSE_OUTPUTS:
-        return 0
-    return count if count <= top + 1 else top
-
-
 def eigenbasis_rows(objective: Objective, factors: Ekfac, seen: Seen, draws: Tensor, places: Tensor) -> Tensor:
     """The gradients J_i^T e_ik of these (draw, place in the batch) pairs, in the eigenbasis -> [len(draws), P]."""
     rows = torch.zeros(len(draws), objective.P, dtype=objective.dtype, device=objective.device)
     for block, x, g in zip(factors.blocks, seen.inputs, seen.gradients, strict=True):
         left = g[draws, places].transpose(1, 2) @ block.Q_out
-        _scatter(block.layer, left.mT @ (x[places].transpose(1, 2) @ block.Q_in), rows)
+        scatter(block.layer, left.mT @ (x[places].transpose(1, 2) @ block.Q_in), rows)
     if len(factors.outside):
         batch = seen.batch
         e = [part[draws, places] for part in seen.cotangents]
@@ -417,242 +254,3 @@ def eigenbasis_rows(objective: Objective, factors: Ekfac, seen: Seen, draws: Ten
             batch = batch._replace(leaves=[t[places] for t in batch.leaves], size=len(places), indices=places.tolist())
         rows[:, factors.outside] = output_rows(objective, batch, e)[:, factors.outside]
     return rows
-
-
-def output_rows(objective: Objective, batch: Batch, e: Sequence[Tensor]) -> Tensor:
-    """J_i^T e_i of each sample of a batch (or of its only one), e its output gradients [rows, ...] -> [rows, P]."""
-    if batch.size == 1 or not objective.paths.vmap:
-        return torch.cat([_output_row(objective, batch, e, i) for i in range(len(e[0]))])
-
-    def one(cotangents: tuple[Tensor, ...], *leaves: Tensor) -> Tensor:
-        single = Batch([leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0])
-        pullback = vjp(lambda theta: flatten_tree(objective.outputs(theta, single))[0], objective.theta)[1]
-        return cast(Tensor, pullback([part.unsqueeze(0) for part in cotangents])[0])
-
-    rows: Tensor = vmap(one)(tuple(e), *batch.leaves)
-    return rows
-
-
-def _output_row(objective: Objective, batch: Batch, e: Sequence[Tensor], i: int) -> Tensor:
-    one = batch if batch.size == 1 else batch.rows(i, i + 1)
-    theta = objective.theta.detach().requires_grad_()
-    y, _ = flatten_tree(objective.batch_outputs(theta, one))
-    cotangents = [part[i : i + 1] for part in e]
-    (row,) = torch.autograd.grad(y, theta, cotangents, allow_unused=True, materialize_grads=True)
-    return row.unsqueeze(0)
-
-
-def _loss_of(objective: Objective, leaves: Sequence[Tensor], batch: Batch) -> Callable[..., Tensor]:
-    """The loss of one sample from its outputs laid end to end [C], its tensors beside it."""
-    _, rebuild = flatten_tree(list(leaves))
-    single = len(leaves) == 1
-
-    def loss(flat: Tensor, *data: Tensor) -> Tensor:
-        one = Batch([t.unsqueeze(0) for t in data], batch.rebuild, 1, [0])
-        parts = _split_like(flat.unsqueeze(0), [leaf[:1] for leaf in leaves])
-        return objective.output_losses(parts[0] if single else rebuild(parts), one)[0]
-
-    return loss
-
-
-def _roots(objective: Objective, leaves: Sequence[Tensor], batch: Batch, ordered: bool) -> Tensor:
-    r"""R_i with R_i^T R_i = \nabla^2_y \ell_i -> [B, C, C]; `ordered`: rows are eigenvectors, largest first."""
-    flat = torch.cat([leaf.flatten(1) for leaf in leaves], 1)
-    if objective.model_loss is None and objective.loss_func is calc_loss and leaves[0].dim() == 2 and _class_ids(batch):
-        p = flat.softmax(1)
-        if not ordered:  # \sum_c p_c (e_c - p) (e_c - p)^T
-            identity = torch.eye(p.shape[1], dtype=p.dtype, device=p.device)
-            return p.sqrt().unsqueeze(2) * (identity - p.unsqueeze(1))
-        hessians = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-    else:
-        hessians = vmap(jacrev(jacrev(_loss_of(objective, leaves, batch))))(flat, *batch.leaves)
-    values, vectors = torch.linalg.eigh(hessians)
-    roots: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
-    return roots.flip(1)
-
-
-def _class_ids(batch: Batch) -> bool:
-    targets = batch.tree[1]
-    return not targets.is_floating_point() and bool((targets != IGNORED_CLASS).all())
-
-
-def _diagonal_draw(
-    objective: Objective, leaves: Sequence[Tensor], batch: Batch, generator: torch.Generator
-) -> list[Tensor]:
-    flat = torch.cat([leaf.flatten(1) for leaf in leaves], 1)
-    along = vmap(grad(_loss_of(objective, leaves, batch)))
-
-    def product(u: Tensor) -> Tensor:
-        return cast(Tensor, vjp(lambda y: along(y, *batch.leaves), flat)[1](u)[0])
-
-    diagonal, draw = product(torch.ones_like(flat)), _normal(flat, generator)
-    if not bool((product(draw) - diagonal * draw).abs().max() <= 1e-3 * diagonal.abs().max() + 1e-12):
-        raise NotImplementedError(
-            f"config['solver'] = 'ekfac': the loss couples the {flat.shape[1]} outputs of a sample, which is built in "
-            "only for cross-entropy; use config['solver'] = 'cg'"
-        )
-    return _split_like(diagonal.clamp_min(0).sqrt() * draw, leaves)
-
-
-def _sampled_cross_entropy(y: Tensor, t: Tensor, generator: torch.Generator) -> Tensor:
-    """Gradient of the cross-entropy at labels drawn from softmax(y), y [B, C, ...] -> like y.
-
-    Over the N positions of a sample that count, each has 1 / sqrt(N), so that the second moment is that of their mean.
-    """
-    p = y.softmax(1).movedim(1, -1)
-    flat = p.reshape(-1, p.shape[-1])
-    labels = torch.multinomial(flat.cpu().float(), 1, generator=generator).to(y.device)
-    e = flat.scatter_add(1, labels, -torch.ones_like(flat[:, :1])).view_as(p).movedim(-1, 1)
-    counted = torch.ones_like(y[:, 0]) if t.is_floating_point() else (t != IGNORED_CLASS).to(y)
-    number = counted.flatten(1).sum(1) if counted.dim() > 1 else counted
-    weight = counted / number.clamp_min(1).sqrt().view(-1, *[1] * (counted.dim() - 1))
-    return e * weight.unsqueeze(1)
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator).to(like)
-
-
-def _split_like(flat: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    parts = flat.split([leaf[0].numel() for leaf in leaves], 1)
-    return [part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)]
-
-
-# ---- which layers, and how their parameters lie in theta
-
-
-def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
-    """Linear and convolution layers whose outer products give the true gradient on a batch of a few samples."""
-    places = _places(objective)
-    layers = [layer for name, module in objective.model.named_modules() if (layer := _layer(name, module, places))]
-    while layers:
-        try:
-            wrong = _wrong(objective, layers, batch)
-        except (RuntimeError, IndexError) as error:
-            logger.info("EKFAC sees no layer of this model on its own: %s", str(error).splitlines()[0])
-            return []
-        if not wrong:
-            break
-        layers = [layer for layer in layers if layer.name not in wrong]
-    return layers
-
-
-def _wrong(objective: Objective, layers: Sequence[Layer], batch: Batch) -> set[str]:
-    """Layers that were not called, or whose outer products are not the gradient (weights used elsewhere too)."""
-    called = _called(objective, layers, batch)
-    if len(called) < len(layers):
-        return {layer.name for layer in layers} - called
-    a, y, outs, theta = _forward(objective, layers, batch)
-    g, total = _backward(y, outs, theta, [torch.randn_like(part) for part in y], layers, batch.size, whole=True)
-    wrong = set()
-    for i, layer in enumerate(layers):
-        expected = _gather(layer, cast(Tensor, total).unsqueeze(0))[0]
-        found = torch.einsum("btgo,btgi->goi", g[i], a[i])
-        if not bool((found - expected).abs().max() <= 1e-3 * expected.abs().max() + 1e-9):
-            wrong.add(layer.name)
-    return wrong
-
-
-def _called(objective: Objective, layers: Sequence[Layer], batch: Batch) -> set[str]:
-    called: set[str] = set()
-    handles = [
-        layer.module.register_forward_hook(lambda _m, _i, _o, name=layer.name: called.add(name)) for layer in layers
-    ]
-    try:
-        objective.batch_outputs(objective.theta, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return called
-
-
-def _places(objective: Objective) -> dict[str, slice]:
-    ends = torch.tensor(objective.sizes).cumsum(0).tolist()
-    return {
-        name: slice(end - size, end) for name, size, end in zip(objective.names, objective.sizes, ends, strict=True)
-    }
-
-
-def _layer(name: str, module: nn.Module, places: dict[str, slice]) -> Layer | None:
-    prefix = f"{name}." if name else ""
-    weight, bias = places.get(f"{prefix}weight"), places.get(f"{prefix}bias")
-    if weight is None:
-        return None
-    if isinstance(module, nn.Linear):
-        return Layer(name, module, weight, bias, 1, _linear_inputs(bias is not None), _linear_outputs)
-    if isinstance(module, nn.Conv1d | nn.Conv2d) and not isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return Layer(
-            name,
-            module,
-            weight,
-            bias,
-            module.groups,
-            _conv_inputs(module, bias is not None),
-            _conv_outputs(module.groups),
-        )
-    return None
-
-
-def _with_one(a: Tensor, bias: bool) -> Tensor:
-    return torch.cat([a, torch.ones_like(a[..., :1])], -1) if bias else a
-
-
-def _linear_inputs(bias: bool) -> Callable[[Tensor, int], Tensor]:
-    return lambda x, size: _with_one(x.reshape(size, -1, 1, x.shape[-1]), bias)
-
-
-def _linear_outputs(g: Tensor, size: int) -> Tensor:
-    return g.reshape(size, -1, 1, g.shape[-1])
-
-
-def _conv_inputs(conv: nn.Conv1d | nn.Conv2d, bias: bool) -> Callable[[Tensor, int], Tensor]:
-    def inputs(x: Tensor, size: int) -> Tensor:
-        patches = _patches(conv, x)
-        per_group = patches.view(size, conv.groups, -1, patches.shape[-1])
-        return _with_one(per_group.permute(0, 3, 1, 2), bias)
-
-    return inputs
-
-
-def _patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """What each output position of a convolution sees, [B, in * kernel, T]."""
-    two = x if x.dim() == 4 else x.unsqueeze(2)
-    flat = isinstance(conv, nn.Conv1d)
-    kernel, dilation, stride = ((1, *t) if flat else t for t in (conv.kernel_size, conv.dilation, conv.stride))
-    if isinstance(conv.padding, str):
-        total = [d * (k - 1) if conv.padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
-        sides = [(t // 2, t - t // 2) for t in total]
-    else:
-        sides = [(p, p) for p in ((0, *conv.padding) if flat else conv.padding)]
-    padding = [p for side in reversed(sides) for p in side]
-    if any(padding):
-        two = F.pad(two, padding, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    return F.unfold(two, kernel, dilation=dilation, stride=stride)
-
-
-def _conv_outputs(groups: int) -> Callable[[Tensor, int], Tensor]:
-    return lambda g, size: g.reshape(size, groups, g.shape[1] // groups, -1).permute(0, 3, 1, 2)
-
-
-def _gather(layer: Layer, v: Tensor) -> Tensor:
-    """The layer's part of v [K, P] -> [K, groups, out, in (+ 1 for the bias)]."""
-    weight = cast(Tensor, layer.module.weight)
-    out = weight.shape[0] // layer.groups
-    W = v[:, layer.weight].reshape(len(v), layer.groups, out, -1)
-    if layer.bias is None:
-        return W
-    return torch.cat([W, v[:, layer.bias].reshape(len(v), layer.groups, out, 1)], -1)
-
-
-def _scatter(layer: Layer, W: Tensor, v: Tensor) -> None:
-    """The inverse of `_gather`, into v."""
-    if layer.bias is not None:
-        v[:, layer.bias] = W[..., -1].reshape(len(v), -1)
-        W = W[..., :-1]
-    v[:, layer.weight] = W.reshape(len(v), -1)
-
-
-def _tell(objective: Objective, outside: Tensor) -> None:
-    names = [name for name, place in _places(objective).items() if bool(outside[place].any())]
-    if names:
-        logger.info("EKFAC: a diagonal block is used for %s", ", ".join(names))

@@ -18,7 +18,8 @@ from ..model.curvature import Curvature
 from ..model.gradients import activation_bytes, reuse
 from .cg import iterate
 from .damping import HALVES, choose_damping, error_curve
-from .ekfac import Ekfac, Passes, Seen, directions, eigenbasis_rows, fit
+from .ekfac import Ekfac, eigenbasis_rows, fit
+from .passes import Passes, Seen, directions
 from .system import NegativeCurvatureError, System
 
 DIRECTIONS = 9

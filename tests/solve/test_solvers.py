@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.solve import ekfac
+from pytorch_influence_functions.solve import ekfac, passes
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 23
@@ -183,7 +183,7 @@ def columns(module, x):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ekfac_is_that_built_by_hand(name, monkeypatch):
-    monkeypatch.setattr(ekfac, "_batch_size", lambda *_: 1)  # then no draw is in the diagonal outside the layers
+    monkeypatch.setattr(passes, "batch_size", lambda *_: 1)  # then no draw is in the diagonal outside the layers
     system = influence_of(name, solver="ekfac", damping=0.1).system
     with system.guard():
         factors = ekfac.build(system)
@@ -197,7 +197,7 @@ def test_ekfac_is_that_built_by_hand(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ekfac_scores_are_those_by_hand(name, monkeypatch):
-    monkeypatch.setattr(ekfac, "_batch_size", lambda *_: 1)
+    monkeypatch.setattr(passes, "batch_size", lambda *_: 1)
     influence = influence_of(name, solver="ekfac", damping=0.1)
     g = gradients(name, N)
     expected = g @ torch.linalg.solve(factored_by_hand(name) + 0.1 * torch.eye(g.shape[1]), g.T) / N

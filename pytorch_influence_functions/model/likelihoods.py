@@ -1,0 +1,206 @@
+r"""What the loss is in the model's outputs: its Hessian R there, a root of it, and a draw e with E[e e^T] = R.
+
+A likelihood is recognised by value, from one product of the loss's Hessian with random vectors on the batch at hand:
+
+- categorical, R u = c (p * u - p (p . u)) at each position, p = softmax(y): cross-entropy in any form, c its weight
+  there (1 / N over N positions, a class weight, 0 where the target is ignored);
+- independent outputs, R u = d * u: squared errors, binary cross-entropy, Poisson;
+- any other loss, where its R is small enough to be built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from . import draws
+from .objective import Objective, Rebuild
+
+DENSE_OUTPUTS = 512
+"""Up to this many outputs of a sample a Hessian of no known form is built, [512, 512] numbers a sample."""
+ROUNDING = 1e4
+"""Units in the last place within which a form counts as recognised, on the scale of a sample's largest product: double
+backward through a logarithm of a sum of exponentials loses up to two digits."""
+Product = Callable[[list[Tensor]], list[Tensor]]
+
+
+class Likelihood(Protocol):
+    """The loss's Hessian in one tensor of outputs y [B, ...], C numbers a sample."""
+
+    def hessians(self) -> Tensor:
+        """R of each sample -> [B, C, C]."""
+
+    def draw(self, seed: int, indices: Sequence[int]) -> Tensor:
+        """An e with E[e e^T] = R for each sample -> [B, C]."""
+
+
+class Categorical(NamedTuple):
+    """Classes with probabilities p [B, N, C] at N positions of weight c [B, N], in the order of `places`."""
+
+    p: Tensor
+    c: Tensor
+    places: Tensor
+    """Where each number of p lies among a sample's outputs [N, C]."""
+    outputs: int
+    """Outputs of a sample in all."""
+
+    def hessians(self) -> Tensor:
+        """See `Likelihood`."""
+        result = self.p.new_zeros(len(self.p), self.outputs, self.outputs)
+        for position in range(self.p.shape[1]):
+            p, at = self.p[:, position], self.places[position]
+            block = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+            result[:, at[:, None], at] = self.c[:, position, None, None] * block
+        return result
+
+    def draw(self, seed: int, indices: Sequence[int]) -> Tensor:
+        r"""\sqrt{c} (p - e_t) with a label t drawn from p by one uniform number a position."""
+        u = draws.uniform(seed, indices, self.p.shape[1], self.p.device).to(self.p)
+        labels = torch.searchsorted(self.p.cumsum(-1).contiguous(), u.unsqueeze(-1)).clamp_max(self.p.shape[-1] - 1)
+        e = self.p.scatter_add(-1, labels, -torch.ones_like(self.p)) * self.c.sqrt().unsqueeze(-1)
+        result = e.new_zeros(len(e), self.outputs)
+        result[:, self.places.flatten()] = e.flatten(1)
+        return result
+
+
+class Independent(NamedTuple):
+    """A second derivative d of each output [B, C], and none between them."""
+
+    d: Tensor
+
+    def hessians(self) -> Tensor:
+        """See `Likelihood`."""
+        return torch.diag_embed(self.d)
+
+    def draw(self, seed: int, indices: Sequence[int]) -> Tensor:
+        r"""\sqrt{d} times standard normal numbers."""
+        numbers = draws.normal(seed, indices, self.d.shape[1], self.d.device).to(self.d)
+        return self.d.clamp_min(0).sqrt() * numbers
+
+
+class Dense(NamedTuple):
+    """The whole Hessian of each sample R [B, C, C]."""
+
+    R: Tensor
+
+    def hessians(self) -> Tensor:
+        """See `Likelihood`."""
+        return self.R
+
+    def draw(self, seed: int, indices: Sequence[int]) -> Tensor:
+        """A root of R times standard normal numbers."""
+        numbers = draws.normal(seed, indices, self.R.shape[1], self.R.device).to(self.R)
+        return (numbers.unsqueeze(1) @ roots(self.R)).squeeze(1)
+
+
+def roots(R: Tensor) -> Tensor:
+    r"""W with W^T W = R, rows \sqrt{value} times eigenvector, the largest first; [B, C, C] -> [B, C, C]."""
+    values, vectors = torch.linalg.eigh(R.double())
+    rows: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    return rows.flip(1).to(R)
+
+
+def likelihood(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Likelihood:
+    """The likelihood of a batch at the outputs y, tensors of one row per sample.
+
+    Raises:
+        NotImplementedError: more than `DENSE_OUTPUTS` outputs a sample that the loss couples in no known way.
+    """
+    product = _in_double(objective, y, rebuild, batch)
+    flat = torch.cat([part.detach().flatten(1) for part in y], 1)
+    u = [draws.normal(0, range(len(part)), part[0].numel(), part.device, i) for i, part in enumerate(y)]
+    Ru = _joined(product([number.view(part.shape) for number, part in zip(u, y, strict=True)]))
+    known = _categorical(y, torch.cat(u, 1), Ru) or _independent(product, y, torch.cat(u, 1), Ru)
+    if known is not None:
+        return known
+    count = flat.shape[1]
+    if count > DENSE_OUTPUTS:
+        raise NotImplementedError(
+            f"config['solver']: the loss couples the {count} outputs of a sample in a way that is not known (it is no "
+            f"cross-entropy), and its Hessian is built for up to {DENSE_OUTPUTS}; use config['solver'] = 'cg'"
+        )
+    return Dense(_dense(product, y).to(flat))
+
+
+def loss_hessian(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
+    """u -> R u for all samples at once, by double backward through the loss alone; tensors like y."""
+    leaves = [part.detach().requires_grad_() for part in y]
+    total = objective.output_losses(rebuild(leaves), batch).sum()
+    slopes = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+    curved = [slope for slope in slopes if slope.requires_grad]
+
+    def product(u: list[Tensor]) -> list[Tensor]:
+        if not curved:
+            return [torch.zeros_like(leaf) for leaf in leaves]
+        along = [part.to(slope) for part, slope in zip(u, slopes, strict=True) if slope.requires_grad]
+        return list(torch.autograd.grad(curved, leaves, along, retain_graph=True, materialize_grads=True))
+
+    return product
+
+
+def _in_double(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
+    """`loss_hessian` in double precision, where the loss runs in it: the curvature of well-fitted samples is small."""
+    try:
+        return loss_hessian(objective.double(), [part.double() for part in y], rebuild, batch)
+    except (RuntimeError, TypeError):  # constants of another precision inside the loss
+        return loss_hessian(objective, y, rebuild, batch)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def _matches(found: Tensor, expected: Tensor) -> bool:
+    """Whether each row is the expected one up to rounding on its own scale; [B, C] each."""
+    slack = ROUNDING * torch.finfo(expected.dtype).eps * expected.abs().amax(1, keepdim=True)
+    return bool(((found - expected).abs() <= slack + torch.finfo(expected.dtype).tiny).all())
+
+
+def _categorical(y: Sequence[Tensor], u: Tensor, Ru: Tensor) -> Categorical | None:
+    """The categorical likelihood of one tensor of outputs that alone has a curvature, or None."""
+    ends = torch.tensor([part[0].numel() for part in y]).cumsum(0).tolist()
+    curved = [k for k, end in enumerate(ends) if bool(Ru[:, end - y[k][0].numel() : end].any())]
+    if len(curved) != 1:
+        return None
+    k = curved[0]
+    one, start = y[k], ends[k] - y[k][0].numel()
+    for dim in _class_dimensions(one):
+        places = start + torch.arange(one[0].numel(), device=one.device).view(one.shape[1:])
+        places = places.movedim(dim - 1, -1).reshape(-1, one.shape[dim])
+        p = one.detach().double().softmax(dim).movedim(dim, -1).reshape(len(one), *places.shape)
+        along, product = u[:, places], Ru[:, places]
+        S = p * (along - (p * along).sum(-1, keepdim=True))
+        c = (product * S).sum(-1) / S.square().sum(-1).clamp_min(torch.finfo(S.dtype).tiny)
+        if bool((c > -1e-6).all()) and _matches((c.unsqueeze(-1) * S).flatten(1), product.double().flatten(1)):
+            return Categorical(p.to(one), c.clamp_min(0).to(one), places, ends[-1])
+    return None
+
+
+def _class_dimensions(y: Tensor) -> list[int]:
+    """Where the classes may lie in y [B, ...]: behind the samples, as in PyTorch's losses, or last; one is no choice.
+
+    Outputs of a sample that went through the model alone have a batch of one before them [B, 1, ...].
+    """
+    first = 2 if y.dim() > 2 and y.shape[1] == 1 else 1
+    return [dim for dim in dict.fromkeys((first, y.dim() - 1)) if dim < y.dim() and y.shape[dim] > 1]
+
+
+def _independent(product: Product, y: Sequence[Tensor], u: Tensor, Ru: Tensor) -> Independent | None:
+    d = _joined(product([torch.ones_like(part) for part in y]))
+    return Independent(d.to(y[0])) if _matches(d * u.to(d), Ru) else None
+
+
+def _dense(product: Product, y: Sequence[Tensor]) -> Tensor:
+    """R of each sample from a product with each unit vector -> [B, C, C]."""
+    sizes = [part[0].numel() for part in y]
+    columns = []
+    for unit in torch.eye(sum(sizes), dtype=torch.float64, device=y[0].device):
+        pieces = unit.split(sizes)
+        along = [piece.view(1, *part.shape[1:]).expand_as(part) for piece, part in zip(pieces, y, strict=True)]
+        columns.append(_joined(product(along)))
+    R = torch.stack(columns, 1)
+    return (R + R.mT) / 2
