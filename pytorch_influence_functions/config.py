@@ -85,7 +85,8 @@ class Config:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, DEFAULTS[key])
         for key, (valid, expected) in RULES.items():
-            value = getattr(self, key)
+            value = _plain(getattr(self, key))
+            object.__setattr__(self, key, value)
             if not valid(value):
                 kind = TypeError if _ill_typed(key, value) else ValueError
                 raise kind(f"config[{key!r}]: expected {expected}, got {value!r}")
@@ -144,7 +145,12 @@ class Config:
     @property
     def out_folder(self) -> Path:
         """`outdir` as a path."""
-        return Path(self.outdir)
+        return Path(self.outdir).expanduser()
+
+    @property
+    def save_folder(self) -> Path:
+        """`save_pth`, or `outdir` where there is none."""
+        return Path(self.save_pth).expanduser() if self.save_pth else self.out_folder
 
     @property
     def start(self) -> int:
@@ -185,6 +191,12 @@ def known_key(key: str) -> str | None:
         hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(DEFAULTS)}"
         raise ValueError(f"config: unknown key {key!r}; {hint}")
     return name
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or PyTorch as the Python number it is; anything else as it came."""
+    scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
+    return value.item() if scalar else value
 
 
 def _int(value: Any, least: int) -> bool:

@@ -12,7 +12,11 @@ import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
+from torch.nn import functional
 
+from ..data.samples import Samples
+from ..influence import InfluenceFunction
+from ..solve.lissa import MOST_CHAINS
 from ..utils import save_json
 
 
@@ -41,13 +45,32 @@ class RowWriter:
             block.detach().cpu().to(torch.float64 if block.dtype == torch.float64 else torch.float32).numpy()
         )
 
-    def close(self) -> Path:
-        """Give the finished file its name."""
+    def close(self, **more: Any) -> Path:
+        """Give the finished file its name, with `more` in the manifest.
+
+        The manifest of an older file goes first and the new one comes last: what is there at any moment fits together.
+        """
         self.array.flush()
         del self.array
+        manifest = self.path.with_suffix(".json")
+        manifest.unlink(missing_ok=True)
         os.replace(self.partial, self.path)
-        save_json(self.manifest, self.path.with_suffix(".json"), overwrite_if_exists=True)
+        save_json({**self.manifest, **more}, manifest, overwrite_if_exists=True)
         return self.path
+
+
+def unused_folder(parent: Path, name: str) -> Path:
+    """Create `parent/name`, or the first of `name_1`, `name_2`, ... that nobody has."""
+    parent.mkdir(parents=True, exist_ok=True)
+    count = -1
+    while True:
+        count += 1
+        folder = parent / (f"{name}_{count}" if count else name)
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
 
 
 def read_rows(folder: Path, name: str) -> tuple[Any, dict[str, Any]]:
@@ -64,7 +87,20 @@ def read_rows(folder: Path, name: str) -> tuple[Any, dict[str, Any]]:
             f"expected {path} and its manifest, but {why}; write them with calc_{name} or calc_all_grad_then_test"
         )
     manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return np.load(path, mmap_mode="c"), manifest
+    array = np.load(path, mmap_mode="c")
+    if list(array.shape) != manifest["shape"]:
+        raise ValueError(
+            f"{path}: its manifest says {manifest['shape']}, the array is {list(array.shape)}; they are of two runs: "
+            f"write them again with calc_{name} or calc_all_grad_then_test"
+        )
+    return array, manifest
+
+
+def read_chains(folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
+    """The stored s_test of each test sample [r, P], mapped from disk, and the manifest."""
+    rows, manifest = read_rows(folder, "s_test")
+    counts = manifest.get("chains") or [rows.shape[1]] * len(rows)
+    return [torch.from_numpy(np.asarray(row))[:count] for row, count in zip(rows, counts, strict=True)], manifest
 
 
 def as_parameters(row: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -75,3 +111,45 @@ def as_parameters(row: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
 
 def _numpy_dtype(dtype: torch.dtype) -> Any:
     return np.float64 if dtype == torch.float64 else np.float32
+
+
+def save_gradients(influence: InfluenceFunction, folder: Path, start: int = 0) -> Path:
+    """Write the loss gradient of every training sample from `start` on to `folder` [n - start, P]."""
+    indices = range(start, influence.samples.n)
+    writer = RowWriter(
+        folder, "grad_z", (len(indices), influence.objective.P), influence.objective.dtype, _shapes(influence)
+    )
+    for rows, block in influence.gradient_rows(indices, text="grad_z"):
+        writer.write([i - start for i in rows], block)
+    return writer.close()
+
+
+def save_solutions(influence: InfluenceFunction, folder: Path, tests: Samples, indices: Sequence[int]) -> Tensor:
+    """Write s_test of these test samples to `folder` [K, r, P] -> relative residuals [K].
+
+    With r = "auto" each group has its own number of recursions; `chains` in the manifest has it for each test sample,
+    and rows behind it are zero.
+    """
+    objective = influence.objective
+    most = MOST_CHAINS if influence.config.r == "auto" else int(influence.config.r)
+    shape = (len(indices), most, objective.P)
+    writer = RowWriter(folder, "s_test", shape, objective.dtype, {**_shapes(influence), "indices": list(indices)})
+    chains: list[int] = []
+    residuals = []
+    for part, solution in influence.solutions(tests, indices):
+        own = solution.vectors.unsqueeze(1) if solution.chains is None else solution.chains.transpose(0, 1)
+        places = range(len(chains), len(chains) + len(part))
+        writer.write(places, functional.pad(own, (0, 0, 0, most - own.shape[1])))
+        chains += [own.shape[1]] * len(part)
+        residuals.append(solution.relative_residual.cpu())
+    writer.close(chains=chains)
+    return torch.cat(residuals)
+
+
+def _shapes(influence: InfluenceFunction) -> dict[str, Any]:
+    objective = influence.objective
+    return {
+        "names": objective.names,
+        "shapes": [list(s) for s in objective.shapes],
+        "train_dataset_size": influence.samples.n,
+    }

@@ -28,8 +28,8 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..model.curvature import Spectrum, extreme_eigenvalues
 from ..model.gradients import gradient_products
-from ..show.results import Row, resolved
 from ..utils import progress_bar
+from .repeats import Row, resolved
 from .system import CurvatureWarning, DivergenceError, NegativeCurvatureError, Residual, Solution, Solve, System, take
 
 logger = logging.getLogger(__name__)

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader
 from ..config import TUNER, Config
 from ..data.samples import Samples
 from ..model.gradients import per_sample_gradients
-from ..show.results import Row
 from .lissa import Step, average, choose_scale, sampled_scores
+from .repeats import Row
 from .system import System, make_system
 
 logger = logging.getLogger(__name__)

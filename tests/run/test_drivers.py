@@ -46,7 +46,7 @@ def without_time(entries):
 
 
 def test_both_modes_give_the_same_numbers_and_files(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("pytorch_influence_functions.system.MOST_TOGETHER", 4)
+    monkeypatch.setattr("pytorch_influence_functions.solve.system.MOST_TOGETHER", 4)
     config = {**QUIET, "test_sample_num": 1, "r": 2, "recursion_depth": 15}
     one = ptif.calc_img_wise({**config, "outdir": tmp_path / "a"}, *digits)
     two = ptif.calc_all_grad_then_test({**config, "outdir": tmp_path / "b"}, *digits)
@@ -102,7 +102,7 @@ def test_earlier_results_are_never_overwritten(digits, tmp_path):
 
 
 def test_finished_groups_stay_when_a_run_stops(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("pytorch_influence_functions.system.MOST_TOGETHER", 3)
+    monkeypatch.setattr("pytorch_influence_functions.solve.system.MOST_TOGETHER", 3)
     original, calls = ptif.InfluenceFunction._products, []
 
     def failing(self, solution):

@@ -146,7 +146,7 @@ def test_rule_on_a_quadratic_problem():
 
 def test_rule_without_curvature():
     model, loader = network()
-    with pytest.raises(ValueError, match="no damping can be chosen"):
+    with pytest.raises(ValueError, match="linear in what the model returns"):
         ptif.InfluenceFunction(
             model, loader, damping="auto", solver="ekfac", loss_func=lambda y, t: y.mean(), **QUIET
         ).scores(loader)

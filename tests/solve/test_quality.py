@@ -20,9 +20,9 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model.curvature import extreme_eigenvalues
-from pytorch_influence_functions.show.results import resolved
 from pytorch_influence_functions.solve import lissa as lissa_module
 from pytorch_influence_functions.solve.lissa import _Recursion, choose_scale, stable_fraction
+from pytorch_influence_functions.solve.repeats import resolved
 from pytorch_influence_functions.solve.system import make_system
 
 pytestmark = pytest.mark.usefixtures("double")

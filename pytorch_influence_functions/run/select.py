@@ -1,0 +1,56 @@
+"""Which test samples a run takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from ..config import Config
+
+
+def select_test_samples(options: Config, labels: Sequence[Any]) -> list[int]:
+    """Indices of the test samples that the options ask for: so many of each class from a position on, or all."""
+    if not options.test_sample_num and not options.start:
+        return list(range(len(labels)))
+    by_class = indices_per_class(labels, options.num_classes)
+    return [i for c in by_class for i in slice_of_class(by_class[c], c, options.start, options.test_sample_num or None)]
+
+
+class ByClass(dict[int, list[int]]):
+    """Indices per class, looked up by a number or by its string, as old scripts do."""
+
+    def __missing__(self, key: Any) -> list[int]:
+        if isinstance(key, str) and key.lstrip("-").isdigit():
+            return self[int(key)]
+        raise KeyError(key)
+
+
+def indices_per_class(labels: Sequence[Any], num_classes: int | None = None) -> dict[int, list[int]]:
+    """{class: indices}, for the classes 0 to num_classes - 1 or those that occur.
+
+    Raises:
+        ValueError: the labels are not whole numbers.
+    """
+    rows: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        label = label[0] if isinstance(label, list) and len(label) == 1 else label
+        if isinstance(label, bool) or not isinstance(label, int | float) or int(label) != label:
+            raise ValueError(
+                f"test_loader: test samples are taken per class, which needs whole numbers as labels, but the label of "
+                f"sample {index} is {label!r}; set config['test_sample_num'] and ['test_sample_start_per_class'] to "
+                "False for the whole test set"
+            )
+        rows.setdefault(int(label), []).append(index)
+    classes = sorted(rows) if num_classes is None else range(num_classes)
+    return {c: rows.get(c, []) for c in classes}
+
+
+def slice_of_class(rows: list[int], class_id: int, start: int, num: int | None) -> list[int]:
+    """`num` indices of one class from position `start` on; all that follow for None."""
+    stop = len(rows) if num is None else start + int(num)
+    if stop > len(rows) or start >= max(len(rows), 1):
+        raise ValueError(
+            f"test_loader: class {class_id} has {len(rows)} samples, but {'all' if num is None else num} from position "
+            f"{start} on are asked for; lower config['test_sample_num'] or config['test_sample_start_per_class']"
+        )
+    return rows[start:stop]
