@@ -14,7 +14,7 @@ from tasks import FOLDER, TASKS, task
 from torch.utils.data import DataLoader
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation.retraining import SubsetLosses
+from pytorch_influence_functions.evaluation import SubsetLosses
 
 GRID = np.logspace(-3.5, 1, 19).tolist()
 

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.solve.cg import iterate
-from pytorch_influence_functions.solve.lissa import choose_scale
+from pytorch_influence_functions.solve.scale import choose_scale
 
 SAMPLES, BATCH = 512, 128
 

@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation.retraining import label_baselines, mislabel_curve
+from pytorch_influence_functions.evaluation import label_baselines, mislabel_curve
 from pytorch_influence_functions.show.plotting import plot_mislabel_curves
 
 N, EPOCHS, BATCH = 1400, 40, 100

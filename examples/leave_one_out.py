@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.evaluation.retraining import leave_one_out
+from pytorch_influence_functions.evaluation import leave_one_out
 from pytorch_influence_functions.show.plotting import plot_leave_one_out
 
 N, DECAY = 1000, 0.01

@@ -15,7 +15,7 @@ from .calc_influence_function import (
     version,
 )
 from .config import Config, get_default_config
-from .evaluation.retraining import (
+from .evaluation import (
     label_baselines,
     leave_one_out,
     linear_datamodeling_score,

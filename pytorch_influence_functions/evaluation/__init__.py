@@ -1,1 +1,26 @@
 """Is it true? Retraining, and what predictions are worth beside it."""
+
+from .datamodeling import (
+    DatamodelingScore,
+    SubsetLosses,
+    linear_datamodeling_score,
+    random_subsets,
+    retrain_on_subsets,
+)
+from .left_out import Correlation, LeaveOneOut, leave_one_out
+from .mislabel import LabelBaselines, MislabelCurve, label_baselines, mislabel_curve
+
+__all__ = [
+    "Correlation",
+    "DatamodelingScore",
+    "LabelBaselines",
+    "LeaveOneOut",
+    "MislabelCurve",
+    "SubsetLosses",
+    "label_baselines",
+    "leave_one_out",
+    "linear_datamodeling_score",
+    "mislabel_curve",
+    "random_subsets",
+    "retrain_on_subsets",
+]

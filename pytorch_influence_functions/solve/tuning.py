@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 from ..config import TUNER, Config
 from ..data.samples import Samples
 from ..model.gradients import per_sample_gradients
-from .lissa import Step, average, choose_scale, sampled_scores
+from .lissa import average, sampled_scores
 from .repeats import Row
+from .scale import Step, choose_scale
 from .system import System, make_system
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from pytorch_influence_functions import InfluenceFunction, NonFiniteError
-from pytorch_influence_functions.evaluation import retraining as evaluation
-from pytorch_influence_functions.evaluation.retraining import (
+from pytorch_influence_functions.config import Config
+from pytorch_influence_functions.evaluation import (
     DatamodelingScore,
     LeaveOneOut,
     SubsetLosses,
@@ -25,6 +25,7 @@ from pytorch_influence_functions.evaluation.retraining import (
     random_subsets,
     retrain_on_subsets,
 )
+from pytorch_influence_functions.evaluation.held_out import HeldOutLoss
 
 N, D, K, DECAY = 30, 4, 6, 0.1
 
@@ -235,7 +236,7 @@ def test_losses_are_those_of_the_sample_alone_whatever_the_model_does():
     x, y, model = torch.randn(7, 3), torch.randint(0, 2, (7,)), SingleOnly(3, 2)
     loader = DataLoader(TensorDataset(x, y), batch_size=3)
     for tests in ((x, y), loader):
-        loss = evaluation.HeldOutLoss(tests, evaluation.Config())
+        loss = HeldOutLoss(tests, Config())
         alone = [nn.functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).item() for i in range(7)]
         np.testing.assert_allclose(loss(model), alone, rtol=1e-5)
 

@@ -21,8 +21,10 @@ from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model.curvature import extreme_eigenvalues
 from pytorch_influence_functions.solve import lissa as lissa_module
-from pytorch_influence_functions.solve.lissa import _Recursion, choose_scale, stable_fraction
+from pytorch_influence_functions.solve import scale as scale_module
+from pytorch_influence_functions.solve.lissa import _Recursion, stable_fraction
 from pytorch_influence_functions.solve.repeats import resolved
+from pytorch_influence_functions.solve.scale import choose_scale
 from pytorch_influence_functions.solve.system import make_system
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -176,7 +178,7 @@ def test_largest_eigenvalue_is_that_of_the_dense_hessian(name):
     eigenvalues = torch.linalg.eigvalsh(slow_hessian(model, loader, range(11), options))
     system = make_system(model, loader, Config.of({**QUIET, **options}), "hessian")
     with system.guard():
-        largest, spectrum = lissa_module.measure(system)
+        largest, spectrum = scale_module.measure(system)
     assert_close(largest, float(eigenvalues[-1]), rtol=0.1, atol=0)
     assert_close(spectrum.largest, float(eigenvalues[-1]), rtol=0.1, atol=0)
     assert spectrum.smallest >= float(eigenvalues[0]) - 1e-8
@@ -188,7 +190,7 @@ def test_largest_eigenvalue_of_the_minibatches():
     system = make_system(model, loader, Config.of({**QUIET, **options}), "hessian")
     with system.guard():
         batches = [batch for _, batch in zip(range(4), system.samples.random(seed=42), strict=False)]
-        largest, _ = lissa_module.measure(system)
+        largest, _ = scale_module.measure(system)
     dense = [float(torch.linalg.eigvalsh(slow_hessian(model, loader, batch.indices, options))[-1]) for batch in batches]
     assert max(dense) > 1000
     assert_close(largest, max(dense), rtol=0.1, atol=0)
@@ -230,8 +232,8 @@ def test_solved_lambda_is_the_same_at_any_scale(scale, curvature):
 def test_solved_lambda_is_the_same_after_restarts(monkeypatch):
     """The estimate of the largest eigenvalue is made a fiftieth of what it is."""
     model, loader = linear_problem(batch_size=16)
-    measure = lissa_module.measure
-    monkeypatch.setattr(lissa_module, "measure", lambda system: (measure(system)[0] / 50, measure(system)[1]))
+    measure = scale_module.measure
+    monkeypatch.setattr(scale_module, "measure", lambda system: (measure(system)[0] / 50, measure(system)[1]))
     influence = ptif.InfluenceFunction(
         model, loader, scale="auto", damping=0.05, tolerance=0.003, recursion_depth=5000, **QUIET
     )
@@ -496,7 +498,7 @@ def test_given_depth_is_a_bound_and_all_of_it_without_a_tolerance():
 
 def test_negative_curvature_that_shows_only_in_the_recursion(monkeypatch):
     """The estimate before the run misses it: the chain finds it where its residual grows."""
-    monkeypatch.setattr(lissa_module, "negative", lambda system, spectrum: False)
+    monkeypatch.setattr(scale_module, "negative", lambda system, spectrum: False)
     model, loader, options = saddle()
     test = (torch.ones(1, 1), torch.ones(1, 1))
     influence = ptif.InfluenceFunction(model, loader, **QUIET, **options)
