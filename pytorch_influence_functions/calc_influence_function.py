@@ -112,7 +112,9 @@ def calc_s_test(
         save: folder to write them to, for `load_s_test`; False writes nothing.
         **options: any other option of the config.
     """
-    given = Config.of(options, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r)
+    given = Config.of(
+        {"solver": "lissa", **options}, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r
+    )
     influence = InfluenceFunction(model, train_loader, given)
     tests = Samples(test_loader, device=influence.objective.device, name="test_loader", progress=given.progress)
     indices = range(start, tests.n)
@@ -138,7 +140,9 @@ def calc_s_test_single(
     **options: Any,
 ) -> list[Tensor]:
     """s_test of one test sample (inputs [1, ...], targets [1, ...]), the mean of `r` recursions -> list of tensors."""
-    given = Config.of(options, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r)
+    given = Config.of(
+        {"solver": "lissa", **options}, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r
+    )
     influence = InfluenceFunction(model, train_loader, given)
     return influence.objective.unflatten(influence.s_test_of_mean((z_test, t_test)))
 
@@ -240,7 +244,7 @@ def calc_influence_single(
         **options: any other option of the config.
     """
     begin = time.perf_counter()
-    given = Config.of(options, gpu=gpu, recursion_depth=recursion_depth, r=r)
+    given = Config.of({"solver": "lissa", **options}, gpu=gpu, recursion_depth=recursion_depth, r=r)
     influence = InfluenceFunction(model, train_loader, given)
     tests = Samples(test_loader, device=influence.objective.device, name="test_loader", progress=given.progress)
     if not 0 <= test_id_num < tests.n:

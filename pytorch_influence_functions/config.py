@@ -16,6 +16,7 @@ CALC_METHODS = ("img_wise", "all_grad_then_test")
 SOLVER_NAMES = ("lissa", "cg", "exact", "ekfac", "auto")
 CURVATURES = ("hessian", "ggn")
 PRECONDITIONERS = ("ekfac",)
+LISSA_OPTIONS = ("recursion_depth", "r", "damp", "scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Config:
         r: independent LiSSA recursions that are averaged.
         damp: LiSSA's damping, in units of `scale`.
         scale: LiSSA's scale; above the largest eigenvalue of a minibatch's curvature.
-        solver: `"lissa"`, `"cg"`, `"exact"`, `"ekfac"` or `"auto"`.
+        solver: `"lissa"`, `"cg"`, `"exact"`, `"ekfac"` or `"auto"`; None is lissa where one of its options
+            (`recursion_depth`, `r`, `damp`, `scale`, the Hessian or a preconditioner) is named, else auto.
         curvature: `"hessian"` or `"ggn"`; None is the Hessian for lissa, Gauss-Newton for the others.
         damping: lambda in (H + lambda I); None is damp * scale (for `solver="auto"`: `"auto"`), `"auto"` is chosen from
             the model, as the smallest at which its predictions of loss changes hold.
@@ -67,7 +69,7 @@ class Config:
     r: int | str = 1
     damp: float = 0.01
     scale: float | str = 25
-    solver: str = "lissa"
+    solver: str | None = None
     curvature: Literal["hessian", "ggn"] | None = None
     damping: float | str | None = None
     preconditioner: str | None = None
@@ -81,7 +83,7 @@ class Config:
     _reasons: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for key in ("recursion_depth", "r", "damp", "scale"):
+        for key in LISSA_OPTIONS:
             if getattr(self, key) is None:
                 object.__setattr__(self, key, DEFAULTS[key])
         for key, (valid, expected) in RULES.items():
@@ -169,7 +171,19 @@ class Config:
     @property
     def automatic_damping(self) -> bool:
         """Whether lambda is chosen from the model: where it is `"auto"`, or not named with `solver="auto"`."""
-        return self.damping == "auto" or (self.damping is None and self.solver == "auto")
+        return self.damping == "auto" or (self.damping is None and self.solver_in_use[0] == "auto")
+
+    @property
+    def solver_in_use(self) -> tuple[str, str]:
+        """The solver's name, and why it is that one."""
+        if self.solver is not None:
+            return self.solver, "config['solver']"
+        named = [key for key in LISSA_OPTIONS if getattr(self, key) != DEFAULTS[key]]
+        named += ["curvature"] if self.curvature == "hessian" else []
+        named += ["preconditioner"] if self.preconditioner is not None else []
+        if named:
+            return "lissa", f"config['{named[0]}'] is given"
+        return "auto", "no option of lissa is given"
 
 
 def get_default_config() -> dict[str, Any]:
@@ -253,7 +267,7 @@ RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": _whole_or_auto,
     "damp": (lambda v: _real(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
     "scale": (lambda v: v == "auto" or (_real(v) and v > 0), 'a number above 0, or "auto"'),
-    "solver": (lambda v: v in SOLVER_NAMES, _quoted(SOLVER_NAMES)),
+    "solver": (_optional(lambda v: v in SOLVER_NAMES), _quoted(SOLVER_NAMES) + " or None to choose by the options"),
     "curvature": (_optional(lambda v: v in CURVATURES), _quoted(CURVATURES) + " or None"),
     "damping": (
         _optional(lambda v: v == "auto" or (_real(v) and v >= 0)),

@@ -58,7 +58,8 @@ class InfluenceFunction:
         models = [model] if isinstance(model, nn.Module) or not isinstance(model, Sequence) else list(model)
         if not models:
             raise ValueError("model: the list of models is empty; give at least one trained model")
-        solver = self.config.solver
+        solver, self._why = self.config.solver_in_use
+        logger.info("solver: %s (%s)", solver, self._why)
         self.system = make_system(models[0], train_loader, self.config, DEFAULT_CURVATURE.get(solver, "ggn"))
         self.system.most_together = MOST_TOGETHER.get(solver)
         self.objective, self.samples = self.system.objective, self.system.samples
@@ -232,7 +233,8 @@ class InfluenceFunction:
 
     def _describe(self, report: dict[str, Any]) -> None:
         self.report = {
-            "solver": self.config.solver, "curvature": self.system.curvature.kind, "damping": self.system.damping,
+            "solver": self.config.solver_in_use[0], "solver_why": self._why,
+            "curvature": self.system.curvature.kind, "damping": self.system.damping,
             **self.system.report, **report,
         }  # fmt: skip
 

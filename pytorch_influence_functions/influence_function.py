@@ -89,7 +89,7 @@ def s_test(
     Raises:
         DivergenceError: the recursion leaves the range in which a solution can lie.
     """
-    given = {"tolerance": None, "progress": False, **options}
+    given = {"solver": "lissa", "tolerance": None, "progress": False, **options}
     config = Config.of({**given, "gpu": gpu, "damp": damp, "scale": scale, "recursion_depth": recursion_depth})
     system = make_system(model, z_loader, config, "hessian")
     batch = as_batch((z_test, t_test)).to(system.objective.device)

@@ -3,19 +3,34 @@ r"""`solver="auto"`: the most accurate solver that this model and training set c
 1. `exact`, where the dense factor of G costs little.
 2. Low rank plus EKFAC (`lowrank`), s = M v, a cost that hardly grows with the number of test samples; and where the
    products G v can be afforded one step s = M v + \alpha M (v - (G + \lambda I) M v) for all test samples at once.
-3. EKFAC alone, where neither fits the memory, with the damping 0.1 x its mean eigenvalue.
+3. EKFAC alone, where neither fits the memory; conjugate gradients where the model allows none of these.
+
+However it is solved, the damping is chosen by one rule (`damping`).
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from ..model.gradients import NonFiniteError
+from .cg import conjugate_gradient
 from .ekfac import build, by_gradients, require_gauss_newton, solver
-from .exact import dual_rows, exact
-from .low_rank import WORK, LowRank, Woodbury, damping_by_low_rank, heavy_product, low_rank, product_work
+from .exact import dense_form, exact
+from .low_rank import (
+    WORK,
+    LowRank,
+    Woodbury,
+    damping_by_ekfac,
+    damping_by_low_rank,
+    damping_by_steps,
+    heavy_product,
+    low_rank,
+    product_work,
+)
 from .system import Residual, Solution, Solve, System
 
 logger = logging.getLogger(__name__)
@@ -27,36 +42,85 @@ FEWEST_ROWS = 32
 """Where less fit the memory, it is EKFAC alone."""
 STEPPED = 400
 """Up to this many test samples in all take the step."""
-EKFAC_DAMPING = 0.1
-"""Of EKFAC alone, in units of its mean eigenvalue."""
 LINE_SEARCHES = 8
 
 
 def auto(system: System) -> Solve:
-    """Choose, set up, and say in the log and in the report what was chosen and why."""
+    """Choose, set up, and say in the log and in the report what was chosen and why.
+
+    A way that this model does not allow is left for the next one; the last error is raised where none is left.
+    """
     require_gauss_newton(system)
-    automatic = system.config.automatic_damping
-    P, n = system.objective.P, system.samples.n
-    size, work = _dense_cost(system)
-    if size <= EXACT_SIZE and work <= EXACT_WORK and 8 * 3 * (size**2 + min(size, n) * P) <= system.max_bytes:
-        _tell(system, "exact", f"a dense matrix of size {size} costs little ({work:.1e} operations)")
-        if automatic:
-            damping_by_low_rank(system)
-        return exact(system)
-    rows = affordable_rows(system)
+    refused: list[str] = []
+    for name, way in WAYS.items():
+        try:
+            solve = way(system)
+        except (NonFiniteError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError) as error:
+            if name == list(WAYS)[-1]:
+                raise
+            refused.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            logger.info('solver="auto" leaves out %s', refused[-1])
+            continue
+        if solve is not None:
+            system.report.update({"left_out": refused} if refused else {})
+            return solve
+    raise ValueError("config['solver'] = 'auto': " + "; ".join(refused))
+
+
+def _exact(system: System) -> Solve | None:
+    """`exact`, where it costs little."""
+    (size, need), work = dense_form(system), _dense_work(system)
+    if size > EXACT_SIZE or work > EXACT_WORK or need > system.max_bytes:
+        return None
+    if system.config.automatic_damping:
+        damping_by_low_rank(system)
+    solve = exact(system)
+    _tell(system, "exact", f"a dense matrix of size {size} costs little ({work:.1e} operations)")
+    return solve
+
+
+def _low_rank(system: System) -> Solve | None:
+    """The low-rank form, where enough rows fit."""
+    rows, size = affordable_rows(system), dense_form(system)[0]
     if rows < FEWEST_ROWS:
-        factors = build(system)
-        if automatic:
-            system.damping = EKFAC_DAMPING * factors.mean_eigenvalue
-        why = f"{FEWEST_ROWS} rows of {P} parameters do not fit the {system.max_bytes / 2**20:.0f} MiB or the work"
-        _tell(system, "ekfac", f"{why} there is; raise config['max_memory'] for better")
-        return solver(system, factors)
+        return None
     basis = low_rank(system, rows)
-    dense = f"a dense matrix of size {size} costs {work:.1e} operations ({EXACT_WORK:.0e} would be little)"
-    _tell(system, "low rank plus EKFAC", f"{dense}, {len(basis.J)} exact rows of G fit")
-    if automatic:
+    if system.config.automatic_damping:
         damping_by_low_rank(system, basis)
+    dense = (
+        f"a dense matrix of size {size} costs {_dense_work(system):.1e} operations ({EXACT_WORK:.0e} would be little)"
+    )
+    _tell(system, "low rank plus EKFAC", f"{dense}, {len(basis.J)} exact rows of G fit")
     return _LowRankSolver(system, basis)
+
+
+def _ekfac(system: System) -> Solve:
+    """EKFAC alone."""
+    factors = build(system)
+    if system.config.automatic_damping:
+        damping_by_ekfac(system, factors)
+    why = f"{FEWEST_ROWS} rows of {system.objective.P} parameters do not fit the {system.max_bytes / 2**20:.0f} MiB"
+    _tell(system, "ekfac", f"{why} or the work there is; raise config['max_memory'] for better")
+    return solver(system, factors)
+
+
+def _cg(system: System) -> Solve:
+    """Conjugate gradients, which need nothing but products with G."""
+    if system.config.automatic_damping:
+        damping_by_steps(system)
+    _tell(system, "cg", "EKFAC cannot be had for this model")
+    return conjugate_gradient(system)
+
+
+WAYS: dict[str, Callable[[System], Solve | None]] = {
+    "exact": _exact,
+    "low rank plus EKFAC": _low_rank,
+    "ekfac": _ekfac,
+    "cg": _cg,
+}
+"""From the most accurate on; None is what does not fit."""
 
 
 def _tell(system: System, chosen: str, why: str) -> None:
@@ -64,13 +128,12 @@ def _tell(system: System, chosen: str, why: str) -> None:
     system.report.update(chosen=chosen, why=why)
 
 
-def _dense_cost(system: System) -> tuple[int, float]:
-    """Size of the smaller dense form of G, and what it costs."""
-    P, rows = system.objective.P, dual_rows(system)
-    primal = P * product_work(system) + P**3
-    if rows is None or rows >= P:
-        return P, primal
-    return rows, 2.0 * rows**2 * P + rows**3
+def _dense_work(system: System) -> float:
+    """Floating-point operations of the smaller dense form of G."""
+    P, size = system.objective.P, dense_form(system)[0]
+    if size >= P:
+        return P * product_work(system) + float(P) ** 3
+    return 2.0 * size**2 * P + float(size) ** 3
 
 
 def affordable_rows(system: System) -> int:

@@ -103,9 +103,9 @@ def require_gauss_newton(system: System) -> None:
     """Raise `ValueError` where the user asks for the Hessian."""
     if system.curvature.kind != "ggn":
         raise ValueError(
-            f"config['curvature'] = 'hessian' with config['solver'] = {system.config.solver!r}: EKFAC approximates the "
-            "Gauss-Newton matrix; leave config['curvature'] out, or use config['solver'] = 'cg', which it may "
-            "precondition"
+            f"config['curvature'] = 'hessian' with config['solver'] = {system.config.solver_in_use[0]!r}: EKFAC "
+            "approximates the Gauss-Newton matrix; leave config['curvature'] out, or use config['solver'] = 'cg', "
+            "which it may precondition"
         )
 
 

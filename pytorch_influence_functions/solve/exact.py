@@ -6,18 +6,23 @@ n C rows of A are fewer than P, (G + \lambda I)^{-1} v = (v - A^T (A A^T + \lamb
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.func import jacrev, vmap
 
-from ..data.batch import Batch, flatten_tree
+from ..data.batch import Batch
+from ..model.likelihoods import likelihood, roots
 from ..model.objective import Objective
+from ..model.outputs import numbers_of
 from ..utils import progress_bar
 from .system import Residual, Solution, Solve, System
 
+logger = logging.getLogger(__name__)
 ROW_BLOCK = 64
+"""Training samples whose rows are computed together."""
 
 
 def exact(system: System) -> Solve:
@@ -26,9 +31,8 @@ def exact(system: System) -> Solve:
     Raises:
         ValueError: neither fits `max_memory`; the message gives the size and the alternative.
     """
-    P, rows = system.objective.P, dual_rows(system)
-    dual = rows is not None and rows < P and system.damping > 0
-    need = 8 * ((rows or 0) ** 2 * 2 + (rows or 0) * P) if dual else 8 * 3 * P**2
+    P, size, need = system.objective.P, *dense_form(system)
+    dual = size < P and system.damping > 0
     if need > system.max_bytes:
         raise ValueError(
             f"config['solver'] = 'exact': a dense {system.curvature.kind} of {P} parameters needs about "
@@ -40,10 +44,18 @@ def exact(system: System) -> Solve:
     def solve(v: Tensor) -> Solution:
         s, rest = inverse(v.double())
         residual = rest.norm(dim=1) / v.double().norm(dim=1).clamp_min(1e-300)
-        report = {"form": "dual" if dual else "primal", "size": rows if dual else P}
+        report = {"form": "dual" if dual else "primal", "size": size if dual else P}
         return Solution(s.to(v), Residual(residual.to(v), torch.zeros_like(v[:, 0]), rest.to(v)), report=report)
 
     return solve
+
+
+def dense_form(system: System) -> tuple[int, float]:
+    """Size of the smaller dense form of the curvature, and the bytes that the solve with it takes."""
+    P, rows = system.objective.P, dual_rows(system)
+    if rows is None or rows >= P:
+        return P, 8.0 * 3 * P**2
+    return rows, 8.0 * (2 * rows**2 + 2 * rows * P)  # A in double precision, and the blocks it is joined from
 
 
 Inverse = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -66,7 +78,8 @@ def _with_residual(s: Tensor, v: Tensor, damped: Tensor) -> tuple[Tensor, Tensor
 
 
 def _dual(system: System) -> Inverse:
-    A = torch.cat([gauss_newton_rows(system.objective, batch) for batch in system.samples.ordered(ROW_BLOCK)]).double()
+    rows = [gauss_newton_rows(system.objective, batch) for batch in system.samples.ordered(ROW_BLOCK)]
+    A = torch.cat(rows).double()
     A /= system.samples.n**0.5
     lam = system.damping
     L = torch.linalg.cholesky(A @ A.T + lam * torch.eye(len(A), dtype=A.dtype, device=A.device))
@@ -96,36 +109,50 @@ def dense_curvature(system: System) -> Tensor:
 def dual_rows(system: System) -> int | None:
     """Rows n C of A, or None where the curvature has no such form."""
     objective = system.objective
-    if system.curvature.kind != "ggn" or not (objective.paths.rows and objective.paths.vmap):
+    if system.curvature.kind != "ggn":
         return None
     one = system.samples.sample(0)
-    leaves, _ = flatten_tree(objective.outputs(objective.theta, one))
+    leaves, _ = numbers_of(objective.outputs(objective.theta, one))
+    if not objective.paths.rows and not system.samples.shapes:
+        return None  # samples of different shapes may have different numbers of outputs
     return system.samples.n * sum(leaf.numel() for leaf in leaves)
 
 
 def gauss_newton_rows(objective: Objective, batch: Batch) -> Tensor:
     r"""R_i J_i of each sample of a batch, R_i^T R_i = \nabla^2_y \ell_i -> [B C, P]."""
-    rebuilders: list[Callable[..., object]] = []
-    shapes: list[list[torch.Size]] = []
+    if batch.parts:
+        return torch.cat([gauss_newton_rows(objective, one) for one in batch.parts])
+    y, rebuild = numbers_of(objective.outputs(objective.theta, batch))
+    R = roots(likelihood(objective, y, rebuild, batch).hessians().double())
+    J = _jacobians(objective, batch)
+    return (R @ J.double()).flatten(0, 1).detach()
 
-    def one(leaves: tuple[Tensor, ...]) -> Batch:
-        return Batch([leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0])
 
+def _jacobians(objective: Objective, batch: Batch) -> Tensor:
+    """Derivatives of each sample's outputs in the parameters -> [B, C, P]."""
+    if objective.paths.vmap:
+        try:
+            return _jacobians_by_vmap(objective, batch)
+        except RuntimeError as error:
+            logger.debug("one output at a time: %s", str(error).splitlines()[0])
+    return torch.stack([_jacobian(objective, one) for one in batch.singles()])
+
+
+def _jacobians_by_vmap(objective: Objective, batch: Batch) -> Tensor:
     def output(theta: Tensor, *leaves: Tensor) -> Tensor:
-        y, rebuild = flatten_tree(objective.outputs(theta, one(leaves)))
-        rebuilders.append(rebuild)
-        shapes.append([part.shape for part in y])
+        one = Batch([leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0])
+        y, _ = numbers_of(objective.outputs(theta, one))
         return torch.cat([part.reshape(-1) for part in y])
 
-    def loss(y: Tensor, *leaves: Tensor) -> Tensor:
-        parts = y.split([shape.numel() for shape in shapes[0]])
-        tree = rebuilders[0]([part.view(shape) for part, shape in zip(parts, shapes[0], strict=True)])
-        return objective.output_losses(tree, one(leaves))[0]
-
     over = tuple(0 for _ in batch.leaves)
-    J = vmap(jacrev(output), in_dims=(None, *over))(objective.theta, *batch.leaves)
-    y = vmap(output, in_dims=(None, *over))(objective.theta, *batch.leaves)
-    values, vectors = torch.linalg.eigh(vmap(jacrev(jacrev(loss)))(y, *batch.leaves).double())
-    R = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
-    rows: Tensor = (R @ J.double()).flatten(0, 1).detach()
-    return rows
+    J: Tensor = vmap(jacrev(output), in_dims=(None, *over))(objective.theta, *batch.leaves)
+    return J
+
+
+def _jacobian(objective: Objective, one: Batch) -> Tensor:
+    """The same of a single sample, a backward pass for each output -> [C, P]."""
+    theta = objective.theta.detach().requires_grad_()
+    y, _ = numbers_of(objective.outputs(theta, one))
+    flat = torch.cat([part.reshape(-1).to(objective.dtype) for part in y])
+    rows = [torch.autograd.grad(part, theta, retain_graph=True, materialize_grads=True)[0] for part in flat]
+    return torch.stack(rows)

@@ -18,7 +18,7 @@ from ..model.curvature import Curvature
 from ..model.gradients import activation_bytes, reuse
 from .cg import iterate
 from .damping import HALVES, choose_damping, error_curve
-from .ekfac import Ekfac, eigenbasis_rows, fit
+from .ekfac import DAMPING_TARGET, Ekfac, eigenbasis_rows, fit
 from .passes import Passes, Seen, directions
 from .system import NegativeCurvatureError, System
 
@@ -28,6 +28,9 @@ DIRECTIONS = 9
 
 ROWS_FOR_DAMPING = 200
 """Rows that are exact in what preconditions the choice of the damping; twice as many where no product follows."""
+EKFAC_STEPS, PLAIN_STEPS = 4, 20
+"""Conjugate gradients for the choice of the damping without a low-rank form: EKFAC alone preconditions less well than
+it does beside the largest rows, and nothing at all needs many."""
 SHARE = 0.99
 """The products with G run over the training samples that hold this share of its trace."""
 WORK = 6e10
@@ -159,7 +162,7 @@ class Shift:
     def __init__(self, system: System, basis: LowRank) -> None:
         self.basis = basis
         self.product = heavy_product(system, basis)
-        self.steps = 2 if 5 * 2 * HALVES * product_work(system) <= WORK else 0
+        self.steps = 2 if _steps_are_cheap(system) else 0
 
     def __call__(self, g: Tensor, damping: float) -> Tensor:
         """[K, P] -> [K, P]."""
@@ -193,6 +196,38 @@ def damping_by_low_rank(system: System, basis: LowRank | None = None) -> None:
     """Choose the system's damping; `basis` is the low-rank form of its G where it is already there."""
     basis = low_rank(system, ROWS_FOR_DAMPING) if basis is None else basis
     choose_damping(system, Shift(system, basis), basis.mean_eigenvalue)
+
+
+def damping_by_ekfac(system: System, factors: Ekfac) -> None:
+    """Choose the system's damping where EKFAC is all that fits: the same rule, with steps preconditioned by it."""
+    if not _steps_are_cheap(system):
+        choose_damping(system, factors.inverse, factors.mean_eigenvalue, DAMPING_TARGET)
+        return
+    choose_damping(system, _stepped(system, factors.inverse, EKFAC_STEPS), factors.mean_eigenvalue)
+
+
+def damping_by_steps(system: System) -> None:
+    """Choose the system's damping from products with G alone."""
+    v = system.random_vector(system.config.seed)
+    mean_eigenvalue = float(system.product(v.unsqueeze(0))[0] @ v / (v @ v))  # Hutchinson's estimate of tr(G) / P
+    choose_damping(system, _stepped(system, lambda g, _: g, PLAIN_STEPS), mean_eigenvalue)
+
+
+def _stepped(
+    system: System, inverse: Callable[[Tensor, float], Tensor], steps: int
+) -> Callable[[Tensor, float], Tensor]:
+    """(g, lambda) -> (G + lambda I)^-1 g by a few conjugate gradients, preconditioned by `inverse`."""
+
+    def shift(g: Tensor, damping: float) -> Tensor:
+        return iterate(
+            lambda p: system.product(p) + damping * p, g, lambda r: inverse(r, damping), tolerance=0.0, limit=steps
+        )[0]
+
+    return shift
+
+
+def _steps_are_cheap(system: System) -> bool:
+    return 5 * 2 * HALVES * product_work(system) <= WORK
 
 
 def error_curve_by_low_rank(system: System, dampings: Sequence[float]) -> list[float]:

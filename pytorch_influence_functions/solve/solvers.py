@@ -48,14 +48,15 @@ def make_solver(system: System) -> Solve:
         ValueError: this solver takes no preconditioner, or cannot be used for this system.
     """
     config = system.config
+    name = config.solver_in_use[0]
     if config.preconditioner is not None:
-        if config.solver not in ITERATIVE:
+        if name not in ITERATIVE:
             raise ValueError(
                 f"config['preconditioner'] = {config.preconditioner!r} is for {' and '.join(ITERATIVE)}, not "
-                f"for {config.solver!r}; leave it out"
+                f"for {name!r}; leave it out"
             )
         system.preconditioner = PRECONDITIONERS[config.preconditioner](system)
-    system.advice = ADVICE[config.solver]
-    if config.automatic_damping and config.solver not in OWN_DAMPING:
+    system.advice = ADVICE[name]
+    if config.automatic_damping and name not in OWN_DAMPING:
         damping_by_low_rank(system)
-    return SOLVERS[config.solver](system)
+    return SOLVERS[name](system)

@@ -50,7 +50,8 @@ def tune(
         **options: single options on top of `config`.
     """
     base = Config.of(config, **options)
-    pilot = base.replace(scale="auto", damping=base.fixed_damping, recursion_depth="auto", r=2, tolerance=accuracy)
+    damping = base.replace(solver="lissa").fixed_damping
+    pilot = base.replace(solver="lissa", scale="auto", damping=damping, recursion_depth="auto", r=2, tolerance=accuracy)
     system = make_system(model, train_loader, pilot, "hessian")
     with system.guard():
         step = choose_scale(system)
@@ -60,8 +61,14 @@ def tune(
         depth = math.ceil(MARGIN * max(max(chain) for chain in solution.report["steps"]))
         shorter = _half(system, v, step, max(1, depth // 2))
     chosen = base.replace(
-        scale=step.scale, damp=step.damp, damping=None, recursion_depth=depth, r=_chains(full), tolerance=accuracy
-    )
+        solver="lissa",
+        scale=step.scale,
+        damp=step.damp,
+        damping=None,
+        recursion_depth=depth,
+        r=_chains(full),
+        tolerance=accuracy,
+    )  # fmt: skip
     return chosen.because(*_reasons(base, chosen, step, system, solution.report, full, shorter))
 
 

@@ -231,7 +231,7 @@ def test_default_config_is_the_table_of_the_design():
     assert ptif.get_default_config() == {
         "outdir": "outdir", "save_pth": None, "log_filename": None, "progress": True, "seed": 42, "gpu": -1,
         "calc_method": "img_wise", "test_sample_start_per_class": False, "test_sample_num": False,
-        "num_classes": None, "recursion_depth": 5000, "r": 1, "damp": 0.01, "scale": 25, "solver": "lissa",
+        "num_classes": None, "recursion_depth": 5000, "r": 1, "damp": 0.01, "scale": 25, "solver": None,
         "curvature": None, "damping": None, "preconditioner": None, "tolerance": 0.01, "batch_size": None,
         "max_memory": None, "loss_func": None, "model_loss": None, "parameters": None, "top_k": 500,
     }  # fmt: skip
@@ -429,3 +429,25 @@ def test_collate_fn_and_workers_are_used():
     helped = ptif.InfluenceFunction(
         model, DataLoader(Ragged(), batch_size=3, collate_fn=pad, num_workers=1), **options).scores(batch)  # fmt: skip
     assert_close(alone, helped, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("options", "solver"), [
+    ({}, "auto"), ({"damping": 0.1}, "auto"), ({"recursion_depth": 5000, "scale": 25}, "auto"),
+    ({"recursion_depth": 50}, "lissa"), ({"scale": "auto"}, "lissa"), ({"r_averaging": 2}, "lissa"),
+    ({"damp": 0.5}, "lissa"), ({"curvature": "hessian"}, "lissa"), ({"preconditioner": "ekfac"}, "lissa"),
+    ({"solver": "cg", "damp": 0.5}, "cg"),
+], ids=str)  # fmt: skip
+def test_the_solver_goes_by_the_options(options, solver):
+    config = ptif.Config.of(options)
+    found, why = config.solver_in_use
+    assert found == solver
+    assert config.automatic_damping == (solver == "auto" and "damping" not in options)
+    named = [key for key in options if key not in ("r_averaging", "solver", "damping")]
+    assert solver != "lissa" or "r_averaging" in options or named[0] in why
+
+
+def test_the_report_says_which_solver_and_why(digits, tmp_path):
+    ptif.calc_img_wise({"progress": False, "outdir": tmp_path, "test_sample_num": 1}, *digits)
+    meta = read(tmp_path / "influences_results_meta_0-1.json")
+    assert meta["solver"]["solver"] == "auto"
+    assert meta["solver"]["solver_why"] == "no option of lissa is given"

@@ -139,7 +139,7 @@ def test_negative_curvature_is_told_with_what_to_change():
 
 def test_negative_curvature_takes_gauss_newton_where_the_choice_is_open():
     model, loader, options = saddle()
-    influence = ptif.InfluenceFunction(model, loader, **QUIET, **options)
+    influence = ptif.InfluenceFunction(model, loader, solver="lissa", **QUIET, **options)
     with pytest.warns(ptif.CurvatureWarning, match="Gauss-Newton curvature is used"):
         found = influence.s_test((torch.ones(1, 1), torch.ones(1, 1)))
     assert influence.report["curvature"] == "ggn"

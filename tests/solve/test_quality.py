@@ -153,7 +153,7 @@ def test_a_rare_large_curvature_does_not_blow_up():
 
 def test_a_restart_changes_neither_the_solution_so_far_nor_the_question():
     model, loader = linear_problem()
-    system = make_system(model, loader, Config(progress=False), "hessian")
+    system = make_system(model, loader, Config(solver="lissa", progress=False), "hessian")
     v = slow_gradients(model, loader, [0, 1], {})
     with system.guard():
         recursion = _Recursion(system, v, choose_scale(system), 0)
@@ -501,17 +501,19 @@ def test_negative_curvature_that_shows_only_in_the_recursion(monkeypatch):
     monkeypatch.setattr(scale_module, "negative", lambda system, spectrum: False)
     model, loader, options = saddle()
     test = (torch.ones(1, 1), torch.ones(1, 1))
-    influence = ptif.InfluenceFunction(model, loader, **QUIET, **options)
+    influence = ptif.InfluenceFunction(model, loader, solver="lissa", **QUIET, **options)
     with pytest.warns(ptif.CurvatureWarning, match="Gauss-Newton curvature is used"):
         found = influence.s_test(test)
     assert influence.report["curvature"] == "ggn"
     assert influence.relative_residual is None or float(influence.relative_residual.max()) < 0.1
     assert found.isfinite().all()
-    named = ptif.InfluenceFunction(model, loader, curvature="hessian", **QUIET, **options)
+    named = ptif.InfluenceFunction(model, loader, solver="lissa", curvature="hessian", **QUIET, **options)
     with pytest.raises(ptif.NegativeCurvatureError, match=r"'ggn'.*config\['damping'\]") as caught:
         named.s_test(test)
     proposed = float(re.search(r"at least (\S+)", str(caught.value))[1])
-    mended = ptif.InfluenceFunction(model, loader, curvature="hessian", damping=proposed, **QUIET, **options)
+    mended = ptif.InfluenceFunction(
+        model, loader, solver="lissa", curvature="hessian", damping=proposed, **QUIET, **options
+    )
     s = mended.s_test(test)
     A, v = matrix(model, loader, options, proposed), slow_gradients(model, loader, [0], options)
     assert float(relative(A, s, v).max()) <= 0.01
@@ -537,7 +539,7 @@ def test_tolerance_is_warned_of_once_with_what_to_change():
 @pytest.mark.parametrize("damping", [0.1, 1.0])
 def test_tuned_options_reach_their_accuracy(damping):
     model, loader = linear_problem(n=256, batch_size=8)
-    asked = Config(damping=damping, seed=3, **QUIET)
+    asked = Config(solver="lissa", damping=damping, seed=3, **QUIET)
     before = asked.asdict()
     theta = [p.detach().clone() for p in model.parameters()]
     tuned = Config.tuned(model, loader, None, asked, accuracy=0.05)
