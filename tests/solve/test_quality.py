@@ -511,9 +511,8 @@ def test_negative_curvature_that_shows_only_in_the_recursion(monkeypatch):
     with pytest.raises(ptif.NegativeCurvatureError, match=r"'ggn'.*config\['damping'\]") as caught:
         named.s_test(test)
     proposed = float(re.search(r"at least (\S+)", str(caught.value))[1])
-    mended = ptif.InfluenceFunction(
-        model, loader, solver="lissa", curvature="hessian", damping=proposed, **QUIET, **options
-    )
+    options_of_mended = {"solver": "lissa", "curvature": "hessian", "damping": proposed, **QUIET, **options}
+    mended = ptif.InfluenceFunction(model, loader, **options_of_mended)
     s = mended.s_test(test)
     A, v = matrix(model, loader, options, proposed), slow_gradients(model, loader, [0], options)
     assert float(relative(A, s, v).max()) <= 0.01
