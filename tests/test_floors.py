@@ -35,28 +35,33 @@ def floor(module):
 
 def own_imports(module, tree):
     """Modules of the package that a module imports, wherever in it, as paths like `solve/cg`."""
-    folder = module.split("/")[:-1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names = [name.name for name in node.names if name.name.split(".")[0] == PACKAGE.name]
-            yield from (exists("/".join(name.split(".")[1:])) for name in names)
-        if not isinstance(node, ast.ImportFrom):
-            continue
-        parts = (node.module or "").split(".") if node.module else []
-        if node.level:
-            base = folder[: len(folder) - node.level + 1] + parts
-        elif parts and parts[0] == PACKAGE.name:
-            base = parts[1:]
-        else:
-            continue
-        for name in node.names:
-            yield exists("/".join([*base, name.name])) or exists("/".join(base)) or "__init__"
+            parted = [name.name.split(".") for name in node.names]
+            yield from (resolve(parts[1:]) for parts in parted if parts[0] == PACKAGE.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = own_base(module, node)
+            if base is not None:
+                yield from (resolve([*base, name.name]) for name in node.names)
 
 
-def exists(path):
-    if path in FILES:
-        return path
-    return f"{path}/__init__" if f"{path}/__init__" in FILES else None
+def own_base(module, node):
+    """Folder or module inside the package that `from ... import` names, as parts; None where it is another package."""
+    parts = node.module.split(".") if node.module else []
+    if node.level:
+        folder = module.split("/")[:-1]
+        assert node.level <= len(folder) + 1, f"{module} imports from above the package"
+        return folder[: len(folder) - node.level + 1] + parts
+    return parts[1:] if parts[0] == PACKAGE.name else None
+
+
+def resolve(parts):
+    """The module that these parts name, or the one that holds the last of them."""
+    for tried in (parts, parts[:-1]):
+        for path in ("/".join(tried), "/".join([*tried, "__init__"])):
+            if path in FILES:
+                return path
+    raise AssertionError(f"no module {'.'.join(parts)} in the package")
 
 
 def other_imports(tree):
@@ -65,6 +70,27 @@ def other_imports(tree):
             yield from (name.name.split(".")[0] for name in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "imported"),
+    [
+        ("solve/cg", "import torch, math.x", set()),
+        ("solve/cg", "import pytorch_influence_functions", {"__init__"}),
+        ("solve/cg", "import os, pytorch_influence_functions.data.batch as b", {"data/batch"}),
+        ("solve/cg", "from pytorch_influence_functions import solve, config", {"solve/__init__", "config"}),
+        ("solve/cg", "from pytorch_influence_functions.data.batch import Batch", {"data/batch"}),
+        ("solve/cg", "from . import passes", {"solve/passes"}),
+        ("solve/cg", "from .passes import anything", {"solve/passes"}),
+        ("solve/cg", "from .. import utils", {"utils"}),
+        ("solve/cg", "from .. import InfluenceFunction", {"__init__"}),
+        ("solve/cg", "from ..data import batch, samples", {"data/batch", "data/samples"}),
+        ("solve/cg", "def f():\n    if x:\n        from ..influence import InfluenceFunction", {"influence"}),
+        ("influence", "from .solve.cg import iterate\nfrom .show import anything", {"solve/cg", "show/__init__"}),
+    ],
+)
+def test_imports_of_every_form_are_seen(module, source, imported):
+    assert set(own_imports(module, ast.parse(source))) == imported
 
 
 @pytest.mark.parametrize("module", FILES)
