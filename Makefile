@@ -3,7 +3,7 @@
 # The build CI checks with; a plain `torch` fetches gigabytes of CUDA on Linux.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv install test lint types ci example bench clean
+.PHONY: venv install test lint types ci example bench figures-of-code memory clean
 
 venv:
 	python3 -m venv .venv
@@ -31,6 +31,14 @@ example:
 
 bench:
 	set -e; for script in benchmarks/[a-z]*.py; do python "$$script"; done
+
+# Lines and tokens of the package; tests/test_code_figures.py holds their bounds.
+figures-of-code:
+	python benchmarks/code_figures.py
+
+# Peak memory of every solver over max_memory.
+memory:
+	python benchmarks/memory.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

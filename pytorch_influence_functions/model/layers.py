@@ -203,9 +203,9 @@ def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forw
 
 
 def layer_inputs(layers: Sequence[Layer], seen: Forward, size: int) -> list[Tensor]:
-    """Inputs of each layer [B, T, groups, in], all of its calls one after the other."""
+    """Inputs of each layer [B, T, groups, in], all of its calls one after the other, in the precision of theta."""
     pairs = zip(layers, seen.raw, strict=True)
-    return [torch.cat([layer.inputs(x, size) for x in xs], 1) for layer, xs in pairs]
+    return [torch.cat([layer.inputs(x.to(seen.theta), size) for x in xs], 1) for layer, xs in pairs]
 
 
 def backward(
@@ -218,7 +218,7 @@ def backward(
     each = iter(grads)
     g = []
     for layer, parts in zip(layers, seen.outs, strict=True):
-        g.append(torch.cat([layer.outputs(next(each), size) for _ in parts], 1))
+        g.append(torch.cat([layer.outputs(next(each).to(seen.theta), size) for _ in parts], 1))
     return g, next(each, None)
 
 

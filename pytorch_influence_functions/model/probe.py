@@ -74,11 +74,11 @@ def _different(samples: Samples, count: int) -> tuple[list[int], bool]:
 
 
 def _look_for_mutation(objective: Objective, one: Batch, samples: Samples) -> None:
-    """Give the model copies of its inputs where it changes them in place (`x.div_(255)`)."""
-    before = [t._version for t in one.leaves]
+    """Give the model copies of its inputs where it changes them in place (`x.div_(255)`, `x.requires_grad_()`)."""
+    before = [(t._version, t.requires_grad) for t in one.leaves]
     with torch.no_grad():
         objective.losses(objective.theta, one)
-    objective.mutates = before != [t._version for t in one.leaves]
+    objective.mutates = before != [(t._version, t.requires_grad) for t in one.leaves]
     if objective.mutates:
         logger.info("%s: the model changes its inputs in place; it gets copies", samples.name)
 
