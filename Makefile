@@ -1,9 +1,9 @@
-# The commands CI runs, by name. All but `venv` and `ci` use the active environment.
+# The commands CI runs, by name. All but `venv`, `wheel` and `ci` use the active environment.
 
 # The build CI checks with; a plain `torch` fetches gigabytes of CUDA on Linux.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv install test lint types ci example bench figures-of-code memory clean
+.PHONY: venv install test lint types wheel ci example bench figures-of-code memory clean
 
 venv:
 	python3 -m venv .venv
@@ -22,6 +22,10 @@ lint:
 
 types:
 	mypy
+
+# The suite against the built wheel, in an environment of its own.
+wheel:
+	bash .ci/wheel
 
 ci:
 	bash .ci/run

@@ -19,7 +19,7 @@ from ..data.batch import Batch, flatten_tree
 from .cross_entropy import IGNORED_CLASS, calc_loss, cross_entropies, cross_entropy_of
 from .outputs import Head, recorded, replayed
 from .parameters import select_parameters, unwrapped, widest
-from .swap import differentiable, find_slots, swapped
+from .swap import LOCK, differentiable, find_slots, swapped
 
 __all__ = ["IGNORED_CLASS", "Objective", "Paths", "Rebuild", "Theta", "calc_loss"]
 Rebuild = Callable[[Sequence[Tensor]], Any]
@@ -95,6 +95,17 @@ class Objective:
         self.model = unwrapped(model)
         self.loss_func = calc_loss if loss_func is None else loss_func
         self.model_loss = model_loss
+        self.paths = Paths()
+        self.cost: tuple[float, int] | None = None
+        self.cast: torch.dtype | None = None
+        self.mutates = False
+        self.head: Head | None = None
+        self.linear: str | None = None
+        with LOCK:  # another thread may have its own parameters in the model's places
+            self._take_parameters(parameters, device)
+
+    def _take_parameters(self, parameters: str | Sequence[str] | None, device: torch.device | None) -> None:
+        """Copy the chosen parameters into theta, and keep the others and the buffers."""
         chosen = select_parameters(self.model, parameters)
         first = next(iter(chosen.values()))
         self.device = first.device if device is None else device
@@ -110,12 +121,6 @@ class Objective:
             self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
             self.leaves = [part.requires_grad_() for part in self.unflatten(self.theta.detach())]
         self._slots = find_slots(self.model)
-        self.paths = Paths()
-        self.cost: tuple[float, int] | None = None
-        self.cast: torch.dtype | None = None
-        self.mutates = False
-        self.head: Head | None = None
-        self.linear: str | None = None
 
     @property
     def P(self) -> int:
