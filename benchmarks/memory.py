@@ -112,16 +112,16 @@ def measure(name, solver, budget):
     warnings.simplefilter("ignore")
     model, loader, tests = made(name)
     warm_up(model, next(iter(loader)))
-    base, begin, told = start_of_peak(), time.perf_counter(), "done"
+    told = ""
+    base, begin = start_of_peak(), time.perf_counter()
     try:
         influence = ptif.InfluenceFunction(model, loader, SOLVERS[solver], max_memory=budget, progress=False)
         influence.scores(tests)
-        told = influence.report.get("way", told)
     except ValueError as error:
         if "max_memory" not in str(error):
             raise
         told = f"refused: {error}"
-    return {"told": str(told), "peak": highest() - base, "seconds": time.perf_counter() - begin}
+    return {"told": told, "peak": highest() - base, "seconds": time.perf_counter() - begin}
 
 
 def in_a_process(case, limit):
@@ -169,10 +169,8 @@ def main():
         ratio, said = verdict(row, budget)
         rows.append({"model": model, "solver": solver, "max_memory": budget, "verdict": said, **row})
         peak = "" if row["peak"] is None else f"{row['peak']:.0f}"
-        print(
-            f"| {model} | {solver} | {budget} | {peak} | {ratio} | {said} | {row['seconds']:.0f} | {row['told'][:160]} |",
-            flush=True,
-        )
+        cells = [model, solver, budget, peak, ratio, said, f"{row['seconds']:.0f}", row["told"][:160]]
+        print("|", *(f"{cell} |" for cell in cells), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     bad = [row for row in rows if row["verdict"] in ("ABOVE", "FAILED")]
