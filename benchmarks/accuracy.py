@@ -33,7 +33,7 @@ OURS = {
         "solver": "cg", "preconditioner": "ekfac", "damping": "auto",
     },
     'ours, solver="exact", damping="auto"': {"solver": "exact", "damping": "auto"},
-    "ours, the default options": {},
+    'ours, solver="lissa", its default options': {"solver": "lissa"},
 }  # fmt: skip
 THREE = 'ours, solver="auto", three models'
 SETTINGS = {"kronfluence EKFAC": ["heuristic", 1e-4, 1e-3, 3e-3, 1e-2], "TRAK": [10.0, 30.0, 100.0, 300.0, 1000.0]}

@@ -247,7 +247,7 @@ def plain_overflow(model, dataset, options, depth=5000, damp=0.01, scale=25.0, b
 
 def solve(model, loader, options, **config):
     """Scores and `InfluenceFunction` of the default run for the hardest training samples as test samples."""
-    influence = ptif.InfluenceFunction(model, loader, {"progress": False, **config}, **options)
+    influence = ptif.InfluenceFunction(model, loader, {"solver": "lissa", "progress": False, **config}, **options)
     return influence.scores(hardest(model, loader.dataset, options)), influence
 
 

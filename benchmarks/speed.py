@@ -136,7 +136,7 @@ def lissa_steps(repeats):
             model, dataset = make(), data(size)
             loader = DataLoader(dataset, batch_size=size)
             for kind in ("hessian", "ggn"):
-                influence = ptif.InfluenceFunction(model, loader, curvature=kind, progress=False)
+                influence = ptif.InfluenceFunction(model, loader, solver="lissa", curvature=kind, progress=False)
                 batch = influence.samples.take(range(size))
                 for K in (1, 8, 32):
                     vectors = torch.randn(K, influence.objective.P)
@@ -198,7 +198,7 @@ def tuning(repeats):
     """Time to choose the scale against a default run, from the time of a step."""
     model, dataset = cnn(), data()
     x, t = (part[:1] for part in dataset.tensors)
-    options = {"curvature": "ggn", "tolerance": None, "recursion_depth": 100, "progress": False}
+    options = {"solver": "lissa", "curvature": "ggn", "tolerance": None, "recursion_depth": 100, "progress": False}
     influence = ptif.InfluenceFunction(model, DataLoader(dataset, batch_size=4), **options)
     influence.s_test((x, t))
 
@@ -244,7 +244,7 @@ def stacks(repeats):
 def peak(depth):
     """Peak memory of a process that runs a recursion of this depth, in MiB."""
     model, dataset = cnn(), data(64)
-    options = {"curvature": "ggn", "tolerance": None, "recursion_depth": depth, "progress": False}
+    options = {"solver": "lissa", "curvature": "ggn", "tolerance": None, "recursion_depth": depth, "progress": False}
     influence = ptif.InfluenceFunction(model, DataLoader(dataset, batch_size=4), **options)
     influence.s_test(tuple(t[:2] for t in dataset.tensors))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
