@@ -91,6 +91,9 @@ def test_rows_are_compared_each_on_its_own_scale():
     assert agrees(lambda: truth.clone(), truth)
     assert not agrees(lambda: truth[[1, 0, 2]], truth)
     assert not agrees(lambda: truth * torch.tensor([[1.0], [1.0], [1.01]], dtype=torch.float64), truth)
+    far = torch.tensor([[1e3, 1.0], [1e-3, 1e-3]], dtype=torch.float64)
+    assert not agrees(lambda: far + torch.tensor([[0.0], [1e-12]], dtype=torch.float64), far)
+    assert agrees(lambda: far + torch.tensor([[1e-12], [0.0]], dtype=torch.float64), far)
     assert not agrees(lambda: truth[:2], truth)
     assert agrees(lambda: truth * (1 + 1e-15), truth)
 
