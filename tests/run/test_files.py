@@ -129,3 +129,23 @@ def test_the_home_folder_is_found(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     ptif.calc_img_wise(options("~/results"), model(), loader(), loader())
     assert (tmp_path / "results" / "influence_results_0_20.json").exists()
+
+
+@pytest.mark.parametrize("solver", ["ekfac", "auto", "exact"])
+def test_the_residual_of_a_run_is_measured_in_evaluation_mode(solver, tmp_path, monkeypatch):
+    """With dropout left on, one that is measured outside the guard is another, and draws from the global state."""
+    monkeypatch.setattr("pytorch_influence_functions.solve.auto.EXACT_WORK", 0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+    given = options(tmp_path, solver=solver)
+    before = torch.get_rng_state()
+    result = ptif.calc_img_wise(given, net, loader(), loader())
+    stored = ptif.calc_all_grad_then_test(given, net, loader(), loader())
+    influence = ptif.InfluenceFunction(net, loader(), given)
+    influence.scores(loader())
+    expected = influence.relative_residual.double()
+    assert torch.equal(before, torch.get_rng_state())
+    for run in (result, stored):
+        found = torch.tensor([entry["relative_residual"] for entry in run.influences.values()], dtype=torch.float64)
+        assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert solver != "ekfac" or bool((expected > 1e-3).all())
