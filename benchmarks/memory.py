@@ -100,7 +100,7 @@ def made(name):
 
 
 def warm_up(model, batch, loaded=False):
-    """One forward and backward pass; `loaded`: also what torch.func imports at its first call (torch._dynamo, sympy)."""
+    """One forward and backward pass; `loaded`: also what torch.func imports at its first call (torch._dynamo)."""
     x, t = batch
     F.cross_entropy(model(x), t).backward()
     model.zero_grad()
