@@ -32,7 +32,7 @@ def init_logging(filename: str | os.PathLike[str] | None = None) -> None:
     if not any(type(h) is logging.StreamHandler for h in log.handlers):
         _add_handler(log, logging.StreamHandler())
     if filename is not None:
-        path = os.path.abspath(filename)
+        path = os.path.abspath(os.path.expanduser(filename))
         if not any(isinstance(h, logging.FileHandler) and h.baseFilename == path for h in log.handlers):
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             _add_handler(log, logging.FileHandler(path))
@@ -45,8 +45,9 @@ def log_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
         yield
         return
     log, level = logging.getLogger(_PACKAGE), logging.getLogger(_PACKAGE).level
-    Path(filename).parent.mkdir(parents=True, exist_ok=True)
-    handler = _add_handler(log, logging.FileHandler(filename))
+    path = Path(filename).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handler = _add_handler(log, logging.FileHandler(path))
     log.setLevel(logging.INFO)
     try:
         yield
@@ -130,7 +131,7 @@ def save_json(
         ValueError: a NaN or an infinite number, which JSON cannot hold.
         FileExistsError: the file exists and all three options are False.
     """
-    path = Path(json_path)
+    path = Path(json_path).expanduser()
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not overwrite_if_exists:
         if append_if_exists:

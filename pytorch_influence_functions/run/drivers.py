@@ -25,7 +25,7 @@ from ..show.results import InfluenceResult, entry, harmful_and_helpful
 from ..utils import log_to
 from .files import RunFiles
 from .select import select_test_samples
-from .store import read_chains, read_rows, save_gradients, save_solutions, unused_folder
+from .store import own_folder, read_chains, read_rows, save_gradients, save_solutions
 
 logger = logging.getLogger(__name__)
 Options = Config | Mapping[str, Any] | None
@@ -62,7 +62,8 @@ def calc_all_grad_then_test(
     """The same as `calc_img_wise`, with every `grad_z` and `s_test` computed once, stored and read back.
 
     They go to `save_pth` (or `outdir`) as `grad_z/grad_z.npy` and `s_test/s_test.npy`, each with a manifest, for
-    `load_grad_z` and `load_s_test`. Needs n * P numbers of disk.
+    `load_grad_z` and `load_s_test`; where an earlier run has these folders, to `grad_z_1`, `s_test_1` and so on, which
+    the meta file names (`solver`, `stored`). Needs n * P numbers of disk.
     """
     return _run(config, model, train_loader, test_loader, "all_grad_then_test")
 
@@ -114,12 +115,12 @@ def _img_wise(influence: InfluenceFunction, tests: Samples, indices: Sequence[in
 def _all_grad_then_test(influence: InfluenceFunction, tests: Samples, indices: Sequence[int]) -> Iterator[Group]:
     begin = time.perf_counter()
     parent = influence.config.save_folder
-    stores = {name: unused_folder(parent, name) for name in ("grad_z", "s_test")}
-    influence.report["stored"] = {name: str(folder) for name, folder in stores.items()}
-    save_gradients(influence, stores["grad_z"])
-    residuals = save_solutions(influence, stores["s_test"], tests, indices)
-    influence.report["stored"] = {name: str(folder) for name, folder in stores.items()}
-    (grads, _), (solutions, _) = read_rows(stores["grad_z"], "grad_z"), read_chains(stores["s_test"])
+    with own_folder(parent, "grad_z") as grads_folder:
+        save_gradients(influence, grads_folder)
+    with own_folder(parent, "s_test") as solutions_folder:
+        residuals = save_solutions(influence, solutions_folder, tests, indices)
+    influence.report["stored"] = {"grad_z": str(grads_folder), "s_test": str(solutions_folder)}
+    (grads, _), (solutions, _) = read_rows(grads_folder, "grad_z"), read_chains(solutions_folder)
     for start in range(0, len(indices), influence.system.group_size):
         part = list(indices[start : start + influence.system.group_size])
         stored = torch.stack(solutions[start : start + len(part)]).transpose(0, 1)

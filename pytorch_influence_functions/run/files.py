@@ -71,9 +71,12 @@ def _take_names(folder: Path, start: int, num: int) -> tuple[Path, Path, Path]:
             parts.mkdir()
         except FileExistsError:
             continue
-        if _created(meta) and not result.exists():
+        created = _created(meta)
+        if created and not result.exists():
             return meta, result, parts
         parts.rmdir()
+        if created:
+            meta.unlink()
 
 
 def _created(path: Path) -> bool:

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Sequence
+import tempfile
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
-from torch.nn import functional
 
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
 from ..solve.lissa import MOST_CHAINS
 from ..utils import save_json
 
+SAMPLED_PLACES, SAMPLED_BYTES = 64, 4096
+"""What a fingerprint reads: 256 KiB whatever the file's size, so that opening an array stays a matter of milliseconds.
+Gradients of another model differ everywhere, so few places tell two runs apart; they do not find a changed bit."""
+
 
 class RowWriter:
     """Writes an array [rows, ..., P] block by block; it takes its name only when the last row is there.
+
+    Until then the rows are in a file of the writer's own, which goes away where an exception ends the writing.
 
     Args:
         folder: where `{name}.npy` and `{name}.json` go.
@@ -35,28 +44,89 @@ class RowWriter:
         self, folder: Path, name: str, shape: Sequence[int], dtype: torch.dtype, manifest: dict[str, Any]
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.partial = folder / f"{name}.npy", folder / f"{name}.npy.partial"
-        self.manifest = {"shape": list(shape), **manifest}
-        self.array = open_memmap(self.partial, mode="w+", dtype=_numpy_dtype(dtype), shape=tuple(shape))
+        self.path, self.partial = folder / f"{name}.npy", _own_file(folder, name)
+        self.manifest = manifest
+        self.array: Any = open_memmap(self.partial, mode="w+", dtype=_numpy_dtype(dtype), shape=tuple(shape))
+
+    def __enter__(self) -> RowWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.array = None
+        self.partial.unlink(missing_ok=True)
 
     def write(self, rows: Sequence[int], block: Tensor) -> None:
-        """Put a block [len(rows), ...] at these rows."""
-        self.array[list(rows)] = (
-            block.detach().cpu().to(torch.float64 if block.dtype == torch.float64 else torch.float32).numpy()
-        )
+        """Put a block [len(rows), ...] at these rows; of an array [rows, r, P] a block may have fewer than r.
+
+        Half precision is stored in single, as NumPy has no bfloat16.
+        """
+        values = block.detach().cpu()
+        if values.dtype != torch.float64:
+            values = values.float()
+        if values.ndim == 2:
+            self.array[list(rows)] = values.numpy()
+        else:
+            self.array[list(rows), : values.shape[1]] = values.numpy()
 
     def close(self, **more: Any) -> Path:
         """Give the finished file its name, with `more` in the manifest.
 
-        The manifest of an older file goes first and the new one comes last: what is there at any moment fits together.
+        The manifest of an older file goes first and the new one comes last, so that a kill in between leaves an array
+        without a manifest. Where two writers give the same name at once, the fingerprint tells whose array it is.
         """
         self.array.flush()
-        del self.array
+        self.array = None
         manifest = self.path.with_suffix(".json")
+        found = {**self.manifest, **_identity(self.partial), **more}
         manifest.unlink(missing_ok=True)
         os.replace(self.partial, self.path)
-        save_json({**self.manifest, **more}, manifest, overwrite_if_exists=True)
+        save_json(found, manifest, overwrite_if_exists=True)
         return self.path
+
+
+def _own_file(folder: Path, name: str) -> Path:
+    """An empty file that no other writer has, readable as any other file is."""
+    handle, path = tempfile.mkstemp(dir=folder, prefix=f"{name}.npy.", suffix=".partial")
+    os.close(handle)
+    Path(path).unlink()  # what NumPy creates in its place has the permissions that the user's umask gives
+    return Path(path)
+
+
+def _identity(path: Path) -> dict[str, Any]:
+    """What says that an array file is the one a manifest is of."""
+    array = np.load(path, mmap_mode="r")
+    return {
+        "shape": list(array.shape),
+        "dtype": str(array.dtype),
+        "bytes": path.stat().st_size,
+        "fingerprint": _fingerprint(path),
+    }
+
+
+def _fingerprint(path: Path) -> str:
+    """CRC-32 of blocks that lie evenly over a file, the first and the last among them."""
+    last = max(path.stat().st_size - SAMPLED_BYTES, 0)
+    places = np.linspace(0, last, SAMPLED_PLACES, dtype=np.int64)
+    found = 0
+    with path.open("rb") as file:
+        for place in places.tolist():
+            file.seek(place)
+            found = zlib.crc32(file.read(SAMPLED_BYTES), found)
+    return f"{found:08x}"
+
+
+@contextlib.contextmanager
+def own_folder(parent: Path, name: str) -> Iterator[Path]:
+    """`unused_folder` that goes away again where an exception leaves it empty."""
+    folder = unused_folder(parent, name)
+    try:
+        yield folder
+    except BaseException:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        raise
 
 
 def unused_folder(parent: Path, name: str) -> Path:
@@ -78,22 +148,31 @@ def read_rows(folder: Path, name: str) -> tuple[Any, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: no finished array is there.
+        ValueError: the array is not the one that the manifest is of.
     """
-    path = Path(folder) / f"{name}.npy"
+    path = Path(folder).expanduser() / f"{name}.npy"
     if not path.exists() or not path.with_suffix(".json").exists():
-        partial = path.with_name(path.name + ".partial").exists()
+        partial = any(path.parent.glob(f"{path.name}*.partial"))
         why = "only an unfinished one is there" if partial else "nothing is there"
         raise FileNotFoundError(
             f"expected {path} and its manifest, but {why}; write them with calc_{name} or calc_all_grad_then_test"
         )
     manifest = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    array = np.load(path, mmap_mode="c")
-    if list(array.shape) != manifest["shape"]:
-        raise ValueError(
-            f"{path}: its manifest says {manifest['shape']}, the array is {list(array.shape)}; they are of two runs: "
-            f"write them again with calc_{name} or calc_all_grad_then_test"
-        )
-    return array, manifest
+    _require_same(path, manifest, name)
+    return np.load(path, mmap_mode="c"), manifest
+
+
+def _require_same(path: Path, manifest: dict[str, Any], name: str) -> None:
+    again = f"write them again with calc_{name} or calc_all_grad_then_test"
+    try:
+        found = _identity(path)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path}: expected a whole NumPy array, but it cannot be read ({error}); {again}") from error
+    for key, value in found.items():
+        if manifest.get(key, value) != value:  # version 1.0.0 noted the shape alone
+            raise ValueError(
+                f"{path}: its manifest says {key} {manifest[key]}, the array has {value}; they are of two runs: {again}"
+            )
 
 
 def read_chains(folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
@@ -116,12 +195,11 @@ def _numpy_dtype(dtype: torch.dtype) -> Any:
 def save_gradients(influence: InfluenceFunction, folder: Path, start: int = 0) -> Path:
     """Write the loss gradient of every training sample from `start` on to `folder` [n - start, P]."""
     indices = range(start, influence.samples.n)
-    writer = RowWriter(
-        folder, "grad_z", (len(indices), influence.objective.P), influence.objective.dtype, _shapes(influence)
-    )
-    for rows, block in influence.gradient_rows(indices, text="grad_z"):
-        writer.write([i - start for i in rows], block)
-    return writer.close()
+    shape = (len(indices), influence.objective.P)
+    with RowWriter(folder, "grad_z", shape, influence.objective.dtype, _shapes(influence)) as writer:
+        for rows, block in influence.gradient_rows(indices, text="grad_z"):
+            writer.write([i - start for i in rows], block)
+        return writer.close()
 
 
 def save_solutions(influence: InfluenceFunction, folder: Path, tests: Samples, indices: Sequence[int]) -> Tensor:
@@ -133,16 +211,16 @@ def save_solutions(influence: InfluenceFunction, folder: Path, tests: Samples, i
     objective = influence.objective
     most = MOST_CHAINS if influence.config.r == "auto" else int(influence.config.r)
     shape = (len(indices), most, objective.P)
-    writer = RowWriter(folder, "s_test", shape, objective.dtype, {**_shapes(influence), "indices": list(indices)})
+    manifest = {**_shapes(influence), "indices": list(indices)}
     chains: list[int] = []
     residuals = []
-    for part, solution in influence.solutions(tests, indices):
-        own = solution.vectors.unsqueeze(1) if solution.chains is None else solution.chains.transpose(0, 1)
-        places = range(len(chains), len(chains) + len(part))
-        writer.write(places, functional.pad(own, (0, 0, 0, most - own.shape[1])))
-        chains += [own.shape[1]] * len(part)
-        residuals.append(solution.relative_residual.cpu())
-    writer.close(chains=chains)
+    with RowWriter(folder, "s_test", shape, objective.dtype, manifest) as writer:
+        for part, solution in influence.solutions(tests, indices):
+            own = solution.vectors.unsqueeze(1) if solution.chains is None else solution.chains.transpose(0, 1)
+            writer.write(range(len(chains), len(chains) + len(part)), own)
+            chains += [own.shape[1]] * len(part)
+            residuals.append(solution.relative_residual.cpu())
+        writer.close(chains=chains)
     return torch.cat(residuals)
 
 
