@@ -1,4 +1,8 @@
-"""Options: a plain dict on the outside; inside one frozen, validated, typed dataclass."""
+"""Options: a plain dict on the outside; inside one frozen, validated, typed dataclass.
+
+The fields of `Config` are the table: a row a key, with its default, the rule, what an error says was expected, and what
+it means. Checks, `get_default_config` and the documentation of `Config` come from it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,9 @@ import dataclasses
 import difflib
 import math
 import os
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -17,6 +23,66 @@ SOLVER_NAMES = ("lissa", "cg", "exact", "ekfac", "auto")
 CURVATURES = ("hessian", "ggn")
 PRECONDITIONERS = ("ekfac",)
 LISSA_OPTIONS = ("recursion_depth", "r", "damp", "scale")
+NUMBER, TEXT, OTHER = (int, float), (str,), ()
+"""The right type of an option: a value of it that breaks the rule is a ValueError, any other a TypeError."""
+
+
+def _int(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _path(value: Any) -> bool:
+    return isinstance(value, str | os.PathLike) and str(value) != ""
+
+
+def _names(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+def _at_least(least: int) -> Callable[[Any], bool]:
+    return lambda value: _int(value, least)
+
+
+def _above_zero(value: Any) -> bool:
+    return _real(value) and value > 0
+
+
+def _auto_or(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value == "auto" or rule(value)
+
+
+def _false_or(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is False or rule(value)
+
+
+def _optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or rule(value)
+
+
+def _one_of(names: Sequence[str]) -> Callable[[Any], bool]:
+    return lambda value: value in names
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return " or ".join(f'"{name}"' for name in names)
+
+
+def _row(right: tuple[type, ...], rule: Callable[[Any], bool], expected: str, meaning: str) -> dict[str, Any]:
+    """What the table says of an option beside its default.
+
+    Args:
+        right: the right type, `NUMBER`, `TEXT` or `OTHER`.
+        rule: whether a value may be.
+        expected: what an error says was expected.
+        meaning: what the documentation says.
+    """
+    return {"right": right, "rule": rule, "expected": expected, "meaning": meaning}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,74 +90,119 @@ class Config:
     """Options of a run; `Config(**options)` takes the same keys as the dict, aliases included in `Config.of`.
 
     `None` for `recursion_depth`, `r`, `damp` or `scale` is their default.
-
-    Attributes:
-        outdir: folder for results.
-        save_pth: folder for `s_test` and `grad_z`; None is inside `outdir` where a mode needs them.
-        log_filename: also log to this file.
-        progress: progress bars.
-        seed: of every generator that is used; the global random state stays as it is.
-        gpu: CUDA device id; -1 is the CPU.
-        calc_method: `"img_wise"` or `"all_grad_then_test"`, for `calc_influences`.
-        test_sample_start_per_class: first test sample of each class to take; False is 0.
-        test_sample_num: test samples per class; False is the whole test set.
-        num_classes: classes 0 to num_classes - 1; None finds them from the labels.
-        recursion_depth: LiSSA's number of steps.
-        r: independent LiSSA recursions that are averaged.
-        damp: LiSSA's damping, in units of `scale`.
-        scale: LiSSA's scale; above the largest eigenvalue of a minibatch's curvature.
-        solver: `"lissa"`, `"cg"`, `"exact"`, `"ekfac"` or `"auto"`; None is lissa where one of its options
-            (`recursion_depth`, `r`, `damp`, `scale`, the Hessian or a preconditioner) is named, else auto.
-        curvature: `"hessian"` or `"ggn"`; None is the Hessian for lissa, Gauss-Newton for the others.
-        damping: lambda in (H + lambda I); None is damp * scale (for `solver="auto"`: `"auto"`), `"auto"` is chosen from
-            the model, as the smallest at which its predictions of loss changes hold.
-        preconditioner: `"ekfac"`, for lissa and cg.
-        tolerance: relative residual at which an iteration may stop; None runs all its steps.
-        batch_size: training samples at a time when scoring; None fits `max_memory`.
-        max_memory: MiB for working tensors; None is a quarter of what is free.
-        loss_func: (output, target) -> mean loss of a batch; None is cross-entropy.
-        model_loss: (model, batch) -> mean loss, for batches that are not (input, target).
-        parameters: names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.
-        top_k: how many of `harmful` and `helpful` each test sample's entry keeps.
     """
 
-    outdir: str | os.PathLike[str] = "outdir"
-    save_pth: str | os.PathLike[str] | None = None
-    log_filename: str | os.PathLike[str] | None = None
-    progress: bool = True
-    seed: int = 42
-    gpu: int = -1
-    calc_method: Literal["img_wise", "all_grad_then_test"] = "img_wise"
-    test_sample_start_per_class: int | bool = False
-    test_sample_num: int | bool = False
-    num_classes: int | None = None
-    recursion_depth: int | str = 5000
-    r: int | str = 1
-    damp: float = 0.01
-    scale: float | str = 25
-    solver: str | None = None
-    curvature: Literal["hessian", "ggn"] | None = None
-    damping: float | str | None = None
-    preconditioner: str | None = None
-    tolerance: float | None = 0.01
-    batch_size: int | None = None
-    max_memory: float | None = None
-    loss_func: Callable[..., Any] | None = None
-    model_loss: Callable[..., Any] | None = None
-    parameters: str | Sequence[str] | None = None
-    top_k: int = 500
+    # fmt: off
+    outdir: str | os.PathLike[str] = field(default="outdir", metadata=_row(
+        TEXT, _path, "a folder (str or path)", "folder for results.",
+    ))
+    save_pth: str | os.PathLike[str] | None = field(default=None, metadata=_row(
+        TEXT, _optional(_false_or(_path)), "a folder (str or path) or None",
+        "folder for `s_test` and `grad_z`; None is inside `outdir` where a mode needs them.",
+    ))
+    log_filename: str | os.PathLike[str] | None = field(default=None, metadata=_row(
+        TEXT, _optional(_path), "a file name (str or path) or None", "also log to this file.",
+    ))
+    progress: bool = field(default=True, metadata=_row(
+        OTHER, lambda value: isinstance(value, bool), "True or False", "progress bars.",
+    ))
+    seed: int = field(default=42, metadata=_row(
+        NUMBER, _at_least(0), "a whole number of at least 0",
+        "of every generator that is used; the global random state stays as it is.",
+    ))
+    gpu: int = field(default=-1, metadata=_row(
+        NUMBER, _at_least(-1), "a CUDA device id (0, 1, ...), or -1 for the CPU",
+        "CUDA device id; -1 is the CPU.",
+    ))
+    calc_method: Literal["img_wise", "all_grad_then_test"] = field(default="img_wise", metadata=_row(
+        TEXT, _one_of(CALC_METHODS), _quoted(CALC_METHODS),
+        '`"img_wise"` or `"all_grad_then_test"`, for `calc_influences`.',
+    ))
+    test_sample_start_per_class: int | bool = field(default=False, metadata=_row(
+        NUMBER, _false_or(_at_least(0)), "a whole number of at least 0, or False for 0",
+        "first test sample of each class to take; False is 0.",
+    ))
+    test_sample_num: int | bool = field(default=False, metadata=_row(
+        NUMBER, _false_or(_at_least(1)),
+        "a whole number of at least 1 (test samples per class), or False for the whole test set",
+        "test samples per class; False is the whole test set.",
+    ))
+    num_classes: int | None = field(default=None, metadata=_row(
+        NUMBER, _optional(_at_least(1)), "a whole number of at least 1, or None to find it",
+        "classes 0 to num_classes - 1; None finds them from the labels.",
+    ))
+    recursion_depth: int | str = field(default=5000, metadata=_row(
+        NUMBER, _auto_or(_at_least(1)), 'a whole number of at least 1, or "auto"', "LiSSA's number of steps.",
+    ))
+    r: int | str = field(default=1, metadata=_row(
+        NUMBER, _auto_or(_at_least(1)), 'a whole number of at least 1, or "auto"',
+        "independent LiSSA recursions that are averaged.",
+    ))
+    damp: float = field(default=0.01, metadata=_row(
+        NUMBER, lambda value: _real(value) and 0 <= value < 1, "a number of at least 0 and below 1",
+        "LiSSA's damping, in units of `scale`.",
+    ))
+    scale: float | str = field(default=25, metadata=_row(
+        NUMBER, _auto_or(_above_zero), 'a number above 0, or "auto"',
+        "LiSSA's scale; above the largest eigenvalue of a minibatch's curvature.",
+    ))
+    solver: str | None = field(default=None, metadata=_row(
+        TEXT, _optional(_one_of(SOLVER_NAMES)), _quoted(SOLVER_NAMES) + " or None to choose by the options",
+        '`"lissa"`, `"cg"`, `"exact"`, `"ekfac"` or `"auto"`; None is lissa where one of its options '
+        "(`recursion_depth`, `r`, `damp`, `scale`, the Hessian or a preconditioner) is named, else auto.",
+    ))
+    curvature: Literal["hessian", "ggn"] | None = field(default=None, metadata=_row(
+        TEXT, _optional(_one_of(CURVATURES)), _quoted(CURVATURES) + " or None",
+        '`"hessian"` or `"ggn"`; None is the Hessian for lissa, Gauss-Newton for the others.',
+    ))
+    damping: float | str | None = field(default=None, metadata=_row(
+        NUMBER, _optional(_auto_or(lambda value: _real(value) and value >= 0)),
+        'a number of at least 0, "auto", or None for damp * scale (with solver="auto": "auto")',
+        'lambda in (H + lambda I); None is damp * scale (for `solver="auto"`: `"auto"`), `"auto"` is chosen from the '
+        "model, as the smallest at which its predictions of loss changes hold.",
+    ))
+    preconditioner: str | None = field(default=None, metadata=_row(
+        TEXT, _optional(_one_of(PRECONDITIONERS)), _quoted(PRECONDITIONERS) + " or None",
+        '`"ekfac"`, for lissa and cg.',
+    ))
+    tolerance: float | None = field(default=0.01, metadata=_row(
+        NUMBER, _optional(_above_zero), "a number above 0, or None to run all steps",
+        "relative residual at which an iteration may stop; None runs all its steps.",
+    ))
+    batch_size: int | None = field(default=None, metadata=_row(
+        NUMBER, _optional(_at_least(1)), "a whole number of at least 1, or None",
+        "training samples at a time when scoring; None fits `max_memory`.",
+    ))
+    max_memory: float | None = field(default=None, metadata=_row(
+        NUMBER, _optional(_above_zero), "a number of MiB above 0, or None",
+        "MiB for working tensors; None is a quarter of what is free.",
+    ))
+    loss_func: Callable[..., Any] | None = field(default=None, metadata=_row(
+        OTHER, _optional(callable), "a callable (output, target) -> mean loss, or None for cross-entropy",
+        "(output, target) -> mean loss of a batch; None is cross-entropy.",
+    ))
+    model_loss: Callable[..., Any] | None = field(default=None, metadata=_row(
+        OTHER, _optional(callable), "a callable (model, batch) -> mean loss, or None",
+        "(model, batch) -> mean loss, for batches that are not (input, target).",
+    ))
+    parameters: str | Sequence[str] | None = field(default=None, metadata=_row(
+        TEXT, _optional(_names), "a name or pattern, a list of them, or None",
+        'names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.',
+    ))
+    top_k: int = field(default=500, metadata=_row(
+        NUMBER, _at_least(0), "a whole number of at least 0",
+        "how many of `harmful` and `helpful` each test sample's entry keeps.",
+    ))
+    # fmt: on
     _reasons: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
-        for key in LISSA_OPTIONS:
-            if getattr(self, key) is None:
-                object.__setattr__(self, key, DEFAULTS[key])
-        for key, (valid, expected) in RULES.items():
-            value = _plain(getattr(self, key))
-            object.__setattr__(self, key, value)
-            if not valid(value):
-                kind = TypeError if _ill_typed(key, value) else ValueError
-                raise kind(f"config[{key!r}]: expected {expected}, got {value!r}")
+        for option in dataclasses.fields(self):
+            value = _plain(getattr(self, option.name))
+            if value is None and option.name in LISSA_OPTIONS:
+                value = option.default
+            _check(option, value)
+            object.__setattr__(self, option.name, value)
         if self.loss_func is not None and self.model_loss is not None:
             raise ValueError(
                 "config: both 'loss_func' and 'model_loss' are given; loss_func(output, target) is for (input, target) "
@@ -132,7 +243,7 @@ class Config:
 
     def asdict(self) -> dict[str, Any]:
         """The options as a plain dict."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
 
     def replace(self, **options: Any) -> Config:
         """A copy with these options changed."""
@@ -213,75 +324,24 @@ def _plain(value: Any) -> Any:
     return value.item() if scalar else value
 
 
-def _int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _check(option: dataclasses.Field[Any], value: Any) -> None:
+    """Raise TypeError or ValueError for a value that breaks the rule of its row."""
+    array = hasattr(value, "__array__")  # its comparison with a name has no truth value
+    if not array and option.metadata["rule"](value):
+        return
+    right = isinstance(value, option.metadata["right"]) and not isinstance(value, bool)
+    kind = ValueError if right else TypeError
+    raise kind(f"config[{option.name!r}]: expected {option.metadata['expected']}, got {value!r}")
 
 
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _documented(cls: type[Config]) -> str:
+    """The docstring of the class, with the meaning of every option."""
+    rows = [f"{option.name}: {option.metadata['meaning']}" for option in dataclasses.fields(cls)]
+    wrapped = [textwrap.fill(row, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for row in rows]
+    return "\n".join([(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "])
 
 
-def _path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike) and str(value) != ""
-
-
-def _names(value: Any) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, Sequence) and len(value) > 0 and all(isinstance(name, str) for name in value)
-    )
-
-
-def _ill_typed(key: str, value: Any) -> bool:
-    if key == "progress":
-        return True
-    numeric = isinstance(DEFAULTS[key], int | float) or key in ("tolerance", "max_memory", "batch_size", "num_classes")
-    return (
-        not (isinstance(value, int | float) and not isinstance(value, bool)) if numeric else not isinstance(value, str)
-    )
-
-
-def _optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or rule(value)
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return " or ".join(f'"{name}"' for name in names)
-
-
-_whole_or_auto = (lambda v: v == "auto" or _int(v, 1), 'a whole number of at least 1, or "auto"')
-RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "outdir": (_path, "a folder (str or path)"),
-    "save_pth": (_optional(lambda v: v is False or _path(v)), "a folder (str or path) or None"),
-    "log_filename": (_optional(_path), "a file name (str or path) or None"),
-    "progress": (lambda v: isinstance(v, bool), "True or False"),
-    "seed": (lambda v: _int(v, 0), "a whole number of at least 0"),
-    "gpu": (lambda v: _int(v, -1), "a CUDA device id (0, 1, ...), or -1 for the CPU"),
-    "calc_method": (lambda v: v in CALC_METHODS, _quoted(CALC_METHODS)),
-    "test_sample_start_per_class": (lambda v: v is False or _int(v, 0), "a whole number of at least 0, or False for 0"),
-    "test_sample_num": (
-        lambda v: v is False or _int(v, 1),
-        "a whole number of at least 1 (test samples per class), or False for the whole test set",
-    ),
-    "num_classes": (_optional(lambda v: _int(v, 1)), "a whole number of at least 1, or None to find it"),
-    "recursion_depth": _whole_or_auto,
-    "r": _whole_or_auto,
-    "damp": (lambda v: _real(v) and 0 <= v < 1, "a number of at least 0 and below 1"),
-    "scale": (lambda v: v == "auto" or (_real(v) and v > 0), 'a number above 0, or "auto"'),
-    "solver": (_optional(lambda v: v in SOLVER_NAMES), _quoted(SOLVER_NAMES) + " or None to choose by the options"),
-    "curvature": (_optional(lambda v: v in CURVATURES), _quoted(CURVATURES) + " or None"),
-    "damping": (
-        _optional(lambda v: v == "auto" or (_real(v) and v >= 0)),
-        'a number of at least 0, "auto", or None for damp * scale (with solver="auto": "auto")',
-    ),
-    "preconditioner": (_optional(lambda v: v in PRECONDITIONERS), _quoted(PRECONDITIONERS) + " or None"),
-    "tolerance": (_optional(lambda v: _real(v) and v > 0), "a number above 0, or None to run all steps"),
-    "batch_size": (_optional(lambda v: _int(v, 1)), "a whole number of at least 1, or None"),
-    "max_memory": (_optional(lambda v: _real(v) and v > 0), "a number of MiB above 0, or None"),
-    "loss_func": (_optional(callable), "a callable (output, target) -> mean loss, or None for cross-entropy"),
-    "model_loss": (_optional(callable), "a callable (model, batch) -> mean loss, or None"),
-    "parameters": (_optional(_names), "a name or pattern, a list of them, or None"),
-    "top_k": (lambda v: _int(v, 0), "a whole number of at least 0"),
-}
+Config.__doc__ = _documented(Config)
+DEFAULTS: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(Config)}
 TUNER: list[Callable[..., Config]] = []
 """What `Config.tuned` calls; `tuning`, which stands on the solvers, puts itself here."""
-DEFAULTS: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(Config)}
