@@ -54,6 +54,8 @@ CONFIGS = [
     ({"recursion_depth": 2.5}, ValueError, "config['recursion_depth']: expected a whole number"),
     ({"recursion_depth": "deep"}, TypeError, "got 'deep'"),
     ({"damp": -0.1}, ValueError, "config['damp']: expected a number of at least 0 and below 1, got -0.1"),
+    ({"damping": -1}, ValueError, "config['damping']: expected a number of at least 0"),
+    ({"damping": "0.1"}, TypeError, "config['damping']: expected a number of at least 0"),
     ({"damp": "0.1"}, TypeError, "config['damp']: expected a number"),
     ({"scale": 0}, ValueError, "config['scale']: expected a number above 0"),
     ({"solver": "lisa"}, ValueError, 'config[\'solver\']: expected "lissa" or "cg" or "exact"'),

@@ -237,6 +237,14 @@ def test_default_config_is_the_table_of_the_design():
     }  # fmt: skip
 
 
+def test_the_documentation_says_what_each_option_means():
+    lines = inspect.getdoc(ptif.Config).splitlines()
+    rows = lines[lines.index("Attributes:") + 1 :]
+    named = [row.split(":")[0].strip() for row in rows if row[:4].isspace() and not row[4:5].isspace()]
+    assert named == list(ptif.get_default_config())
+    assert all(len(row.split(": ", 1)[1]) > 5 for row in rows if row[4:5].isalpha())
+
+
 def test_old_names_and_missing_keys():
     config = ptif.Config.of({"r_averaging": 4, "test_start_index": 2, "dataset": "CIFAR10", "recursion_depth": None})
     assert (config.r, config.start, config.recursion_depth) == (4, 2, 5000)
