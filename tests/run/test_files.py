@@ -185,6 +185,25 @@ def test_two_writers_of_one_name_do_not_mix(tmp_path):
         assert (rows == k).all()
 
 
+def test_an_unfinished_array_is_told(tmp_path):
+    writer = RowWriter(tmp_path, "grad_z", (5, 4), torch.float32, {})
+    writer.write([0], torch.ones(1, 4))
+    with pytest.raises(FileNotFoundError, match="only an unfinished one is there"):
+        ptif.load_grad_z(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+def test_rows_of_every_precision_are_written(dtype, tmp_path):
+    rows = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    with RowWriter(tmp_path, "grad_z", (3, 4), dtype, {}) as writer:
+        writer.write([2, 0], rows[[2, 0]])
+        writer.write([1], rows[1:2])
+        writer.close()
+    found, manifest = read_rows(tmp_path, "grad_z")
+    assert manifest["dtype"] == str(found.dtype) == ("float64" if dtype == torch.float64 else "float32")
+    assert np.array_equal(found, rows.double().numpy())
+
+
 @pytest.mark.parametrize("name", ["save_gradients", "save_solutions"])
 def test_a_run_that_fails_leaves_no_unfinished_array(name, tmp_path, monkeypatch):
     def fail(*_):
