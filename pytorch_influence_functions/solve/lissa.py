@@ -52,22 +52,37 @@ SEED_STRIDE = 1_000_003
 
 
 def lissa(system: System) -> Solve:
-    """Solve by `r` independent recursions, averaged; the scale is set from the curvature once."""
+    """Solve by `r` independent recursions, averaged; the scale is set from the curvature once.
+
+    Raises:
+        NegativeCurvatureError: the Hessian is negative somewhere, and is what the user asked for or what earlier test
+            samples were solved with: the curvature is one for all of them.
+    """
     step = choose_scale(system)
     config = system.config
+    answered = False
 
     def solve(v: Tensor) -> Solution:
-        nonlocal step
+        nonlocal step, answered
         try:
             solution, step = average(system, v, step)
         except NegativeCurvatureError as error:
-            if config.curvature is not None:
+            if config.curvature is not None or system.curvature.kind == "ggn":
                 raise
+            if answered:
+                raise NegativeCurvatureError(f"{error}. {ONE_CURVATURE}") from error
             system.use_gauss_newton(str(error).partition(":")[0])
             solution, step = average(system, v, choose_scale(system))
+        answered = True
         return solution
 
     return solve
+
+
+ONE_CURVATURE = (
+    "Earlier test samples were solved with the Hessian, so that the Gauss-Newton matrix is not taken for these alone: "
+    "name config['curvature'] = 'ggn' and start again, for all of them"
+)
 
 
 def average(system: System, v: Tensor, step: Step) -> tuple[Solution, Step]:

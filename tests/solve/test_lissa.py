@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.config import Config
+from pytorch_influence_functions.data.samples import Samples
+from pytorch_influence_functions.solve import lissa as lissa_module
 from pytorch_influence_functions.solve.lissa import lissa
 from pytorch_influence_functions.solve.system import make_system
 
@@ -144,6 +146,36 @@ def test_negative_curvature_takes_gauss_newton_where_the_choice_is_open():
         found = influence.s_test((torch.ones(1, 1), torch.ones(1, 1)))
     assert influence.report["curvature"] == "ggn"
     assert found.isfinite().all()
+
+
+@pytest.mark.parametrize(("failing", "kind"), [(1, "ggn"), (2, None), (3, None)])
+def test_one_run_has_one_curvature(failing, kind, monkeypatch):
+    """Negative curvature that is met in the first group decides for all; met later it is an error, not a mixture."""
+    model, loader = linear_problem()
+    options = {"solver": "lissa", "damping": 0.5, "recursion_depth": 50, "tolerance": None, "progress": False}
+    influence = ptif.InfluenceFunction(model, loader, **options)
+    monkeypatch.setattr("pytorch_influence_functions.solve.system.MOST_TOGETHER", 4)
+    real, calls = lissa_module.average, []
+
+    def average(system, v, step):
+        calls.append(system.curvature.kind)
+        if len(calls) == failing:
+            raise ptif.NegativeCurvatureError("negative: change it")
+        return real(system, v, step)
+
+    monkeypatch.setattr(lissa_module, "average", average)
+    tests = Samples(loader, progress=False)
+    if kind is None:
+        with pytest.raises(
+            ptif.NegativeCurvatureError, match=r"negative: change it\. Earlier .* 'ggn' and start again"
+        ):
+            list(influence.groups(tests, range(12)))
+        assert calls == ["hessian"] * failing
+        return
+    with pytest.warns(ptif.CurvatureWarning, match="Gauss-Newton"):
+        assert len(list(influence.groups(tests, range(12)))) == 3
+    assert calls == ["hessian", "ggn", "ggn", "ggn"]
+    assert influence.report["curvature"] == "ggn"
 
 
 def test_restarts_are_bounded():
