@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.solve.cg import iterate
 from pytorch_influence_functions.solve.scale import choose_scale
+from pytorch_influence_functions.solve.system import System
 
 SAMPLES, BATCH = 512, 128
 
@@ -143,7 +144,7 @@ def lissa_steps(repeats):
                     h = vectors.clone()
 
                     def step(influence=influence, batch=batch, vectors=vectors, h=h):
-                        product = influence.system.curvature(batch, h)
+                        product = influence.problem.curvature(batch, h)
                         h.mul_(0.5).add_(vectors).add_(product, alpha=-1e-3)
 
                     unit, double = inside(
@@ -203,9 +204,9 @@ def tuning(repeats):
     influence.s_test((x, t))
 
     def choose():
-        with influence.system.guard(), warnings.catch_warnings():
+        with influence.problem.guard(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            choose_scale(influence.system)
+            choose_scale(System(influence.problem, influence.config.fixed_damping))
 
     (ratio,) = ratios(choose, lambda: influence.s_test((x, t)), repeats=max(3, repeats // 3))
     yield "(e) tuning, as a part of a default run (depth 5000, K = 1)", f"{ratio / 50:.1%}", "", ratio / 50 < 0.05
@@ -222,7 +223,7 @@ def stacks(repeats):
 
             def product(influence=influence, vectors=vectors):
                 with influence.objective.active():
-                    influence.system.product(vectors)
+                    influence.problem.product(vectors)
 
             (unit,) = ratios(product, plain(model, dataset, BATCH), repeats=repeats)
             yield (
@@ -235,7 +236,7 @@ def stacks(repeats):
 
         def block(vectors, influence=influence):
             with influence.objective.active():
-                iterate(lambda p: influence.system.product(p).add_(p), vectors, lambda r: r, tolerance=0, limit=2)
+                iterate(lambda p: influence.problem.product(p).add_(p), vectors, lambda r: r, tolerance=0, limit=2)
 
         (ratio,) = ratios(partial(block, v), partial(block, v[:1]), repeats=max(3, repeats // 2))
         yield (f"(f) {name}, conjugate gradients, 32 right-hand sides against 1", f"{ratio:.1f} x", "", ratio < 16)

@@ -27,7 +27,7 @@ from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
 from .model.gradients import NonFiniteError
 from .show.results import InfluenceResult
-from .solve.system import (
+from .solve.errors import (
     CurvatureWarning,
     DeviceWarning,
     DivergenceError,

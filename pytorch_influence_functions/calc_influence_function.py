@@ -123,7 +123,7 @@ def calc_s_test(
         save_solutions(influence, folder, tests, indices)
         stored, manifest = read_chains(folder)
         return [as_parameters(chains.mean(0), manifest["shapes"]) for chains in stored], save
-    solved = [solution.vectors for _, solution in influence.solutions(tests, indices)]
+    solved = [group.vectors for group in influence.solutions(tests, indices)]
     return [influence.objective.unflatten(row) for block in solved for row in block], save
 
 
@@ -250,7 +250,7 @@ def calc_influence_single(
     if not 0 <= test_id_num < tests.n:
         raise ValueError(f"test_id_num: expected 0 to {tests.n - 1} (the test set), got {test_id_num}")
     if s_test_vec is None:
-        scores = next(influence.groups(tests, [test_id_num]))[2]
+        scores = next(influence.groups(tests, [test_id_num]))[1]
     else:
         scores = influence.scores_of(influence.objective.flatten(s_test_vec).unsqueeze(0))
     if time_logging:

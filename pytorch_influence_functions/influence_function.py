@@ -16,8 +16,8 @@ from .config import Config
 from .data.batch import as_batch
 from .model.gradients import gradient, require_finite
 from .model.objective import Objective, calc_loss
-from .solve.lissa import lissa
-from .solve.system import choose_device, make_system
+from .solve.problem import choose_device, make_problem
+from .solve.solvers import Solver
 
 __all__ = ["calc_loss", "grad_z", "hvp", "s_test"]
 
@@ -91,9 +91,11 @@ def s_test(
     """
     given = {"solver": "lissa", "tolerance": None, "progress": False, **options}
     config = Config.of({**given, "gpu": gpu, "damp": damp, "scale": scale, "recursion_depth": recursion_depth})
-    system = make_system(model, z_loader, config, "hessian")
-    batch = as_batch((z_test, t_test)).to(system.objective.device)
-    with system.guard():
-        v = gradient(system.objective, batch)
+    problem = make_problem(model, z_loader, config, "hessian")
+    objective = problem.objective
+    batch = as_batch((z_test, t_test)).to(objective.device)
+    with problem.guard():
+        v = gradient(objective, batch)
         require_finite(v.unsqueeze(0), batch.indices, "z_test", "gradient")
-        return system.objective.unflatten(lissa(system)(v.unsqueeze(0)).vectors[0])
+        solution = Solver(problem)(v.unsqueeze(0), 1)
+        return objective.unflatten(solution.vectors[0])

@@ -13,13 +13,19 @@ ROOMS = {
     "data": 1,
     "model": 2,
     "solve": 3,
-    "show": 5,
-    "evaluation": 5,
-    "run": 6,
+    "show": 6,
+    "evaluation": 6,
+    "run": 7,
 }
 BETWEEN = {
-    "utils": 0, "config": 0, "influence": 4, "influence_function": 7, "calc_influence_function": 7, "__init__": 8,
-}  # fmt: skip
+    "utils": 0,
+    "config": 0,
+    "member": 4,
+    "influence": 5,
+    "influence_function": 8,
+    "calc_influence_function": 8,
+    "__init__": 9,
+}
 """The modules outside the rooms."""
 FILES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))

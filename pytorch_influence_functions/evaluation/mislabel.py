@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from ..model.gradients import per_sample_gradients, require_finite
-from ..solve.system import make_system
+from ..solve.problem import make_problem
 from .retraining import Options
 from .statistics import Floats, array_of, check_indices, require_finite_scores
 
@@ -104,12 +104,12 @@ def label_baselines(
         train_loader: DataLoader over the training set.
         config, **options: as for `InfluenceFunction`.
     """
-    system = make_system(model, train_loader, Config.of(config, **options), "ggn")
-    objective, samples, losses, norms = system.objective, system.samples, [], []
-    with system.guard():
-        for batch in samples.ordered(system.scoring_batch, text="Loss and gradient norm"):
+    problem = make_problem(model, train_loader, Config.of(config, **options), "ggn", or_hessian=True)
+    objective, samples, losses, norms = problem.objective, problem.samples, [], []
+    with problem.guard():
+        for batch in samples.ordered(problem.scoring_batch, text="Loss and gradient norm"):
             losses.append(objective.losses(objective.theta, batch).detach().cpu())
-            rows = per_sample_gradients(objective, batch, system.max_bytes)
+            rows = per_sample_gradients(objective, batch, problem.max_bytes)
             require_finite(rows, batch.indices, samples.name, "gradient")
             norms.append(rows.norm(dim=1).cpu())
     return LabelBaselines(torch.cat(losses), torch.cat(norms))

@@ -107,8 +107,9 @@ Group = tuple[list[int], Tensor, Tensor | None, Tensor, float]
 
 def _img_wise(influence: InfluenceFunction, tests: Samples, indices: Sequence[int]) -> Iterator[Group]:
     begin = time.perf_counter()
-    for part, solution, scores, chains in influence.groups(tests, indices):
-        yield part, scores, chains, solution.relative_residual, (time.perf_counter() - begin) / len(part)
+    for group, scores, chains in influence.groups(tests, indices):
+        seconds = (time.perf_counter() - begin) / len(group.indices)
+        yield group.indices, scores, chains, group.residual, seconds
         begin = time.perf_counter()
 
 
@@ -119,10 +120,10 @@ def _all_grad_then_test(influence: InfluenceFunction, tests: Samples, indices: S
         save_gradients(influence, grads_folder)
     with own_folder(parent, "s_test") as solutions_folder:
         residuals = save_solutions(influence, solutions_folder, tests, indices)
-    influence.report["stored"] = {"grad_z": str(grads_folder), "s_test": str(solutions_folder)}
+    influence.notes["stored"] = {"grad_z": str(grads_folder), "s_test": str(solutions_folder)}
     (grads, _), (solutions, _) = read_rows(grads_folder, "grad_z"), read_chains(solutions_folder)
-    for start in range(0, len(indices), influence.system.group_size):
-        part = list(indices[start : start + influence.system.group_size])
+    for start in range(0, len(indices), influence.group_size):
+        part = list(indices[start : start + influence.group_size])
         stored = torch.stack(solutions[start : start + len(part)]).transpose(0, 1)
         chains = _scores_of_rows(stored.flatten(0, 1), grads).view(len(stored), len(part), -1)
         seconds = (time.perf_counter() - begin) / len(part)

@@ -215,11 +215,11 @@ def save_solutions(influence: InfluenceFunction, folder: Path, tests: Samples, i
     chains: list[int] = []
     residuals = []
     with RowWriter(folder, "s_test", shape, objective.dtype, manifest) as writer:
-        for part, solution in influence.solutions(tests, indices):
-            own = solution.vectors.unsqueeze(1) if solution.chains is None else solution.chains.transpose(0, 1)
-            writer.write(range(len(chains), len(chains) + len(part)), own)
-            chains += [own.shape[1]] * len(part)
-            residuals.append(solution.relative_residual.cpu())
+        for group in influence.solutions(tests, indices):
+            own = group.vectors.unsqueeze(1) if group.chains is None else group.chains.transpose(0, 1)
+            writer.write(range(len(chains), len(chains) + len(own)), own)
+            chains += [own.shape[1]] * len(own)
+            residuals.append(group.residual)
         writer.close(chains=chains)
     return torch.cat(residuals)
 

@@ -1,15 +1,18 @@
 r"""`solver="auto"`: the most accurate solver that this model and training set can afford, and why.
 
 1. `exact`, where the dense factor of G costs little.
-2. Low rank plus EKFAC (`lowrank`), s = M v, a cost that hardly grows with the number of test samples; and where the
+2. Low rank plus EKFAC (`low_rank`), s = M v, a cost that hardly grows with the number of test samples; and where the
    products G v can be afforded one step s = M v + \alpha M (v - (G + \lambda I) M v) for all test samples at once.
-3. EKFAC alone, where neither fits the memory; conjugate gradients where the model allows none of these.
+3. EKFAC alone, where neither fits the memory.
+4. Conjugate gradients and then LiSSA, which need nothing but products, where the model allows none of these or has no
+   Gauss-Newton matrix.
 
 However it is solved, the damping is chosen by one rule (`damping`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Callable
 
@@ -18,8 +21,9 @@ from torch import Tensor
 
 from ..model.gradients import NonFiniteError
 from .cg import conjugate_gradient
-from .ekfac import build, by_gradients, require_gauss_newton, solver
+from .ekfac import build, by_gradients, solver
 from .exact import dense_form, exact
+from .lissa import lissa
 from .low_rank import (
     WORK,
     LowRank,
@@ -31,159 +35,181 @@ from .low_rank import (
     low_rank,
     product_work,
 )
-from .system import Residual, Solution, Solve, System
+from .problem import Problem
+from .solution import Damping, Prepared, Solution
+from .system import System
 
 logger = logging.getLogger(__name__)
 EXACT_WORK, EXACT_SIZE = 1e10, 2000
-"""Floating-point operations, and the size of the dense matrix, up to which `exact` costs little."""
+"""Floating-point operations, and the size of the dense matrix, up to which `exact` costs little: about a second."""
 ROWS, ROWS_WITH_STEP = 1000, 500
-"""Rows of G that are exact, and how many of them where a step follows."""
+"""Rows of G that are exact, and how many of them where a step follows, which makes up for the others."""
 FEWEST_ROWS = 32
 """Where less fit the memory, it is EKFAC alone."""
 STEPPED = 400
 """Up to this many test samples in all take the step."""
 LINE_SEARCHES = 8
+"""Test samples whose line search decides the length of the step; they agree within a few percent."""
+FASTER_ON_CUDA = 50
+"""So many times the work is done in the same time there."""
+Way = Callable[[Problem, Damping | None], Prepared | None]
 
 
-def auto(system: System) -> Solve:
+def auto(problem: Problem, damping: Damping | None) -> Prepared:
     """Choose, set up, and say in the log and in the report what was chosen and why.
 
     A way that this model does not allow is left for the next one; the last error is raised where none is left.
     """
-    require_gauss_newton(system)
     refused: list[str] = []
     for name, way in WAYS.items():
         try:
-            solve = way(system)
+            prepared = way(problem, damping)
         except (NonFiniteError, torch.OutOfMemoryError):
             raise
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, ArithmeticError) as error:
             if name == list(WAYS)[-1]:
                 raise
-            refused.append(f"{name}: {(str(error).splitlines() or [type(error).__name__])[0]}")
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            refused.append(f"{name}: {reason}")
             logger.info('solver="auto" leaves out %s', refused[-1])
             continue
-        if solve is not None:
-            system.report.update({"left_out": refused} if refused else {})
-            return solve
+        if prepared is None:
+            continue
+        logger.info('solver="auto" takes %s: %s', prepared.report["chosen"], prepared.report["why"])
+        left_out = {"left_out": refused} if refused else {}
+        return dataclasses.replace(prepared, report={**prepared.report, **left_out})
     raise ValueError("config['solver'] = 'auto': " + "; ".join(refused))
 
 
-def _exact(system: System) -> Solve | None:
+def _because(prepared: Prepared, chosen: str, why: str) -> Prepared:
+    return dataclasses.replace(prepared, report={"chosen": chosen, "why": why, **prepared.report})
+
+
+def _exact(problem: Problem, damping: Damping | None) -> Prepared | None:
     """`exact`, where it costs little."""
-    (size, need), work = dense_form(system), _dense_work(system)
-    if size > EXACT_SIZE or work > EXACT_WORK or need > system.max_bytes:
+    size, need = dense_form(problem)
+    work = _dense_work(problem)
+    if size > EXACT_SIZE or work > EXACT_WORK or need > problem.max_bytes:
         return None
-    if system.config.automatic_damping:
-        damping_by_low_rank(system)
-    solve = exact(system)
-    _tell(system, "exact", f"a dense matrix of size {size} costs little ({work:.1e} operations)")
-    return solve
+    if damping is None:
+        damping = damping_by_low_rank(problem) if _has_gauss_newton(problem) else damping_by_steps(problem)
+    why = f"a dense matrix of size {size} costs little ({work:.1e} operations)"
+    return _because(exact(problem, damping), "exact", why)
 
 
-def _low_rank(system: System) -> Solve | None:
+def _low_rank(problem: Problem, damping: Damping | None) -> Prepared | None:
     """The low-rank form, where enough rows fit."""
-    rows, size = affordable_rows(system), dense_form(system)[0]
-    if rows < FEWEST_ROWS:
+    rows, size = affordable_rows(problem), dense_form(problem)[0]
+    if rows < FEWEST_ROWS or not _has_gauss_newton(problem):
         return None
-    basis = low_rank(system, rows)
-    if system.config.automatic_damping:
-        damping_by_low_rank(system, basis)
-    dense = (
-        f"a dense matrix of size {size} costs {_dense_work(system):.1e} operations ({EXACT_WORK:.0e} would be little)"
-    )
-    _tell(system, "low rank plus EKFAC", f"{dense}, {len(basis.J)} exact rows of G fit")
-    return _LowRankSolver(system, basis)
+    basis = low_rank(problem, rows)
+    if damping is None:
+        damping = damping_by_low_rank(problem, basis)
+    dense = f"a dense matrix of size {size} costs {_dense_work(problem):.1e} operations"
+    why = f"{dense} ({EXACT_WORK:.0e} would be little), {len(basis.J)} exact rows of G fit"
+    return _because(_by_low_rank(problem, basis, damping), "low rank plus EKFAC", why)
 
 
-def _ekfac(system: System) -> Solve:
+def _ekfac(problem: Problem, damping: Damping | None) -> Prepared | None:
     """EKFAC alone."""
-    factors = build(system)
-    if system.config.automatic_damping:
-        damping_by_ekfac(system, factors)
-    why = f"{FEWEST_ROWS} rows of {system.objective.P} parameters do not fit the {system.max_bytes / 2**20:.0f} MiB"
-    _tell(system, "ekfac", f"{why} or the work there is; raise config['max_memory'] for better")
-    return solver(system, factors)
+    if not _has_gauss_newton(problem):
+        return None
+    factors = build(problem)
+    if damping is None:
+        damping = damping_by_ekfac(problem, factors)
+    memory = f"the {problem.max_bytes / 2**20:.0f} MiB or the work there is"
+    why = f"{FEWEST_ROWS} rows of {problem.objective.P} parameters do not fit {memory}"
+    return _because(solver(problem, factors, damping), "ekfac", f"{why}; raise config['max_memory'] for better")
 
 
-def _cg(system: System) -> Solve:
-    """Conjugate gradients, which need nothing but products with G."""
-    if system.config.automatic_damping:
-        damping_by_steps(system)
-    _tell(system, "cg", "EKFAC cannot be had for this model")
-    return conjugate_gradient(system)
+def _cg(problem: Problem, damping: Damping | None) -> Prepared:
+    """Conjugate gradients, which need nothing but products."""
+    if damping is None:
+        damping = damping_by_steps(problem)
+    why = "EKFAC cannot be had for this model" if _has_gauss_newton(problem) else "the curvature is the Hessian"
+    return _because(conjugate_gradient(problem, damping), "cg", why)
 
 
-WAYS: dict[str, Callable[[System], Solve | None]] = {
+def _lissa(problem: Problem, damping: Damping | None) -> Prepared:
+    """LiSSA, which needs only products over minibatches."""
+    if damping is None:
+        damping = damping_by_steps(problem)
+    return _because(lissa(problem, damping), "lissa", "no other solver can be used for this model")
+
+
+WAYS: dict[str, Way] = {
     "exact": _exact,
     "low rank plus EKFAC": _low_rank,
     "ekfac": _ekfac,
     "cg": _cg,
+    "lissa": _lissa,
 }
 """From the most accurate on; None is what does not fit."""
 
 
-def _tell(system: System, chosen: str, why: str) -> None:
-    logger.info('solver="auto" takes %s: %s', chosen, why)
-    system.report.update(chosen=chosen, why=why)
+def _has_gauss_newton(problem: Problem) -> bool:
+    return problem.curvature.kind == "ggn"
 
 
-def _dense_work(system: System) -> float:
+def _dense_work(problem: Problem) -> float:
     """Floating-point operations of the smaller dense form of G."""
-    P, size = system.objective.P, dense_form(system)[0]
+    P, size = problem.objective.P, dense_form(problem)[0]
     if size >= P:
-        return P * product_work(system) + float(P) ** 3
+        return P * product_work(problem) + float(P) ** 3
     return 2.0 * size**2 * P + float(size) ** 3
 
 
-def affordable_rows(system: System) -> int:
+def affordable_rows(problem: Problem) -> int:
     """How many rows of G the memory and the work allow, at most `ROWS`."""
-    P, item = system.objective.P, system.objective.theta.element_size()
-    held = system.max_bytes / (4 * P * item)
-    faster = 50 if system.objective.device.type == "cuda" else 1
-    return int(min(ROWS, held, (faster * WORK / P) ** 0.5))
+    P, item = problem.objective.P, problem.objective.theta.element_size()
+    held = problem.max_bytes / (4 * P * item)
+    faster = FASTER_ON_CUDA if problem.objective.device.type == "cuda" else 1
+    worth = (faster * WORK / P) ** 0.5
+    return int(min(ROWS, held, worth))
 
 
-class _LowRankSolver:
+# ---- the low-rank form as a solver
+
+
+def _by_low_rank(problem: Problem, basis: LowRank, damping: Damping) -> Prepared:
     """Solve with the low-rank form, and a step along its residual where there are few test samples."""
+    system = System(problem, damping.value)
+    product = heavy_product(problem, basis)
+    inverses: dict[int | None, Woodbury] = {}
 
-    def __init__(self, system: System, basis: LowRank) -> None:
-        self.system, self.basis = system, basis
-        self._inverse: dict[bool, Woodbury] = {}
-        self._product = heavy_product(system, basis)
-        system.self_products = lambda: by_gradients(system, self.inverse(False).quadratic)
+    def inverse(rows: int | None) -> Woodbury:
+        if rows not in inverses:
+            inverses[rows] = basis.inverse(damping.value, rows)
+        return inverses[rows]
 
-    def inverse(self, step: bool) -> Woodbury:
-        if step not in self._inverse:
-            self._inverse[step] = self.basis.inverse(self.system.damping, ROWS_WITH_STEP if step else None)
-        return self._inverse[step]
+    def damped(v: Tensor) -> Tensor:
+        return product(v) + damping.value * v
 
-    def __call__(self, v: Tensor) -> Solution:
-        system, tests = self.system, max(len(v), self.system.tests or 0)
-        work = tests * product_work(system)
-        step = tests <= STEPPED and work <= WORK
-        M = self.inverse(step)
+    def solve(v: Tensor, tests: int) -> Solution:
+        work = tests * product_work(problem)
+        stepping = tests <= STEPPED and work <= WORK
+        M = inverse(ROWS_WITH_STEP if stepping else None)
         s = M(v)
-        length = self._step(v, s, M) if step else 0.0
-        reason = (
-            f"{tests} test samples (at most {STEPPED}), {work:.1e} operations for a product each (at most {WORK:.0e})"
-        )
+        length = _step(damped, v, s, M) if stepping else 0.0
+        most = f"{tests} test samples (at most {STEPPED})"
+        reason = f"{most}, {work:.1e} operations for a product each (at most {WORK:.0e})"
         logger.debug("%d exact rows, a step of %.3g: %s", len(M.J), length, reason)
-        report = {"rows": len(M.J), "step": length, "step_why": reason}
+        return Solution(s, report={"rows": len(M.J), "step": length, "step_why": reason})
 
-        def certify() -> Residual:
-            return system.certificate(v, s, system.samples.n, seed=system.config.seed + 2)
+    def self_products() -> Tensor:
+        return by_gradients(problem, inverse(None).quadratic)
 
-        return Solution(s, certify, report=report)
+    return Prepared(system, solve, damping.report, self_products=self_products)
 
-    def _step(self, v: Tensor, s: Tensor, M: Woodbury) -> float:
-        """Move s along M (v - (G + lambda I) s), as far as the line search of a few rows says; return how far."""
-        r = v - self._product(s) - self.system.damping * s
-        d = M(r)
-        few = slice(0, LINE_SEARCHES)
-        along = (d[few] * (self._product(d[few]) + self.system.damping * d[few])).sum(1)
-        length = float(((r[few] * d[few]).sum(1) / along).median())
-        if not (0 < length < 10) or not bool(torch.isfinite(d).all()):
-            return 0.0
-        s.add_(d, alpha=length)
-        return length
+
+def _step(product: Callable[[Tensor], Tensor], v: Tensor, s: Tensor, M: Woodbury) -> float:
+    """Move s along d = M (v - (G + lambda I) s), as far as the line search of a few rows says; return how far."""
+    r = v - product(s)
+    d = M(r)
+    few = slice(0, LINE_SEARCHES)
+    curved = (d[few] * product(d[few])).sum(1)
+    length = float(((r[few] * d[few]).sum(1) / curved).median())
+    if not (0 < length < 10) or not bool(torch.isfinite(d).all()):
+        return 0.0
+    s.add_(d, alpha=length)
+    return length

@@ -6,32 +6,62 @@ Hestenes & Stiefel 1952; with a preconditioner M ~ (H + \lambda I)^{-1}, a map o
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..utils import progress_bar
-from .system import NegativeCurvatureError, Residual, Solution, Solve, System
+from .ekfac import build
+from .errors import NegativeCurvatureError
+from .problem import Problem
+from .solution import Damping, Prepared, Solution
+from .system import Residual, System
 
 MOST_ITERATIONS = 500
+"""Far more than a preconditioned system takes; one without that needs more is better solved otherwise."""
+ROUNDING = 8
+"""Without a tolerance the iteration ends at so many units in the last place: it gains nothing beyond."""
 Map = Callable[[Tensor], Tensor]
 
 
-def conjugate_gradient(system: System) -> Solve:
-    """Solve by conjugate gradients over the whole training set; each column stops by itself at the tolerance."""
+def conjugate_gradient(problem: Problem, damping: Damping) -> Prepared:
+    """Solve by conjugate gradients over the whole training set; each row stops by itself at the tolerance."""
+    system = System(problem, damping.value)
+    config = problem.config
+    M: Map = build(problem).inverse(damping.value) if config.preconditioner else _itself
 
-    def solve(v: Tensor) -> Solution:
-        limit, tolerance = min(MOST_ITERATIONS, 2 * v.shape[1]), system.config.tolerance
-        with progress_bar("Conjugate gradients", total=limit, unit="step", enabled=system.config.progress) as bar:
-            s, rest, steps = iterate(
-                lambda p: system.product(p).add_(p, alpha=system.damping), v, system.precondition,
-                tolerance=tolerance if tolerance is not None else torch.finfo(v.dtype).eps * 8, limit=limit,
-                progress=bar.update,
-            )  # fmt: skip
-        relative = rest.norm(dim=1) / v.norm(dim=1).clamp_min(torch.finfo(v.dtype).tiny)
-        return Solution(s, Residual(relative, torch.zeros_like(relative), rest), report={"steps": steps.tolist()})
+    def solve(v: Tensor, tests: int) -> Solution:
+        limit = min(MOST_ITERATIONS, 2 * v.shape[1])
+        tolerance = config.tolerance
+        if tolerance is None:
+            tolerance = torch.finfo(v.dtype).eps * ROUNDING
+        with progress_bar("Conjugate gradients", total=limit, unit="step", enabled=config.progress) as bar:
+            s, rest, steps = iterate(system, v, M, tolerance=tolerance, limit=limit, progress=bar.update)
+        return Solution(s, Residual.exact(rest, v), report={"steps": steps.tolist()})
 
-    return solve
+    return Prepared(system, solve, damping.report)
+
+
+def _itself(v: Tensor) -> Tensor:
+    return v
+
+
+class _Rows(NamedTuple):
+    """The rows that are not done yet, as Hestenes and Stiefel name them."""
+
+    places: Tensor
+    """Where they are in the stack [k]."""
+    s: Tensor
+    r: Tensor
+    """Residual [k, P]."""
+    p: Tensor
+    """Direction [k, P]."""
+    rz: Tensor
+    """r . M r [k]."""
+
+    def at(self, mask: Tensor) -> _Rows:
+        return _Rows(*(t[mask] for t in self))
 
 
 def iterate(
@@ -47,29 +77,48 @@ def iterate(
     solved, rest = torch.zeros_like(v), v.clone()
     steps = torch.zeros(len(v), dtype=torch.long)
     goal = tolerance * v.norm(dim=1)
-    rows = (v.norm(dim=1) > goal).nonzero().squeeze(1)
-    s, r = solved[rows], rest[rows]
-    p = M(r).clone() if len(rows) else r
-    rz = torch.linalg.vecdot(r, p)
-    for step in range(1, limit + 1 if len(rows) else 1):
-        Ap = product(p)
-        pAp = torch.linalg.vecdot(p, Ap)
-        _require_positive(pAp, p)
-        alpha = (rz / pAp).unsqueeze(1)
-        s.addcmul_(p, alpha)
-        r.addcmul_(Ap, -alpha)
+    rows = _start(v, v.norm(dim=1) > goal, M)
+    step = 0
+    while step < limit and len(rows.places):
+        step += 1
+        _advance(rows, product(rows.p))
         progress()
-        go = r.norm(dim=1) > goal[rows]
-        if step == limit or not bool(go.all()):
-            done = ~go if step < limit else torch.ones_like(go)
-            solved[rows[done]], rest[rows[done]], steps[rows[done].cpu()] = s[done], r[done], step
-            rows, s, r, p, rz = rows[~done], s[~done], r[~done], p[~done], rz[~done]
-            if len(rows) == 0:
-                break
-        z = M(r)
-        last, rz = rz, torch.linalg.vecdot(r, z)
-        p.mul_((rz / last).unsqueeze(1)).add_(z)
+        done = rows.r.norm(dim=1) <= goal[rows.places]
+        if step == limit:
+            done = torch.ones_like(done)
+        if bool(done.any()):
+            left = rows.at(done)
+            solved[left.places], rest[left.places] = left.s, left.r
+            steps[left.places.cpu()] = step
+            rows = rows.at(~done)
+        if len(rows.places):
+            rows = _turn(rows, M(rows.r))
     return solved, rest, steps
+
+
+def _start(v: Tensor, wanted: Tensor, M: Map) -> _Rows:
+    """s = 0 for the wanted rows of v."""
+    places = wanted.nonzero().squeeze(1)
+    r = v[places]
+    p = M(r).clone() if len(places) else r
+    return _Rows(places, torch.zeros_like(r), r, p, torch.linalg.vecdot(r, p))
+
+
+def _advance(rows: _Rows, Ap: Tensor) -> None:
+    """Go along each direction to where the quadratic form is least, in place."""
+    pAp = torch.linalg.vecdot(rows.p, Ap)
+    _require_positive(pAp, rows.p)
+    alpha = (rows.rz / pAp).unsqueeze(1)
+    rows.s.addcmul_(rows.p, alpha)
+    rows.r.addcmul_(Ap, -alpha)
+
+
+def _turn(rows: _Rows, z: Tensor) -> _Rows:
+    """The next directions, conjugate to the ones before; z = M r [k, P]."""
+    rz = torch.linalg.vecdot(rows.r, z)
+    beta = (rz / rows.rz).unsqueeze(1)
+    rows.p.mul_(beta).add_(z)
+    return rows._replace(rz=rz)
 
 
 def _require_positive(pAp: Tensor, p: Tensor) -> None:

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from ..model.gradients import gradient_products
 from ..model.objective import Objective
-from .system import System
+from .problem import Problem
+from .solution import Damping
 
 logger = logging.getLogger(__name__)
 TARGET = 0.23
@@ -33,6 +34,13 @@ START = 4.0
 """Where the search begins, in units of G's mean eigenvalue."""
 FACTOR, BOUNDS, MOST = 10**0.5, (1e-4, 1e3), 12
 """Its longest first step, how far it goes from the start, and how many values of lambda it tries at most."""
+SHORTEST = 0.15
+"""Its shortest first step in the logarithm, twice as long each time: near the target the error may be flat."""
+CLOSE, APART = 0.04, 0.15
+"""An error is as good as the target within this fraction, a bracket as good as a point within this logarithm: the
+scores change by less than the choice of the halves changes lambda."""
+SMALLEST, MOST_ERROR = 1e-9, 1e6
+"""Errors are cut off there before their logarithm is taken: 0 and infinity have none."""
 Point = tuple[float, float]
 """lambda and its error."""
 
@@ -47,46 +55,72 @@ def prediction_error(actual: Tensor, predicted: Tensor) -> float:
 def search(error: Callable[[float], float], start: float, target: float = TARGET) -> tuple[float, list[Point]]:
     """The lambda at which a falling `error` reaches `target`, and every (lambda, error) that was tried.
 
-    Steps from `start` until two values bracket the target, then regula falsi in the logarithms until they are 15 %
-    apart or the error is within 4 %. A target that is never met (or never missed) gives the end of the bounds.
+    Steps from `start` until two values bracket the target, then regula falsi in the logarithms until they are close
+    together or the error is close to the target. A target that is never met (or never missed) gives the end of the
+    bounds.
     """
     path = [(start, error(start))]
     low: Point | None = None  # error above the target
     high: Point | None = None
-    while low is None or high is None:
-        damping, value = path[-1]
-        if value > target:
-            low = path[-1]
+    while True:
+        point = path[-1]
+        if _is_close(point, target):
+            return point[0], path
+        if point[1] > target:
+            low = point
         else:
-            high = path[-1]
-        if abs(value / target - 1) < 0.04:
-            return damping, path
-        if low is None or high is None:
-            most = math.log(FACTOR if len(path) < 3 else FACTOR**2)
-            step = 2 * math.log(min(max(value, 1e-9), 1e9) / target)  # errors fall about with the root of lambda
-            least = 0.15 * 2 ** (len(path) - 1)
-            damping *= math.exp(math.copysign(min(max(abs(step), least), most), step))
-            if len(path) == MOST or not BOUNDS[0] <= damping / start <= BOUNDS[1]:
-                return path[-1][0], path
-            path.append((damping, error(damping)))
-    while math.log(high[0] / low[0]) > 0.15 and len(path) < MOST:
-        rise = math.log(min(low[1], 1e6)) - math.log(max(high[1], 1e-9))
-        part = min(max((math.log(min(low[1], 1e6)) - math.log(target)) / rise, 0.1), 0.9)
-        damping = low[0] * (high[0] / low[0]) ** part
+            high = point
+        if low is not None and high is not None:
+            break
+        damping = _next_step(point, target, len(path))
+        within = BOUNDS[0] <= damping / start <= BOUNDS[1]
+        if len(path) == MOST or not within:
+            return point[0], path
         path.append((damping, error(damping)))
-        if abs(path[-1][1] / target - 1) < 0.04:
-            return path[-1][0], path
-        low, high = (path[-1], high) if path[-1][1] > target else (low, path[-1])
+    while math.log(high[0] / low[0]) > APART and len(path) < MOST:
+        damping = _between(low, high, target)
+        point = (damping, error(damping))
+        path.append(point)
+        if _is_close(point, target):
+            return point[0], path
+        if point[1] > target:
+            low = point
+        else:
+            high = point
     return high[0], path
 
 
+def _is_close(point: Point, target: float) -> bool:
+    return abs(point[1] / target - 1) < CLOSE
+
+
+def _next_step(point: Point, target: float, tried: int) -> float:
+    """The next lambda on the way to the target: errors fall about with the root of lambda."""
+    damping, value = point
+    value = min(max(value, SMALLEST), 1 / SMALLEST)
+    step = 2 * math.log(value / target)
+    longest = math.log(FACTOR if tried < 3 else FACTOR**2)
+    shortest = min(SHORTEST * 2 ** (tried - 1), longest)
+    size = min(max(abs(step), shortest), longest)
+    return float(damping * math.exp(math.copysign(size, step)))
+
+
+def _between(low: Point, high: Point, target: float) -> float:
+    """Where the line through the logarithms of both points meets the target, away from the ends."""
+    above = math.log(min(low[1], MOST_ERROR))
+    below = math.log(max(high[1], SMALLEST))
+    part = (above - math.log(target)) / (above - below)
+    part = min(max(part, 0.1), 0.9)
+    return float(low[0] * (high[0] / low[0]) ** part)
+
+
 def choose_damping(
-    system: System, shift: Callable[[Tensor, float], Tensor], mean_eigenvalue: float, target: float = TARGET
-) -> None:
-    """Choose lambda, put it into the system, and the curve that led to it into its report.
+    problem: Problem, shift: Callable[[Tensor, float], Tensor], mean_eigenvalue: float, target: float = TARGET
+) -> Damping:
+    """Choose lambda; the curve that led to it is in the report.
 
     Args:
-        system: the model and its training set.
+        problem: the model and its training set.
         shift: ([K, P], lambda) -> (G + lambda I)^-1 of each row, as the solver has it.
         mean_eigenvalue: of G.
         target: the error to stay below.
@@ -97,24 +131,41 @@ def choose_damping(
             "config['damping'] = 'auto': the Gauss-Newton matrix of this model is zero (its loss does not depend on "
             "its output, or is linear in it), so no damping can be chosen from it; give config['damping'] a number"
         )
-    rule = _Rule(system)
+    rule = _Rule(problem)
     gradients = rule.gradients()
-    damping, curve = search(lambda value: rule.error(shift(gradients, value)), start, target)
-    error = dict(curve)[damping]
-    note = "" if abs(error / target - 1) < 0.3 else ": the target is out of reach, so it is the end of the search"
+
+    def error(damping: float) -> float:
+        return rule.error(shift(gradients, damping))
+
+    damping, curve = search(error, start, target)
+    reached = dict(curve)[damping]
+    _tell(damping, reached, target, curve)
+    chosen = {
+        "damping": damping,
+        "error": reached,
+        "target": target,
+        "curve": [list(point) for point in curve],
+    }
+    return Damping(damping, {"damping_chosen": chosen})
+
+
+def _tell(damping: float, error: float, target: float, curve: list[Point]) -> None:
+    missed = abs(error / target - 1) >= 0.3
+    note = ": the target is out of reach, so it is the end of the search" if missed else ""
     logger.info(
         "damping = %.4g, chosen from the model: the error of predicted loss changes is %.3g there (target %.3g)%s; "
-        "tried %s", damping, error, target, note, ", ".join(f"{x:.3g}: {e:.3g}" for x, e in curve),
-    )  # fmt: skip
-    system.damping = damping
-    system.report["damping_chosen"] = {
-        "damping": damping, "error": error, "target": target, "curve": [list(point) for point in curve],
-    }  # fmt: skip
+        "tried %s",
+        damping,
+        error,
+        target,
+        note,
+        ", ".join(f"{x:.3g}: {e:.3g}" for x, e in curve),
+    )
 
 
-def error_curve(system: System, shift: Callable[[Tensor, float], Tensor], dampings: Sequence[float]) -> list[float]:
+def error_curve(problem: Problem, shift: Callable[[Tensor, float], Tensor], dampings: Sequence[float]) -> list[float]:
     """The prediction error at each of these dampings, by which `choose_damping` chooses; arguments as there."""
-    rule = _Rule(system)
+    rule = _Rule(problem)
     gradients = rule.gradients()
     return [rule.error(shift(gradients, damping)) for damping in dampings]
 
@@ -122,14 +173,14 @@ def error_curve(system: System, shift: Callable[[Tensor, float], Tensor], dampin
 class _Rule:
     """The halves, the samples, and their losses in double precision."""
 
-    def __init__(self, system: System) -> None:
-        self.system, n = system, system.samples.n
-        generator = torch.Generator().manual_seed(system.config.seed)
+    def __init__(self, problem: Problem) -> None:
+        self.problem, n = problem, problem.samples.n
+        generator = torch.Generator().manual_seed(problem.config.seed)
         halves = [torch.randperm(n, generator=generator)[: max(1, n // 2)] for _ in range(HALVES)]
         self.halves = torch.stack([torch.zeros(n).index_fill(0, half, 1) for half in halves])
         chosen: list[int] = torch.randperm(n, generator=generator)[:SAMPLES].sort().values.tolist()
-        self.batches = list(system.samples.ordered(system.scoring_batch, chosen))
-        self.objective, self.losses = self._precise(system.objective)
+        self.batches = list(problem.samples.ordered(problem.scoring_batch, chosen))
+        self.objective, self.losses = self._precise(problem.objective)
 
     def _precise(self, own: Objective) -> tuple[Objective, Tensor]:
         """The objective in double precision and its losses; in its own where the model runs in no other."""
@@ -142,10 +193,10 @@ class _Rule:
 
     def gradients(self) -> Tensor:
         """(1/n) of the summed gradients of each half -> [halves, P]."""
-        system, objective = self.system, self.system.objective
+        problem, objective = self.problem, self.problem.objective
         total = torch.zeros(HALVES, objective.P, dtype=objective.dtype, device=objective.device)
-        size = max(1, min(system.scoring_batch, int(system.max_bytes / (2 * HALVES * system.activations))))
-        for batch in system.samples.ordered(size, text="Damping: gradients"):
+        size = max(1, min(problem.scoring_batch, int(problem.max_bytes / (2 * HALVES * problem.activations))))
+        for batch in problem.samples.ordered(size, text="Damping: gradients"):
             theta = objective.theta.detach().requires_grad_()
             losses = objective.losses(theta, batch)
             weights = self.halves[:, torch.as_tensor(batch.indices)].to(losses)
@@ -154,12 +205,12 @@ class _Rule:
             else:
                 each = [torch.autograd.grad(losses, theta, w, retain_graph=True)[0] for w in weights]
                 total += torch.stack(each)
-        return total / system.samples.n
+        return total / problem.samples.n
 
     def error(self, shifts: Tensor) -> float:
         """The prediction error of these shifts [halves, P]."""
-        system = self.system
-        predicted = [gradient_products(system.objective, b, shifts, system.max_bytes) for b in self.batches]
+        problem = self.problem
+        predicted = [gradient_products(problem.objective, b, shifts, problem.max_bytes) for b in self.batches]
         changes = [self._losses(self.objective, shift) - self.losses for shift in shifts]
         actual = torch.stack(changes)
         return prediction_error(actual, torch.cat(predicted, 1).to(actual))

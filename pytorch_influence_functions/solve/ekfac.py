@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,9 @@ from ..model.layers import Layer, backward, forward, gather, layer_inputs, scatt
 from ..model.objective import Objective
 from .damping import choose_damping
 from .passes import Passes, Seen, batch_size, output_rows
-from .system import Residual, Solution, Solve, System
+from .problem import Problem
+from .solution import Damping, Prepared, Solution
+from .system import System
 
 logger = logging.getLogger(__name__)
 DAMPING_TARGET = 0.7
@@ -72,13 +73,18 @@ class Ekfac:
         """(G + damping I)^exponent of each row of v [K, P] -> [K, P]."""
         return self.apply(v, lambda eigenvalues: (eigenvalues + damping) ** exponent)
 
-    def inverse(self, v: Tensor, damping: float) -> Tensor:
-        """(G + damping I)^-1 of each row of v [K, P] -> [K, P]."""
-        return self.power(v, damping, -1)
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """The map (G + damping I)^-1 of stacks [K, P] -> [K, P]."""
+        return lambda v: self.power(v, damping, -1)
 
-    def product(self, v: Tensor) -> Tensor:
+    def __call__(self, v: Tensor) -> Tensor:
         """G of each row of v [K, P] -> [K, P]."""
         return self.apply(v, lambda eigenvalues: eigenvalues)
+
+    def quadratic(self, v: Tensor, damping: float) -> Tensor:
+        """v_k . (G + damping I)^-1 v_k of each row of v [K, P] -> [K]."""
+        squares = self.to_eigenbasis(v).square()
+        return (squares / (self.eigenvalues + damping)).sum(1)
 
     def apply(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """f(G) of each row of v [K, P] -> [K, P], f of the eigenvalues."""
@@ -90,54 +96,59 @@ class Ekfac:
         return float(self.eigenvalues.mean())
 
 
-def ekfac(system: System) -> Solve:
+def ekfac(problem: Problem, damping: Damping | None = None) -> Prepared:
     r"""Solve with the EKFAC approximation in place of G: no iteration, two passes over the training set."""
-    require_gauss_newton(system)
-    factors = build(system)
-    if system.config.automatic_damping:
-        choose_damping(system, factors.inverse, factors.mean_eigenvalue, DAMPING_TARGET)
-    return solver(system, factors)
+    require_gauss_newton(problem)
+    factors = build(problem)
+    if damping is None:
+        damping = choose_damping(problem, _shift(factors), factors.mean_eigenvalue, DAMPING_TARGET)
+    return solver(problem, factors, damping)
 
 
-def require_gauss_newton(system: System) -> None:
+def require_gauss_newton(problem: Problem) -> None:
     """Raise `ValueError` where the user asks for the Hessian."""
-    if system.curvature.kind != "ggn":
+    if problem.curvature.kind != "ggn":
         raise ValueError(
-            f"config['curvature'] = 'hessian' with config['solver'] = {system.config.solver_in_use[0]!r}: EKFAC "
+            f"config['curvature'] = 'hessian' with config['solver'] = {problem.config.solver_in_use[0]!r}: EKFAC "
             "approximates the Gauss-Newton matrix; leave config['curvature'] out, or use config['solver'] = 'cg', "
             "which it may precondition"
         )
 
 
-def solver(system: System, factors: Ekfac) -> Solve:
-    """Solve with these factors; their certificate is measured when it is asked for."""
+def _shift(factors: Ekfac) -> Callable[[Tensor, float], Tensor]:
+    return lambda v, damping: factors.power(v, damping, -1)
 
-    def quadratic(g: Tensor) -> Tensor:
-        return (factors.to_eigenbasis(g).square() / (factors.eigenvalues + system.damping)).sum(1)
 
-    system.self_products = (
-        partial(_by_layers, system, factors) if len(factors.outside) == 0 else partial(by_gradients, system, quadratic)
+def solver(problem: Problem, factors: Ekfac, damping: Damping) -> Prepared:
+    """Solve with these factors; the residual is measured where it is asked for."""
+    inverse = factors.inverse(damping.value)
+
+    def solve(v: Tensor, tests: int) -> Solution:
+        return Solution(inverse(v))
+
+    def self_products() -> Tensor:
+        if len(factors.outside) == 0:
+            return _by_layers(problem, factors, damping.value)
+        return by_gradients(problem, lambda g: factors.quadratic(g, damping.value))
+
+    facts = {"mean_eigenvalue": factors.mean_eigenvalue, "layers": len(factors.blocks)}
+    return Prepared(
+        System(problem, damping.value),
+        solve,
+        report={**damping.report, **facts},
+        certified=CERTIFIED,
+        self_products=self_products,
     )
 
-    def solve(v: Tensor) -> Solution:
-        s = factors.inverse(v, system.damping)
 
-        def certify() -> Residual:
-            return system.certificate(v, s, min(system.samples.n, CERTIFIED), seed=system.config.seed + 2)
-
-        return Solution(s, certify, report={"mean_eigenvalue": factors.mean_eigenvalue, "layers": len(factors.blocks)})
-
-    return solve
-
-
-def _by_layers(system: System, factors: Ekfac) -> Tensor:
+def _by_layers(problem: Problem, factors: Ekfac, damping: float) -> Tensor:
     r"""g_i^T (G + \lambda I)^{-1} g_i of each training sample [n], from what its layers see."""
     layers = [block.layer for block in factors.blocks]
-    weights = 1 / (factors.eigenvalues + system.damping).unsqueeze(0)
-    result = torch.zeros(system.samples.n, dtype=system.objective.dtype)
-    for batch in system.samples.ordered(batch_size(system, layers), text="Self-influence"):
+    weights = 1 / (factors.eigenvalues + damping).unsqueeze(0)
+    result = torch.zeros(problem.samples.n, dtype=problem.objective.dtype)
+    for batch in problem.samples.ordered(batch_size(problem, layers), text="Self-influence"):
         for one in batch.parts or (batch,):
-            found = _quadratic_by_layers(system.objective, factors, weights, one)
+            found = _quadratic_by_layers(problem.objective, factors, weights, one)
             result[torch.as_tensor(one.indices)] = found.detach().cpu()
     return result
 
@@ -167,11 +178,11 @@ def _weighted_squares(g: Tensor, a: Tensor, w: Tensor) -> Tensor:
     return torch.cat([((p.mT @ q).square() * w).sum((1, 2, 3)) for p, q in pairs])
 
 
-def by_gradients(system: System, quadratic: Callable[[Tensor], Tensor]) -> Tensor:
+def by_gradients(problem: Problem, quadratic: Callable[[Tensor], Tensor]) -> Tensor:
     """The quadratic form [K, P] -> [K] of the gradient of each training sample -> [n], on the CPU."""
-    result = torch.zeros(system.samples.n, dtype=system.objective.dtype)
-    for batch in system.samples.ordered(system.scoring_batch, text="Self-influence"):
-        gradients = per_sample_gradients(system.objective, batch, system.max_bytes)
+    result = torch.zeros(problem.samples.n, dtype=problem.objective.dtype)
+    for batch in problem.samples.ordered(problem.scoring_batch, text="Self-influence"):
+        gradients = per_sample_gradients(problem.objective, batch, problem.max_bytes)
         result[torch.as_tensor(batch.indices)] = quadratic(gradients).detach().cpu()
     return result
 
@@ -179,14 +190,14 @@ def by_gradients(system: System, quadratic: Callable[[Tensor], Tensor]) -> Tenso
 # ---- the factors
 
 
-def build(system: System) -> Ekfac:
+def build(problem: Problem) -> Ekfac:
     """Gather the factors in one pass over the training set and the corrected eigenvalues in a second."""
-    return fit(Passes(system))
+    return fit(Passes(problem))
 
 
 def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
     """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
-    layers, n = passes.layers, passes.system.samples.n
+    layers, n = passes.layers, passes.problem.samples.n
     A: list[Any] = [0] * len(layers)
     S: list[Any] = [0] * len(layers)
     diagonal: Any = 0
@@ -203,7 +214,7 @@ def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
         for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
             left, right = g.transpose(2, 3) @ blocks[i].Q_out, x.transpose(1, 2) @ blocks[i].Q_in
             squares[i] = squares[i] + _squares(left, right) / n
-    objective = passes.system.objective
+    objective = passes.problem.objective
     eigenvalues = torch.zeros(1, objective.P, dtype=objective.dtype, device=objective.device)
     outside = passes.outside.nonzero().squeeze(1).to(objective.device)
     if len(outside):

@@ -18,54 +18,61 @@ from ..model.likelihoods import likelihood, roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from ..utils import progress_bar
-from .system import Residual, Solution, Solve, System
+from .problem import Problem
+from .solution import Damping, Prepared, Solution
+from .system import Residual, System
 
 logger = logging.getLogger(__name__)
 ROW_BLOCK = 64
 """Training samples whose rows are computed together."""
 
 
-def exact(system: System) -> Solve:
+def exact(problem: Problem, damping: Damping) -> Prepared:
     """Solve with a dense factor of the curvature, or of its dual where that is smaller.
 
     Raises:
         ValueError: neither fits `max_memory`; the message gives the size and the alternative.
     """
-    P, size, need = system.objective.P, *dense_form(system)
-    dual = size < P and system.damping > 0
-    if need > system.max_bytes:
+    P = problem.objective.P
+    size, need = dense_form(problem)
+    if need > problem.max_bytes:
         raise ValueError(
-            f"config['solver'] = 'exact': a dense {system.curvature.kind} of {P} parameters needs about "
-            f"{need / 2**20:.0f} MiB of the {system.max_bytes / 2**20:.0f} MiB there are; use config['solver'] = 'cg' "
+            f"config['solver'] = 'exact': a dense {problem.curvature.kind} of {P} parameters needs about "
+            f"{need / 2**20:.0f} MiB of the {problem.max_bytes / 2**20:.0f} MiB there are; use config['solver'] = 'cg' "
             "or 'ekfac', fewer config['parameters'], or a larger config['max_memory']"
         )
-    inverse = _dual(system) if dual else _primal(system)
+    dual = size < P and damping.value > 0
+    inverse = _dual(problem, damping.value) if dual else _primal(problem, damping.value)
 
-    def solve(v: Tensor) -> Solution:
+    def solve(v: Tensor, tests: int) -> Solution:
         s, rest = inverse(v.double())
-        residual = rest.norm(dim=1) / v.double().norm(dim=1).clamp_min(1e-300)
-        report = {"form": "dual" if dual else "primal", "size": size if dual else P}
-        return Solution(s.to(v), Residual(residual.to(v), torch.zeros_like(v[:, 0]), rest.to(v)), report=report)
+        residual = Residual.exact(rest, v.double())
+        single = Residual(*(part.to(v) for part in (residual.relative, residual.stderr, rest)))
+        return Solution(s.to(v), single)
 
-    return solve
+    form = {"form": "dual", "size": size} if dual else {"form": "primal", "size": P}
+    return Prepared(System(problem, damping.value), solve, {**damping.report, **form})
 
 
-def dense_form(system: System) -> tuple[int, float]:
+def dense_form(problem: Problem) -> tuple[int, float]:
     """Size of the smaller dense form of the curvature, and the bytes that the solve with it takes."""
-    P, rows = system.objective.P, dual_rows(system)
+    P, rows = problem.objective.P, dual_rows(problem)
+    double = 8.0
     if rows is None or rows >= P:
-        return P, 8.0 * 3 * P**2
-    return rows, 8.0 * (2 * rows**2 + 2 * rows * P)  # A in double precision, and the blocks it is joined from
+        matrices = 3 * P**2  # H, its damped copy, its factor
+        return P, double * matrices
+    stacked = 2 * rows * P  # A, and the blocks it is joined from
+    return rows, double * (2 * rows**2 + stacked)
 
 
 Inverse = Callable[[Tensor], tuple[Tensor, Tensor]]
 """v [K, P] -> s and the residual v - (H + lambda I) s, both [K, P], in double precision."""
 
 
-def _primal(system: System) -> Inverse:
-    H = dense_curvature(system).double()
+def _primal(problem: Problem, damping: float) -> Inverse:
+    H = dense_curvature(problem).double()
     H = (H + H.T) / 2
-    damped = H + system.damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
+    damped = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) == 0:
         return lambda v: _with_residual(torch.cholesky_solve(v.T, L).T, v, damped)
@@ -77,45 +84,48 @@ def _with_residual(s: Tensor, v: Tensor, damped: Tensor) -> tuple[Tensor, Tensor
     return s, v - s @ damped
 
 
-def _dual(system: System) -> Inverse:
-    rows = [gauss_newton_rows(system.objective, batch) for batch in system.samples.ordered(ROW_BLOCK)]
+def _dual(problem: Problem, damping: float) -> Inverse:
+    batches = problem.samples.ordered(ROW_BLOCK)
+    rows = [gauss_newton_rows(problem.objective, batch) for batch in batches]
     A = torch.cat(rows).double()
-    A /= system.samples.n**0.5
-    lam = system.damping
-    L = torch.linalg.cholesky(A @ A.T + lam * torch.eye(len(A), dtype=A.dtype, device=A.device))
+    A /= problem.samples.n**0.5
+    gram = A @ A.T
+    gram.diagonal().add_(damping)
+    L = torch.linalg.cholesky(gram)
 
     def inverse(v: Tensor) -> tuple[Tensor, Tensor]:
-        s = (v - torch.cholesky_solve(A @ v.T, L).T @ A) / lam
-        return s, v - (s @ A.T) @ A - lam * s
+        inside = torch.cholesky_solve(A @ v.T, L).T
+        s = (v - inside @ A) / damping
+        return s, v - (s @ A.T) @ A - damping * s
 
     return inverse
 
 
-def dense_curvature(system: System) -> Tensor:
+def dense_curvature(problem: Problem) -> Tensor:
     """The curvature over the whole training set as a matrix [P, P]."""
-    P, theta = system.objective.P, system.objective.theta
-    total, text = torch.zeros(P, P, dtype=theta.dtype, device=theta.device), f"Dense {system.curvature.kind}"
-    with progress_bar(text, total=system.samples.n, unit="sample", enabled=system.config.progress) as bar:
-        for batch in system.samples.ordered(system.batch):
-            size = system.curvature.stack(batch)
+    P, theta = problem.objective.P, problem.objective.theta
+    total, text = torch.zeros(P, P, dtype=theta.dtype, device=theta.device), f"Dense {problem.curvature.kind}"
+    with progress_bar(text, total=problem.samples.n, unit="sample", enabled=problem.config.progress) as bar:
+        for batch in problem.samples.ordered(problem.batch):
+            size = problem.curvature.stack(batch)
             for start in range(0, P, size):
                 rows = torch.zeros(min(size, P - start), P, dtype=theta.dtype, device=theta.device)
                 rows[:, start:].fill_diagonal_(1)
-                total[start : start + size] += system.curvature(batch, rows) * (batch.size / system.samples.n)
+                total[start : start + size] += problem.curvature(batch, rows) * (batch.size / problem.samples.n)
             bar.update(batch.size)
     return total
 
 
-def dual_rows(system: System) -> int | None:
+def dual_rows(problem: Problem) -> int | None:
     """Rows n C of A, or None where the curvature has no such form."""
-    objective = system.objective
-    if system.curvature.kind != "ggn":
+    objective = problem.objective
+    if problem.curvature.kind != "ggn":
         return None
-    one = system.samples.sample(0)
+    one = problem.samples.sample(0)
     leaves, _ = numbers_of(objective.outputs(objective.theta, one))
-    if not objective.paths.rows and not system.samples.shapes:
+    if not objective.paths.rows and not problem.samples.shapes:
         return None  # samples of different shapes may have different numbers of outputs
-    return system.samples.n * sum(leaf.numel() for leaf in leaves)
+    return problem.samples.n * sum(leaf.numel() for leaf in leaves)
 
 
 def gauss_newton_rows(objective: Objective, batch: Batch) -> Tensor:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..model.curvature import Curvature
 from ..model.gradients import activation_bytes, reuse
 from .cg import iterate
 from .damping import HALVES, choose_damping, error_curve
 from .ekfac import DAMPING_TARGET, Ekfac, eigenbasis_rows, fit
+from .errors import NegativeCurvatureError
 from .passes import Passes, Seen, directions
-from .system import NegativeCurvatureError, System
+from .problem import Problem
+from .solution import Damping
 
 DIRECTIONS = 9
 """Eigenvectors of the loss's Hessian in a sample's outputs that may become rows; the rest is drawn."""
@@ -96,17 +97,17 @@ class Woodbury:
         return (v * scaled).sum(1) - inside.square().sum(0)
 
 
-def low_rank(system: System, rows: int) -> LowRank:
+def low_rank(problem: Problem, rows: int) -> LowRank:
     """Find the largest `rows` rows of G, and fit EKFAC to the others."""
-    passes = Passes(system, DIRECTIONS)
+    passes = Passes(problem, DIRECTIONS)
     norms = torch.cat([_norms(seen) for seen in passes], 1)  # samples come in order
     weights, candidates = norms.sum(0), norms[: _exact(passes)]
     taken = torch.zeros_like(norms, dtype=torch.bool)
     if candidates.numel() and rows:
         taken.view(-1)[candidates.flatten().topk(min(rows, candidates.numel())).indices] = True
     factors = fit(passes, ~taken)
-    J = torch.cat([*_rows(passes, factors, taken), system.objective.theta.new_zeros(0, system.objective.P)])
-    J /= system.samples.n**0.5
+    J = torch.cat([*_rows(passes, factors, taken), problem.objective.theta.new_zeros(0, problem.objective.P)])
+    J /= problem.samples.n**0.5
     J = J[J.square().sum(1).argsort(descending=True)]
     outside = factors.outside
     factors.eigenvalues[outside] = (factors.eigenvalues[outside] - J[:, outside].square().sum(0)).clamp_min(0)
@@ -144,11 +145,11 @@ def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
 
 def _rows(passes: Passes, factors: Ekfac, taken: Tensor) -> Iterator[Tensor]:
     """The rows that are taken, in the eigenbasis [., P]."""
-    objective = passes.system.objective
+    objective = passes.problem.objective
     for seen in passes:
         draws, places = taken[:, torch.as_tensor(seen.batch.indices, device=taken.device)].nonzero(as_tuple=True)
         row = 8 * (objective.P * objective.theta.element_size() + activation_bytes(objective, seen.batch))
-        size = max(1, int(passes.system.max_bytes / row))
+        size = max(1, int(passes.problem.max_bytes / row))
         for k, i in zip(draws.split(size), places.split(size), strict=True) if len(draws) else ():
             yield eigenbasis_rows(objective, factors, seen, k, i)
 
@@ -159,10 +160,10 @@ def _rows(passes: Passes, factors: Ekfac, taken: Tensor) -> Iterator[Tensor]:
 class Shift:
     r"""(G + \lambda I)^{-1} g: by the low-rank form, and two steps of conjugate gradients where they are cheap."""
 
-    def __init__(self, system: System, basis: LowRank) -> None:
+    def __init__(self, problem: Problem, basis: LowRank) -> None:
         self.basis = basis
-        self.product = heavy_product(system, basis)
-        self.steps = 2 if _steps_are_cheap(system) else 0
+        self.product = heavy_product(problem, basis)
+        self.steps = 2 if _steps_are_cheap(problem) else 0
 
     def __call__(self, g: Tensor, damping: float) -> Tensor:
         """[K, P] -> [K, P]."""
@@ -175,61 +176,72 @@ class Shift:
         return M(g)
 
 
-def heavy_product(system: System, basis: LowRank) -> Callable[[Tensor], Tensor]:
+def heavy_product(problem: Problem, basis: LowRank) -> Callable[[Tensor], Tensor]:
     """V -> G V over the training samples that hold nearly all of its trace."""
     indices = basis.heaviest(SHARE)
-    G = system.curvature if system.curvature.kind == "ggn" else Curvature(system.objective, "ggn", system.max_bytes)
+    G = problem.with_gauss_newton().curvature
 
     def product(v: Tensor) -> Tensor:
-        return G.over(system.samples.ordered(system.batch, indices), v) * (len(indices) / system.samples.n)
+        return G.over(problem.samples.ordered(problem.batch, indices), v) * (len(indices) / problem.samples.n)
 
     return product
 
 
-def product_work(system: System) -> float:
+def product_work(problem: Problem) -> float:
     """Floating-point operations of one product G v over the training set, about; a CUDA device does 50 at a time."""
-    uses = max(1.0, reuse(system.objective, system.samples.take([0])))
-    return 6 * uses * system.objective.P * system.samples.n / (50 if system.objective.device.type == "cuda" else 1)
+    uses = max(1.0, reuse(problem.objective, problem.samples.take([0])))
+    return 6 * uses * problem.objective.P * problem.samples.n / (50 if problem.objective.device.type == "cuda" else 1)
 
 
-def damping_by_low_rank(system: System, basis: LowRank | None = None) -> None:
-    """Choose the system's damping; `basis` is the low-rank form of its G where it is already there."""
-    basis = low_rank(system, ROWS_FOR_DAMPING) if basis is None else basis
-    choose_damping(system, Shift(system, basis), basis.mean_eigenvalue)
+def damping_by_low_rank(problem: Problem, basis: LowRank | None = None) -> Damping:
+    """Choose lambda; `basis` is the low-rank form of the problem's G where it is already there."""
+    basis = low_rank(problem, ROWS_FOR_DAMPING) if basis is None else basis
+    return choose_damping(problem, Shift(problem, basis), basis.mean_eigenvalue)
 
 
-def damping_by_ekfac(system: System, factors: Ekfac) -> None:
-    """Choose the system's damping where EKFAC is all that fits: the same rule, with steps preconditioned by it."""
-    if not _steps_are_cheap(system):
-        choose_damping(system, factors.inverse, factors.mean_eigenvalue, DAMPING_TARGET)
-        return
-    choose_damping(system, _stepped(system, factors.inverse, EKFAC_STEPS), factors.mean_eigenvalue)
+def damping_by_ekfac(problem: Problem, factors: Ekfac) -> Damping:
+    """Choose lambda where EKFAC is all that fits: the same rule, with steps preconditioned by it."""
+
+    def inverse(v: Tensor, damping: float) -> Tensor:
+        return factors.power(v, damping, -1)
+
+    if not _steps_are_cheap(problem):
+        return choose_damping(problem, inverse, factors.mean_eigenvalue, DAMPING_TARGET)
+    return choose_damping(problem, _stepped(problem, inverse, EKFAC_STEPS), factors.mean_eigenvalue)
 
 
-def damping_by_steps(system: System) -> None:
-    """Choose the system's damping from products with G alone."""
-    v = system.random_vector(system.config.seed)
-    mean_eigenvalue = float(system.product(v.unsqueeze(0))[0] @ v / (v @ v))  # Hutchinson's estimate of tr(G) / P
-    choose_damping(system, _stepped(system, lambda g, _: g, PLAIN_STEPS), mean_eigenvalue)
+def damping_by_steps(problem: Problem) -> Damping:
+    """Choose lambda from products with G alone."""
+    v = problem.random_vector(problem.config.seed)
+    product = problem.product(v.unsqueeze(0))[0]
+    mean_eigenvalue = abs(float(product @ v / (v @ v)))  # Hutchinson's estimate of tr(G) / P
+    return choose_damping(problem, _stepped(problem, lambda g, _: g, PLAIN_STEPS), mean_eigenvalue)
 
 
 def _stepped(
-    system: System, inverse: Callable[[Tensor, float], Tensor], steps: int
+    problem: Problem, inverse: Callable[[Tensor, float], Tensor], steps: int
 ) -> Callable[[Tensor, float], Tensor]:
     """(g, lambda) -> (G + lambda I)^-1 g by a few conjugate gradients, preconditioned by `inverse`."""
 
     def shift(g: Tensor, damping: float) -> Tensor:
-        return iterate(
-            lambda p: system.product(p) + damping * p, g, lambda r: inverse(r, damping), tolerance=0.0, limit=steps
-        )[0]
+        def product(p: Tensor) -> Tensor:
+            return problem.product(p).add_(p, alpha=damping)
+
+        def preconditioned(r: Tensor) -> Tensor:
+            return inverse(r, damping)
+
+        try:
+            return iterate(product, g, preconditioned, tolerance=0.0, limit=steps)[0]
+        except NegativeCurvatureError:  # the Hessian, at a lambda that is too small for it
+            return torch.full_like(g, torch.nan)
 
     return shift
 
 
-def _steps_are_cheap(system: System) -> bool:
-    return 5 * 2 * HALVES * product_work(system) <= WORK
+def _steps_are_cheap(problem: Problem) -> bool:
+    return 5 * 2 * HALVES * product_work(problem) <= WORK
 
 
-def error_curve_by_low_rank(system: System, dampings: Sequence[float]) -> list[float]:
+def error_curve_by_low_rank(problem: Problem, dampings: Sequence[float]) -> list[float]:
     """The prediction error at each of these dampings, as `damping="auto"` sees it."""
-    return error_curve(system, Shift(system, low_rank(system, ROWS_FOR_DAMPING)), dampings)
+    return error_curve(problem, Shift(problem, low_rank(problem, ROWS_FOR_DAMPING)), dampings)

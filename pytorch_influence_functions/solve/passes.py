@@ -20,7 +20,7 @@ from ..model.layers import Forward, Layer, backward, forward, layer_inputs, para
 from ..model.likelihoods import DENSE_OUTPUTS, likelihood, roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
-from .system import System
+from .problem import Problem
 
 logger = logging.getLogger(__name__)
 FEW_OUTPUTS = 16
@@ -53,13 +53,13 @@ class Passes:
     """The training set as its layers see it, the same in each pass: kept where the memory allows, else read again.
 
     Args:
-        system: the model and its training set.
+        problem: the model and its training set.
         top: directions of the loss's Hessian that are taken one by one; None: all where they are few, else none.
     """
 
-    def __init__(self, system: System, top: int | None = None) -> None:
-        self.system, self.top, objective = system, top, system.objective
-        self.layers = usable_layers(objective, system.samples.take([0, system.samples.n // 2]))
+    def __init__(self, problem: Problem, top: int | None = None) -> None:
+        self.problem, self.top, objective = problem, top, problem.objective
+        self.layers = usable_layers(objective, problem.samples.take([0, problem.samples.n // 2]))
         self.outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:
             for place in (layer.weight, layer.bias):
@@ -77,21 +77,21 @@ class Passes:
             yield seen
             if kept is not None:
                 kept.append(seen)
-                if seen.bytes / seen.batch.size * self.system.samples.n > self.system.max_bytes / 4:
+                if seen.bytes / seen.batch.size * self.problem.samples.n > self.problem.max_bytes / 4:
                     kept = None
         self._kept = kept
 
     def _read(self) -> Iterator[Seen]:
-        size = batch_size(self.system, self.layers)
-        for batch in self.system.samples.ordered(size, text="EKFAC"):
+        size = batch_size(self.problem, self.layers)
+        for batch in self.problem.samples.ordered(size, text="EKFAC"):
             for one in batch.parts or (batch,):
                 yield self._seen(one)
 
     def _seen(self, batch: Batch) -> Seen:
-        system, whole = self.system, bool(self.outside.any())
-        one = forward(system.objective, self.layers, batch)
-        es = pseudo_gradients(system.objective, one, batch, system.config.seed, self.top)
-        gradients, squares = [], system.objective.theta.new_zeros(1)
+        problem, whole = self.problem, bool(self.outside.any())
+        one = forward(problem.objective, self.layers, batch)
+        es = pseudo_gradients(problem.objective, one, batch, problem.config.seed, self.top)
+        gradients, squares = [], problem.objective.theta.new_zeros(1)
         for e in es:
             g, of_all = backward(self.layers, one, e, batch.size, whole)
             gradients.append(g)
@@ -106,14 +106,14 @@ def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
 
 
-def batch_size(system: System, layers: Sequence[Layer]) -> int:
+def batch_size(problem: Problem, layers: Sequence[Layer]) -> int:
     """Training samples in one pass of the layers."""
-    if not (system.objective.paths.rows and system.objective.paths.outputs):
+    if not (problem.objective.paths.rows and problem.objective.paths.outputs):
         return 1
     covered = sum(layer.weight.stop - layer.weight.start for layer in layers)
     # with much outside the layers small batches keep the noise of its diagonal low
-    most = 1024 if covered > 0.5 * system.objective.P else 32
-    return max(1, min(most, int(system.max_bytes / (8 * system.activations))))
+    most = 1024 if covered > 0.5 * problem.objective.P else 32
+    return max(1, min(most, int(problem.max_bytes / (8 * problem.activations))))
 
 
 # ---- one batch

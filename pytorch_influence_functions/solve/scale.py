@@ -9,90 +9,110 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.curvature import Spectrum, extreme_eigenvalues
-from .system import CurvatureWarning, NegativeCurvatureError, System, take
+from .ekfac import Ekfac
+from .errors import CurvatureWarning, NegativeCurvatureError
+from .system import System, row_norms, take
 
 MINIBATCHES, SWEEPS = 4, 8
 """Minibatches whose largest eigenvalue is estimated, and Lanczos steps for each; twice as many for all together."""
+MARGIN = 1.1
+"""Between the largest eigenvalue that was measured, on a few minibatches, and the scale."""
+FRESH = 16
+"""Minibatches, of at least `FRESH_SIZE` samples, on which a suspicion of negative curvature is looked at again."""
+FRESH_SIZE = 32
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The scale in use, lambda, and what was measured of the curvature."""
+    """The scale that was measured, of what curvature, and the preconditioner."""
 
     scale: float
-    damping: float
     minibatch_eigenvalue: float
     spectrum: Spectrum
-
-    @property
-    def damp(self) -> float:
-        """Damping in units of the scale."""
-        return self.damping / self.scale
+    factors: Ekfac | None = None
 
 
-def choose_scale(system: System) -> Step:
-    """The asked scale, raised where it is below the largest eigenvalue of a few minibatches of the recursion."""
-    config = system.config
-    eigenvalue, spectrum = measure(system)
+def choose_scale(system: System, factors: Ekfac | None = None) -> tuple[System, Step]:
+    """The asked scale, raised where it is below the largest eigenvalue of a few minibatches of the recursion.
+
+    The system comes with it: with the Gauss-Newton matrix where the Hessian is negative somewhere and the user left
+    the choice open.
+    """
+    eigenvalue, spectrum = measure(system, factors)
     if system.curvature.kind == "hessian" and negative(system, spectrum):
-        at = rayleigh(system, spectrum.lowest)
-        message = f"the Hessian has a negative eigenvalue (at most {at:.3g}) beyond the damping {system.damping:.3g}"
-        if config.curvature == "hessian":
-            raise NegativeCurvatureError(
-                f"{message}, so the recursion cannot converge: set config['curvature'] = 'ggn', "
-                f"or config['damping'] to at least {1.5 * abs(at):.3g}"
-            )
-        system.use_gauss_newton(message)
-        eigenvalue, spectrum = measure(system)
-    least = eigenvalue if system.preconditioner else max(eigenvalue, system.damping)
-    if isinstance(config.scale, str) or system.preconditioner:
-        scale = 1.1 * least
-    elif config.scale >= least:
-        scale = float(config.scale)
-    else:
-        scale = 1.1 * least
-        what = "curvature" if least == eigenvalue else "curvature and the damping"
-        warnings.warn(
-            f"config['scale'] = {config.scale:g} is below the largest eigenvalue {least:.3g} of a minibatch's {what}; "
-            f"scale {scale:.3g} is used, lambda = {system.damping:g} is kept (damp = {system.damping / scale:.3g})",
-            CurvatureWarning, stacklevel=2,
-        )  # fmt: skip
-    return Step(max(scale, 1e-12), system.damping, eigenvalue, spectrum)
+        system = _without_negative_curvature(system, spectrum)
+        eigenvalue, spectrum = measure(system, factors)
+    scale = _automatic(system, eigenvalue) if factors is None else MARGIN * eigenvalue
+    return system, Step(max(scale, 1e-12), eigenvalue, spectrum, factors)
 
 
-def measure(system: System) -> tuple[float, Spectrum]:
+def _without_negative_curvature(system: System, spectrum: Spectrum) -> System:
+    along = float(rayleigh(system, spectrum.lowest.unsqueeze(0)))
+    message = f"the Hessian has a negative eigenvalue (at most {along:.3g}) beyond the damping {system.damping:.3g}"
+    if system.config.curvature == "hessian":
+        raise NegativeCurvatureError(
+            f"{message}, so the recursion cannot converge: set config['curvature'] = 'ggn', "
+            f"or config['damping'] to at least {1.5 * abs(along):.3g}"
+        )
+    return dataclasses.replace(system, problem=system.problem.instead_of_hessian(message))
+
+
+def _automatic(system: System, eigenvalue: float) -> float:
+    """The scale without a preconditioner: the one that was asked for, where the recursion is stable with it."""
+    asked = system.config.scale
+    least = max(eigenvalue, system.damping)
+    if isinstance(asked, str):
+        return MARGIN * least
+    if asked >= least:
+        return float(asked)
+    scale = MARGIN * least
+    what = "curvature" if least == eigenvalue else "curvature and the damping"
+    warnings.warn(
+        f"config['scale'] = {asked:g} is below the largest eigenvalue {least:.3g} of a minibatch's {what}; "
+        f"scale {scale:.3g} is used, lambda = {system.damping:g} is kept (damp = {system.damping / scale:.3g})",
+        CurvatureWarning,
+        stacklevel=2,
+    )
+    return scale
+
+
+def measure(system: System, factors: Ekfac | None = None) -> tuple[float, Spectrum]:
     """Largest eigenvalue of single minibatches (the greatest of a few), and both ends over all of them together."""
-    start = system.random_vector(system.config.seed)
-    batches = take(system.samples.random(seed=system.config.seed), MINIBATCHES)
-    single = [
-        extreme_eigenvalues(lambda v, b=b: _preconditioned(system, b, v), start, SWEEPS).largest  # type: ignore[misc]
-        for b in batches
-    ]
+    seed = system.config.seed
+    start = system.problem.random_vector(seed)
+    batches = take(system.samples.random(seed=seed), MINIBATCHES)
+    single = [_largest(system, batch, start, factors) for batch in batches]
     together = extreme_eigenvalues(lambda v: system.curvature.over(batches, v), start, 2 * SWEEPS)
-    return max(*single, 0.0 if system.preconditioner else together.largest), together
+    if factors is None:
+        single.append(together.largest)
+    return max(single), together
 
 
-def _preconditioned(system: System, batch: Batch, v: Tensor) -> Tensor:
-    r"""H v, or M^{-1/2} (H + \lambda I) M^{-1/2} v with a preconditioner; H over a minibatch, v [K, P]."""
-    if system.preconditioner is None:
-        return system.curvature(batch, v)
-    u = system.precondition(v, -0.5)
-    return system.precondition(system.curvature(batch, u) + system.damping * u, -0.5)
+def _largest(system: System, batch: Batch, start: Tensor, factors: Ekfac | None) -> float:
+    r"""The largest eigenvalue of H, or of M^{-1/2} (H + \lambda I) M^{-1/2} with a preconditioner, over a minibatch."""
+
+    def preconditioned(v: Tensor) -> Tensor:
+        if factors is None:
+            return system.curvature(batch, v)
+        u = factors.power(v, system.damping, -0.5)
+        return factors.power(system.over(batch, u), system.damping, -0.5)
+
+    return extreme_eigenvalues(preconditioned, start, SWEEPS).largest
 
 
 def negative(system: System, spectrum: Spectrum) -> bool:
     """Whether the curvature along the lowest Ritz vector is below -lambda, on samples that did not choose it too."""
     if spectrum.smallest >= -system.damping:
         return False
-    return rayleigh(system, spectrum.lowest) < -system.damping
+    return float(rayleigh(system, spectrum.lowest.unsqueeze(0))) < -system.damping
 
 
-def rayleigh(system: System, u: Tensor, batches: int = 16) -> float:
-    """u H u / u u over fresh training samples, or all where they are few, u [P]."""
-    size = max(system.samples.batch_size, 32)
-    few = system.samples.n <= batches * size
-    fresh = (
-        system.samples.ordered(size) if few else take(system.samples.random(size, seed=system.config.seed + 1), batches)
-    )
-    u = u / u.norm()
-    return float(system.curvature.over(fresh, u.unsqueeze(0))[0] @ u)
+def rayleigh(system: System, u: Tensor) -> Tensor:
+    """u H u / u u of each row of u [K, P] over fresh training samples, or all where they are few -> [K]."""
+    size = max(system.samples.batch_size, FRESH_SIZE)
+    if system.samples.n <= FRESH * size:
+        fresh = list(system.samples.ordered(size))
+    else:
+        fresh = take(system.samples.random(size, seed=system.config.seed + 1), FRESH)
+    u = u / row_norms(u)[:, None]
+    return (system.curvature.over(fresh, u) * u).sum(1)

@@ -1,62 +1,151 @@
-r"""(H + \lambda I)^{-1} V for a stack of right-hand sides V [K, P]: a table of functions of one shape.
+r"""(H + \lambda I)^{-1} V for a stack of right-hand sides V [K, P]: a table of solvers, a row each.
 
-`make_solver(system)` does the set-up once and returns a `Solve`. All answer the same question, with the same curvature
-and the same \lambda; changing the solver changes the error, which every `Solution` carries.
+All answer the same question, with the same curvature and the same \lambda; changing the solver changes the error.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+from torch import Tensor
+
+from ..config import Config
 from .auto import auto
 from .cg import conjugate_gradient
-from .ekfac import build, ekfac
+from .ekfac import ekfac
+from .errors import NegativeCurvatureError
 from .exact import exact
 from .lissa import lissa
 from .low_rank import damping_by_low_rank
-from .system import Solve, System
+from .problem import MOST_TOGETHER, Problem
+from .solution import Damping, Prepared, Solution
+from .system import Residual
 
-SOLVERS: dict[str, Callable[[System], Solve]] = {
-    "lissa": lissa,
-    "cg": conjugate_gradient,
-    "exact": exact,
-    "ekfac": ekfac,
-    "auto": auto,
-}
-DEFAULT_CURVATURE = {"lissa": "hessian"}
-"""The curvature where the user names none; Gauss-Newton for a solver that is not listed."""
-ADVICE = {
-    "lissa": "a larger config['recursion_depth'] or config['r'], or a larger batch_size in the train_loader, lowers it",
-    "cg": "config['preconditioner'] = 'ekfac' or a larger config['damping'] lets it converge sooner",
-    "exact": "a larger config['damping'] or a model in double precision lowers it",
-    "ekfac": "it is an approximation; config['solver'] = 'cg' with its preconditioner solves the system itself",
-    "auto": "it is an approximation; config['solver'] = 'cg' with its preconditioner solves the system itself",
-}
-"""What lowers a residual that is above the tolerance."""
-MOST_TOGETHER = {"auto": 512, "ekfac": 512, "exact": 512}
+MANY_TOGETHER = 512
 """Test samples in one group at most, for solvers whose cost hardly grows with them."""
-PRECONDITIONERS = {"ekfac": build}
-OWN_DAMPING = ("ekfac", "auto")
-"""These choose an automatic damping themselves, from what they build anyway."""
-ITERATIVE = ("lissa", "cg")
+OWN_SYSTEM = "it is an approximation; config['solver'] = 'cg' with its preconditioner solves the system itself"
 
 
-def make_solver(system: System) -> Solve:
-    """The solver that the options name, with its preconditioner and its damping.
+class Row(NamedTuple):
+    """What is true of a solver."""
+
+    prepare: Callable[[Problem, Damping], Prepared] | Callable[[Problem, Damping | None], Prepared]
+    """Its set-up; it gets no damping where it is to choose that itself."""
+    advice: str
+    """What lowers a residual that is above the tolerance."""
+    curvature: str = "ggn"
+    """The curvature where the user names none."""
+    together: int = MOST_TOGETHER
+    """Test samples in one group at most."""
+    chooses_damping: bool = False
+    """Whether it chooses an automatic damping itself, from what it builds anyway."""
+    preconditioned: bool = False
+    """Whether it takes a preconditioner."""
+    or_hessian: bool = False
+    """Whether it takes the Hessian of a model that has no Gauss-Newton matrix, where the user names no curvature."""
+
+
+SOLVERS: dict[str, Row] = {
+    "lissa": Row(
+        lissa,
+        "a larger config['recursion_depth'] or config['r'], or a larger batch_size in the train_loader, lowers it",
+        curvature="hessian",
+        preconditioned=True,
+    ),
+    "cg": Row(
+        conjugate_gradient,
+        "config['preconditioner'] = 'ekfac' or a larger config['damping'] lets it converge sooner",
+        preconditioned=True,
+    ),
+    "exact": Row(
+        exact,
+        "a larger config['damping'] or a model in double precision lowers it",
+        together=MANY_TOGETHER,
+    ),
+    "ekfac": Row(ekfac, OWN_SYSTEM, together=MANY_TOGETHER, chooses_damping=True),
+    "auto": Row(auto, OWN_SYSTEM, together=MANY_TOGETHER, chooses_damping=True, or_hessian=True),
+}
+
+
+def row_of(config: Config) -> Row:
+    """The row of the solver that the options name."""
+    return SOLVERS[config.solver_in_use[0]]
+
+
+def prepare(problem: Problem) -> Prepared:
+    """Set up the solver that the options name, with its preconditioner and its damping.
 
     Raises:
-        ValueError: this solver takes no preconditioner, or cannot be used for this system.
+        ValueError: this solver takes no preconditioner, or cannot be used for this problem.
     """
-    config = system.config
-    name = config.solver_in_use[0]
-    if config.preconditioner is not None:
-        if name not in ITERATIVE:
-            raise ValueError(
-                f"config['preconditioner'] = {config.preconditioner!r} is for {' and '.join(ITERATIVE)}, not "
-                f"for {name!r}; leave it out"
-            )
-        system.preconditioner = PRECONDITIONERS[config.preconditioner](system)
-    system.advice = ADVICE[name]
-    if config.automatic_damping and name not in OWN_DAMPING:
-        damping_by_low_rank(system)
-    return SOLVERS[name](system)
+    config, row = problem.config, row_of(problem.config)
+    if config.preconditioner is not None and not row.preconditioned:
+        able = " and ".join(name for name, other in SOLVERS.items() if other.preconditioned)
+        raise ValueError(
+            f"config['preconditioner'] = {config.preconditioner!r} is for {able}, not for "
+            f"{config.solver_in_use[0]!r}; leave it out"
+        )
+    damping = None
+    if config.fixed_damping is not None:
+        damping = Damping(config.fixed_damping, {})
+    elif not row.chooses_damping:
+        damping = damping_by_low_rank(problem)
+    return row.prepare(problem, damping)  # type: ignore[arg-type]
+
+
+class Solver:
+    """The solver of one run: prepared when it is first needed, with one curvature for all of its groups.
+
+    Attributes:
+        problem: what is solved.
+        row: of the table.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.row = row_of(problem.config)
+        self._prepared: Prepared | None = None
+        self._answered = False
+
+    @property
+    def group_size(self) -> int:
+        """How many test samples are solved together."""
+        return self.problem.group_size(self.row.together)
+
+    def prepared(self) -> Prepared:
+        """The solver, set up now if it is not yet."""
+        if self._prepared is None:
+            self._prepared = prepare(self.problem)
+        return self._prepared
+
+    def __call__(self, v: Tensor, tests: int) -> Solution:
+        """Solve for v [K, P], of `tests` right-hand sides in all.
+
+        Raises:
+            NegativeCurvatureError: the Hessian is negative somewhere, and is what the user asked for or what earlier
+                groups were solved with: the curvature is one for all of them.
+        """
+        prepared = self.prepared()
+        try:
+            solution = prepared.solve(v, tests)
+        except NegativeCurvatureError as error:
+            if self.problem.config.curvature is not None or prepared.system.curvature.kind == "ggn":
+                raise
+            if self._answered:
+                raise NegativeCurvatureError(f"{error}. {ONE_CURVATURE}") from error
+            self.problem = self.problem.instead_of_hessian(str(error).partition(":")[0])
+            self._prepared = None
+            solution = self.prepared().solve(v, tests)
+        self._answered = True
+        return solution
+
+    def residual(self, v: Tensor, solution: Solution) -> Residual:
+        """The residual of a solution for v [K, P]; measured here where the solver did not."""
+        return self.prepared().residual(v, solution)
+
+
+ONE_CURVATURE = (
+    "Earlier test samples were solved with the Hessian, so that the Gauss-Newton matrix is not taken for these alone: "
+    "name config['curvature'] = 'ggn' and start again, for all of them"
+)

@@ -17,9 +17,10 @@ from ..config import TUNER, Config
 from ..data.samples import Samples
 from ..model.gradients import per_sample_gradients
 from .lissa import average, sampled_scores
+from .problem import Problem, make_problem
 from .repeats import Row
 from .scale import Step, choose_scale
-from .system import System, make_system
+from .system import System
 
 logger = logging.getLogger(__name__)
 PILOTS, ACCURACY, KEPT = 4, 0.05, 0.9
@@ -52,18 +53,19 @@ def tune(
     base = Config.of(config, **options)
     damping = base.replace(solver="lissa").fixed_damping
     pilot = base.replace(solver="lissa", scale="auto", damping=damping, recursion_depth="auto", r=2, tolerance=accuracy)
-    system = make_system(model, train_loader, pilot, "hessian")
-    with system.guard():
-        step = choose_scale(system)
-        v = _pilot_gradients(system, test_loader)
-        solution, step = average(system, v, step)
-        full = sampled_scores(system, cast(Tensor, solution.chains))
+    problem = make_problem(model, train_loader, pilot, "hessian")
+    with problem.guard():
+        system, step = choose_scale(System(problem, cast(float, pilot.fixed_damping)))
+        v = _pilot_gradients(problem, test_loader)
+        solution = average(system, step, v)
+        step = dataclasses.replace(step, scale=solution.report["scale"])
+        full = sampled_scores(problem, cast(Tensor, solution.chains))
         depth = math.ceil(MARGIN * max(max(chain) for chain in solution.report["steps"]))
         shorter = _half(system, v, step, max(1, depth // 2))
     chosen = base.replace(
         solver="lissa",
         scale=step.scale,
-        damp=step.damp,
+        damp=system.damping / step.scale,
         damping=None,
         recursion_depth=depth,
         r=_chains(full),
@@ -72,20 +74,23 @@ def tune(
     return chosen.because(*_reasons(base, chosen, step, system, solution.report, full, shorter))
 
 
-def _pilot_gradients(system: System, test_loader: DataLoader[Any] | None) -> Tensor:
-    progress = system.config.progress
-    device = system.objective.device
-    name = "train_loader" if test_loader is None else "test_loader"
-    tests = system.samples if test_loader is None else Samples(test_loader, device=device, name=name, progress=progress)
+def _pilot_gradients(problem: Problem, test_loader: DataLoader[Any] | None) -> Tensor:
+    progress = problem.config.progress
+    device = problem.objective.device
+    tests = problem.samples
+    if test_loader is not None:
+        tests = Samples(test_loader, device=device, name="test_loader", progress=progress)
     count = min(PILOTS, tests.n)
     indices = [i * tests.n // count for i in range(count)]
-    return torch.cat([per_sample_gradients(system.objective, tests.sample(i)) for i in indices])
+    return torch.cat([per_sample_gradients(problem.objective, tests.sample(i)) for i in indices])
 
 
 def _half(system: System, v: Tensor, step: Step, depth: int) -> Row:
     """Scores by one recursion of half the depth [1, K, samples]."""
-    short = dataclasses.replace(system, config=system.config.replace(recursion_depth=depth, r=1, tolerance=None))
-    return sampled_scores(system, average(short, v, step)[0].vectors.unsqueeze(0))
+    config = system.config.replace(recursion_depth=depth, r=1, tolerance=None)
+    problem = dataclasses.replace(system.problem, config=config)
+    solution = average(dataclasses.replace(system, problem=problem), step, v)
+    return sampled_scores(problem, solution.vectors.unsqueeze(0))
 
 
 def agreement(one: Row, other: Row) -> float:
@@ -114,7 +119,7 @@ def _reasons(
     return [
         f"scale = {chosen.scale:.4g} (was {base.scale}): the largest eigenvalue of a minibatch of "
         f"{system.samples.batch_size} is {step.minibatch_eigenvalue:.4g} ({system.curvature.kind})",
-        f"damp = {chosen.damp:.4g}: lambda = damp * scale stays {step.damping:.4g}",
+        f"damp = {chosen.damp:.4g}: lambda = damp * scale stays {system.damping:.4g}",
         f"recursion_depth = {chosen.recursion_depth} (was {base.recursion_depth}): {full.shape[1]} pilot samples took "
         f"at most {longest} steps to the residual {chosen.tolerance}; {advice}"
         + (": it may be lowered" if half >= kept else ""),

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import calc_influence_function as drivers
 from pytorch_influence_functions import influence_function, utils
+from pytorch_influence_functions.member import Member
 
 QUIET = {"progress": False, "recursion_depth": 40}
 
@@ -46,7 +47,7 @@ def without_time(entries):
 
 
 def test_both_modes_give_the_same_numbers_and_files(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("pytorch_influence_functions.solve.system.MOST_TOGETHER", 4)
+    monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 4)
     config = {**QUIET, "test_sample_num": 1, "r": 2, "recursion_depth": 15}
     one = ptif.calc_img_wise({**config, "outdir": tmp_path / "a"}, *digits)
     two = ptif.calc_all_grad_then_test({**config, "outdir": tmp_path / "b"}, *digits)
@@ -102,16 +103,16 @@ def test_earlier_results_are_never_overwritten(digits, tmp_path):
 
 
 def test_finished_groups_stay_when_a_run_stops(digits, tmp_path, monkeypatch):
-    monkeypatch.setattr("pytorch_influence_functions.solve.system.MOST_TOGETHER", 3)
-    original, calls = ptif.InfluenceFunction._products, []
+    monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 3)
+    original, calls = Member._products, []
 
-    def failing(self, solution):
+    def failing(self, *solutions):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return original(self, solution)
+        return original(self, *solutions)
 
-    monkeypatch.setattr(ptif.InfluenceFunction, "_products", failing)
+    monkeypatch.setattr(Member, "_products", failing)
     with pytest.raises(KeyboardInterrupt):
         ptif.calc_img_wise({**QUIET, "outdir": tmp_path, "test_sample_num": 1}, *digits)
     parts = sorted((tmp_path / "influence_results_0_1_parts").iterdir())

@@ -234,7 +234,7 @@ def test_the_store_in_every_precision(dtype, tmp_path):
 
 def test_any_number_of_recursions_a_group(tmp_path, monkeypatch):
     """r = "auto" stops at another number of recursions in each group; both modes give the same numbers."""
-    monkeypatch.setattr("pytorch_influence_functions.solve.system.MOST_TOGETHER", 1)
+    monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 1)
     lissa = {"damp": 0.05, "scale": 5, "recursion_depth": 60, "r": "auto", "tolerance": None, "damping": None}
     given = options(tmp_path, **lissa, solver="lissa")
     tests = DataLoader(TensorDataset(X[:6], T[:6]))

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from cases import CASES, make, slow_gradients
+from cases import CASES, make, slow_gradients, slow_hessian
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -53,11 +53,11 @@ def low_rank_only(monkeypatch):
 
 @pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_dropout", "dataclass_batch", "frozen", "refuses_vmap"])
 def test_all_rows_are_the_dense_solve(name):
-    system = influence_of(name, damping=0.05, solver="exact")[0].system
-    v = torch.randn(3, system.objective.P)
-    with system.guard():
-        G = dense_curvature(system)
-        inverse = low_rank(system, 10**6).inverse(0.05)
+    problem = influence_of(name, damping=0.05, solver="exact")[0].problem
+    v = torch.randn(3, problem.objective.P)
+    with problem.guard():
+        G = dense_curvature(problem)
+        inverse = low_rank(problem, 10**6).inverse(0.05)
         found, form = inverse(v), inverse.quadratic(v)
     expected = torch.linalg.solve(G + 0.05 * torch.eye(len(G)), v.T).T
     assert_close(found, expected)
@@ -65,38 +65,38 @@ def test_all_rows_are_the_dense_solve(name):
 
 
 def test_no_rows_are_ekfac():
-    system = influence_of(network(), damping=0.05, solver="ekfac")[0].system
-    v = torch.randn(3, system.objective.P)
-    with system.guard():
-        basis, factors = low_rank(system, 0), build(system)
-    assert_close(basis.inverse(0.05)(v), factors.inverse(v, 0.05))
+    problem = influence_of(network(), damping=0.05, solver="ekfac")[0].problem
+    v = torch.randn(3, problem.objective.P)
+    with problem.guard():
+        basis, factors = low_rank(problem, 0), build(problem)
+    assert_close(basis.inverse(0.05)(v), factors.inverse(0.05)(v))
     assert basis.mean_eigenvalue == pytest.approx(factors.mean_eigenvalue)
 
 
 @pytest.mark.parametrize("rows", [1, 20, 70])
 def test_the_largest_rows_are_taken_and_the_diagonal_stays_true(rows):
-    system = influence_of(network(), damping=0.05, solver="ekfac")[0].system
-    with system.guard():
-        basis, everything = low_rank(system, rows), low_rank(system, 10**6)
-        Q = basis.factors.to_eigenbasis(torch.eye(system.objective.P))
-        diagonal = (Q.T @ dense_curvature(system) @ Q).diagonal()
+    problem = influence_of(network(), damping=0.05, solver="ekfac")[0].problem
+    with problem.guard():
+        basis, everything = low_rank(problem, rows), low_rank(problem, 10**6)
+        Q = basis.factors.to_eigenbasis(torch.eye(problem.objective.P))
+        diagonal = (Q.T @ dense_curvature(problem) @ Q).diagonal()
     norms = basis.J.square().sum(1)
     assert_close(norms, everything.J.square().sum(1)[:rows])
     assert_close(basis.factors.eigenvalues + basis.J.square().sum(0), diagonal)
     assert_close(basis.inverse(0.1, rows=0).D, diagonal + 0.1)
     assert basis.mean_eigenvalue == pytest.approx(float(diagonal.mean()))
-    assert_close(basis.weights.sum() / system.samples.n, diagonal.sum())
+    assert_close(basis.weights.sum() / problem.samples.n, diagonal.sum())
 
 
 def test_heaviest_samples():
-    system = influence_of(network(), damping=0.05, solver="ekfac")[0].system
-    with system.guard():
-        basis = low_rank(system, 5)
+    problem = influence_of(network(), damping=0.05, solver="ekfac")[0].problem
+    with problem.guard():
+        basis = low_rank(problem, 5)
     some = basis.heaviest(0.9)
     assert some == sorted(some)
-    assert len(some) < system.samples.n
+    assert len(some) < problem.samples.n
     assert basis.weights[some].sum() >= 0.9 * basis.weights.sum()
-    assert basis.heaviest(1.0) == list(range(system.samples.n))
+    assert basis.heaviest(1.0) == list(range(problem.samples.n))
 
 
 # ---- the damping rule
@@ -131,9 +131,9 @@ def test_rule_on_a_quadratic_problem():
     torch.manual_seed(0)
     x, model = torch.randn(40, 3), nn.Linear(3, 1)
     loader = DataLoader(TensorDataset(x, torch.randn(40, 1)), batch_size=8)
-    system = ptif.InfluenceFunction(model, loader, solver="exact", loss_func=nn.MSELoss(), **QUIET).system
-    with system.guard():
-        rule = damping._Rule(system)
+    problem = ptif.InfluenceFunction(model, loader, solver="exact", loss_func=nn.MSELoss(), **QUIET).problem
+    with problem.guard():
+        rule = damping._Rule(problem)
         gradients, shifts = rule.gradients(), torch.randn(16, 4)
         found = rule.error(shifts)
     rows = slow_gradients(model, loader, range(40), {"loss_func": nn.MSELoss()})
@@ -160,7 +160,7 @@ def test_automatic_damping_with_every_solver(solver):
     scores = influence.scores(loader)
     chosen = influence.report["damping_chosen"]
     assert scores.isfinite().all()
-    assert influence.report["damping"] == chosen["damping"] == influence.system.damping > 0
+    assert influence.report["damping"] == chosen["damping"] > 0
     assert [chosen["damping"], chosen["error"]] in chosen["curve"]
     assert chosen["error"] <= 1.1 * chosen["target"]
     again = influence_of(pair, solver=solver, damping="auto", **lissa)[0]
@@ -186,10 +186,10 @@ def test_the_chosen_point_is_what_it_says():
     optimizer.step(closure)
     influence, _ = influence_of((model, DataLoader(TensorDataset(x, y), batch_size=32)), solver="exact", damping="auto")
     influence.scores([x[:1], y[:1]])
-    system, chosen = influence.system, influence.report["damping_chosen"]
-    with system.guard():
-        rule = damping._Rule(system)
-        G = dense_curvature(system) + chosen["damping"] * torch.eye(system.objective.P)
+    problem, chosen = influence.problem, influence.report["damping_chosen"]
+    with problem.guard():
+        rule = damping._Rule(problem)
+        G = dense_curvature(problem) + chosen["damping"] * torch.eye(problem.objective.P)
         error = rule.error(torch.linalg.solve(G, rule.gradients().T).T)
     assert error == pytest.approx(chosen["error"], rel=0.02)
     curve = influence.damping_curve([chosen["damping"], 100 * chosen["damping"]])
@@ -223,8 +223,8 @@ def test_few_rows_and_a_step(low_rank_only, monkeypatch, caplog):
     assert "takes low rank plus EKFAC: a dense matrix of size" in caplog.text
     assert influence.report["rows"] == 40
     assert influence.report["step"] > 0.5
-    with influence.system.guard():
-        G, v = dense_curvature(influence.system), influence.gradients_of(influence.samples, range(60))
+    with influence.problem.guard():
+        G, v = dense_curvature(influence.problem), influence.gradients_of(influence.samples, range(60))
         s = influence.s_test(loader)
     rest = (v - s @ G - 0.02 * s).norm(dim=1) / v.norm(dim=1)
     assert_close(influence.relative_residual, rest)
@@ -243,7 +243,7 @@ def test_nothing_fits(low_rank_only, monkeypatch):
     assert influence.scores(loader).isfinite().all()
     assert influence.report["chosen"] == "ekfac"
     assert "max_memory" in influence.report["why"]
-    # one rule for the damping, however the system is solved
+    # one rule for the damping, however the problem is solved
     rows = influence_of(network(), solver="auto", max_memory=512)[0]
     monkeypatch.undo()
     monkeypatch.setattr(auto, "EXACT_WORK", 0)
@@ -273,7 +273,50 @@ def test_every_model(name, forced, monkeypatch):
 
 def test_hessian_is_refused():
     with pytest.raises(ValueError, match="EKFAC approximates"):
-        influence_of(network(), solver="auto", curvature="hessian")[0].self_influence()
+        influence_of(network(), solver="ekfac", curvature="hessian")[0].self_influence()
+
+
+@pytest.mark.parametrize("way", ["exact", "cg"])
+def test_the_hessian_in_value(way, monkeypatch):
+    """Asked for by name: the ways that have no Gauss-Newton matrix to work on are left out."""
+    if way == "cg":
+        monkeypatch.setattr(auto, "EXACT_WORK", 0)
+    model, loader = network()
+    options = {"curvature": "hessian", "damping": 2.0, "tolerance": 1e-12}
+    influence, _ = influence_of((model, loader), solver="auto", **options)
+    g = slow_gradients(model, loader, range(60), {})
+    H = slow_hessian(model, loader, range(60), {})
+    expected = g @ torch.linalg.solve(H + 2.0 * torch.eye(len(H)), g.T) / 60
+    assert_close(influence.scores(loader), expected)
+    assert_close(influence.self_influence(), expected.diagonal())
+    assert influence.report["chosen"] == way
+    assert influence.report["curvature"] == "hessian"
+
+
+def test_the_hessian_where_the_loss_is_inside_the_model():
+    """A model that gives nothing but its loss has no Gauss-Newton matrix; its damping is chosen all the same."""
+
+    class Inside(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = network()[0]
+
+        def forward(self, batch):
+            x, t = batch
+            return nn.functional.softplus((1 - 2.0 * (t > 1)) * self.body(x)[:, 0]).mean()
+
+    model, loader = Inside(), network()[1]
+    own = {"model_loss": lambda m, batch: m(batch)}
+    influence, _ = influence_of((model, loader), **own)
+    scores = influence.scores(loader)
+    report = influence.report
+    g = slow_gradients(model, loader, range(60), own)
+    H = slow_hessian(model, loader, range(60), own)
+    expected = g @ torch.linalg.solve(H + report["damping"] * torch.eye(len(H)), g.T) / 60
+    assert_close(scores, expected)
+    assert report["solver"] == "auto"
+    assert report["curvature"] == "hessian"
+    assert report["damping_chosen"]["error"] == pytest.approx(0.23, rel=0.3)
 
 
 # ---- self-influence

@@ -1,8 +1,10 @@
 """The stochastic recursion against the dense solve."""
 
+import dataclasses
 import functools
 import os
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -16,8 +18,9 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.solve import lissa as lissa_module
-from pytorch_influence_functions.solve.lissa import lissa
-from pytorch_influence_functions.solve.system import make_system
+from pytorch_influence_functions.solve import scale as scale_module
+from pytorch_influence_functions.solve.problem import make_problem
+from pytorch_influence_functions.solve.solvers import Solver
 
 QUIET = {"progress": False}
 pytestmark = pytest.mark.usefixtures("double")
@@ -154,14 +157,14 @@ def test_one_run_has_one_curvature(failing, kind, monkeypatch):
     model, loader = linear_problem()
     options = {"solver": "lissa", "damping": 0.5, "recursion_depth": 50, "tolerance": None, "progress": False}
     influence = ptif.InfluenceFunction(model, loader, **options)
-    monkeypatch.setattr("pytorch_influence_functions.solve.system.MOST_TOGETHER", 4)
+    monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 4)
     real, calls = lissa_module.average, []
 
-    def average(system, v, step):
+    def average(system, step, v):
         calls.append(system.curvature.kind)
         if len(calls) == failing:
             raise ptif.NegativeCurvatureError("negative: change it")
-        return real(system, v, step)
+        return real(system, step, v)
 
     monkeypatch.setattr(lissa_module, "average", average)
     tests = Samples(loader, progress=False)
@@ -182,21 +185,22 @@ def test_restarts_are_bounded():
     """A curvature that grows whatever the scale is ends in an error that names step, norm and what to change."""
     model, loader = linear_problem()
     config = Config.of({"progress": False, "recursion_depth": 4000})
-    system = make_system(model, loader, config, "hessian")
-    with system.guard():
-        solve = lissa(system)
-        product, calls = system.curvature._product, [0]
+    problem = make_problem(model, loader, config, "hessian")
+    with problem.guard():
+        solve = Solver(problem)
+        solve.prepared()
+        product, calls = problem.curvature._product, [0]
 
         def growing(*arguments):
             calls[0] += 1
             return product(*arguments) * 4.0 ** (calls[0] // 8)
 
-        system.curvature._product = growing
+        problem.curvature._product = growing
         with (
             pytest.warns(ptif.CurvatureWarning, match="last good state with scale"),
             pytest.raises(ptif.DivergenceError, match=r"diverged at step \d+ \(norm of s .*restarts\)"),
         ):
-            solve(torch.randn(1, 12))
+            solve(torch.randn(1, 12), 1)
 
 
 def peak_bytes(call):
@@ -283,3 +287,61 @@ def test_shuffling_changes_nothing():
     assert_close(found[0], found[1], rtol=0, atol=0)
     other = ptif.InfluenceFunction(model, DataLoader(Counted(), batch_size=3), **options, seed=7).scores(batch)
     assert not torch.equal(found[0], other)
+
+
+@pytest.mark.parametrize("factors", [None, "ekfac"])
+@pytest.mark.parametrize("tolerance", [None, 0.003])
+def test_a_row_is_the_same_in_any_group(factors, tolerance, monkeypatch):
+    """Also where the scale of some is raised on the way: every row has its own."""
+    model, loader = linear_problem()
+    measure = scale_module.measure
+    monkeypatch.setattr(scale_module, "measure", lambda *of: (measure(*of)[0] / 8, measure(*of)[1]))
+    batch = next(iter(DataLoader(loader.dataset, batch_size=12)))
+    batch[0][::3] *= 20  # steep gradients, and others
+
+    def solved(size):
+        monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: size)
+        influence = ptif.InfluenceFunction(
+            model, loader, solver="lissa", scale="auto", damping=0.05, recursion_depth=900, tolerance=tolerance, r=2,
+            preconditioner=factors, progress=False,
+        )  # fmt: skip
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return influence.s_test(batch), influence.report
+
+    (together, report), (alone, reports) = solved(12), solved(1)
+    assert_close(together, alone, rtol=1e-9, atol=1e-9)
+    rows = reports["groups"]
+    assert len(rows) == 12
+    assert max(row["restarts"] for row in rows) >= 1
+    assert report["steps"] == [[row["steps"][chain][0] for row in rows] for chain in range(2)]
+    assert report["scale"] == pytest.approx(max(row["scale"] for row in rows))
+
+
+def test_the_report_says_what_was_done_for_each_group(monkeypatch):
+    model, loader = linear_problem()
+    monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 5)
+    influence = ptif.InfluenceFunction(model, loader, solver="lissa", tolerance=0.01, r=1, progress=False)
+    influence.scores(next(iter(DataLoader(loader.dataset, batch_size=12))))
+    report = influence.report
+    assert [group["tests"] for group in report["groups"]] == [5, 5, 2]
+    assert [len(group["steps"][0]) for group in report["groups"]] == [5, 5, 2]
+    assert report["r"] == 1  # the same in all
+    assert "steps" not in report  # not the same in all
+    assert report["scale_asked"] == influence.config.scale
+
+
+@pytest.mark.parametrize("solver", ["lissa", "cg", "exact", "ekfac", "auto"])
+def test_nothing_is_written_back(solver):
+    model, loader = linear_problem()
+    influence = ptif.InfluenceFunction(model, loader, solver=solver, damping="auto", progress=False)
+    problem = influence.problem
+    before = {field.name: getattr(problem, field.name) for field in dataclasses.fields(problem)}
+    influence.scores(next(iter(loader)))
+    assert all(getattr(influence.problem, name) is value for name, value in before.items())
+    prepared = influence._members[0].solver.prepared()
+    assert prepared.system.damping == influence.report["damping"] > 0
+    for frozen in (problem, prepared, prepared.system):
+        name = dataclasses.fields(frozen)[0].name
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, name, None)

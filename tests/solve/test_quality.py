@@ -21,11 +21,15 @@ from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model.curvature import extreme_eigenvalues
 from pytorch_influence_functions.solve import lissa as lissa_module
+from pytorch_influence_functions.solve import recursion as recursion_module
 from pytorch_influence_functions.solve import scale as scale_module
-from pytorch_influence_functions.solve.lissa import _Recursion, stable_fraction
+from pytorch_influence_functions.solve.lissa import stable_fraction
+from pytorch_influence_functions.solve.problem import Problem, make_problem
+from pytorch_influence_functions.solve.recursion import Recursion
 from pytorch_influence_functions.solve.repeats import resolved
 from pytorch_influence_functions.solve.scale import choose_scale
-from pytorch_influence_functions.solve.system import make_system
+from pytorch_influence_functions.solve.solvers import Solver
+from pytorch_influence_functions.solve.system import System
 
 pytestmark = pytest.mark.usefixtures("double")
 QUIET = {"progress": False}
@@ -152,21 +156,25 @@ def test_a_rare_large_curvature_does_not_blow_up():
 
 
 def test_a_restart_changes_neither_the_solution_so_far_nor_the_question():
+    """Of one row; the other is as it was, scale and all."""
     model, loader = linear_problem()
-    system = make_system(model, loader, Config(solver="lissa", progress=False), "hessian")
+    problem = make_problem(model, loader, Config(solver="lissa", progress=False), "hessian")
     v = slow_gradients(model, loader, [0, 1], {})
-    with system.guard():
-        recursion = _Recursion(system, v, choose_scale(system), 0)
-        for _, batch in zip(range(200), system.samples.random(seed=0), strict=False):
-            recursion.advance(batch)
-        recursion.check(200)
-        assert recursion.base.abs().max() > 0  # the residual was exact: the recursion is refining
-        rest, before = recursion.rest.clone(), recursion.base + recursion.good / recursion.step.scale
+    with problem.guard():
+        system, step = choose_scale(System(problem, 0.25))
+        recursion = Recursion(system, step, v, torch.full((2,), step.scale), 0)
+        for _, batch in zip(range(200), problem.samples.random(seed=0), strict=False):
+            recursion._advance(batch)
+        recursion._check(200)
+        rows = recursion.rows
+        assert rows.base.abs().max() > 0  # the residual was exact: the recursion is refining
+        rest, before = rows.rest.clone(), rows.base + rows.good / step.scale
         with pytest.warns(ptif.CurvatureWarning, match="last good state"):
-            recursion.restart(3.0)
-    assert_close(recursion.rest, rest, rtol=0, atol=0)
-    assert_close(recursion.base + recursion.h / recursion.step.scale, before)
-    assert_close(recursion.step.damp * recursion.step.scale, 0.25)
+            recursion._restart(torch.tensor([False, True]), torch.tensor([5.0, 3.0]))
+    assert_close(rows.rest, rest, rtol=0, atol=0)
+    assert_close(rows.last, before)
+    assert_close(rows.scale, torch.tensor([1.0, 3.0]) * step.scale)
+    assert rows.restarts.tolist() == [0, 1]
 
 
 # ---- scale
@@ -176,9 +184,9 @@ def test_a_restart_changes_neither_the_solution_so_far_nor_the_question():
 def test_largest_eigenvalue_is_that_of_the_dense_hessian(name):
     model, loader, options = make(name, batch_size=11)
     eigenvalues = torch.linalg.eigvalsh(slow_hessian(model, loader, range(11), options))
-    system = make_system(model, loader, Config.of({**QUIET, **options}), "hessian")
-    with system.guard():
-        largest, spectrum = scale_module.measure(system)
+    problem = make_problem(model, loader, Config.of({**QUIET, **options}), "hessian")
+    with problem.guard():
+        largest, spectrum = scale_module.measure(System(problem, 0.25))
     assert_close(largest, float(eigenvalues[-1]), rtol=0.1, atol=0)
     assert_close(spectrum.largest, float(eigenvalues[-1]), rtol=0.1, atol=0)
     assert spectrum.smallest >= float(eigenvalues[0]) - 1e-8
@@ -187,10 +195,10 @@ def test_largest_eigenvalue_is_that_of_the_dense_hessian(name):
 def test_largest_eigenvalue_of_the_minibatches():
     """The greatest of those of the first minibatches of the recursion, in tables of raw numbers too."""
     model, loader, options = ROBUSTNESS.make("logistic regression, raw table")
-    system = make_system(model, loader, Config.of({**QUIET, **options}), "hessian")
-    with system.guard():
-        batches = [batch for _, batch in zip(range(4), system.samples.random(seed=42), strict=False)]
-        largest, _ = scale_module.measure(system)
+    problem = make_problem(model, loader, Config.of({**QUIET, **options}), "hessian")
+    with problem.guard():
+        batches = [batch for _, batch in zip(range(4), problem.samples.random(seed=42), strict=False)]
+        largest, _ = scale_module.measure(System(problem, 0.25))
     dense = [float(torch.linalg.eigvalsh(slow_hessian(model, loader, batch.indices, options))[-1]) for batch in batches]
     assert max(dense) > 1000
     assert_close(largest, max(dense), rtol=0.1, atol=0)
@@ -233,7 +241,7 @@ def test_solved_lambda_is_the_same_after_restarts(monkeypatch):
     """The estimate of the largest eigenvalue is made a fiftieth of what it is."""
     model, loader = linear_problem(batch_size=16)
     measure = scale_module.measure
-    monkeypatch.setattr(scale_module, "measure", lambda system: (measure(system)[0] / 50, measure(system)[1]))
+    monkeypatch.setattr(scale_module, "measure", lambda *of: (measure(*of)[0] / 50, measure(*of)[1]))
     influence = ptif.InfluenceFunction(
         model, loader, scale="auto", damping=0.05, tolerance=0.003, recursion_depth=5000, **QUIET
     )
@@ -294,7 +302,7 @@ def test_sampled_residual_is_free_of_bias_and_knows_its_error(part):
     A, v = whole_matrix(model, loader, 0.25), slow_gradients(model, loader, [3], {})
     s = part * torch.linalg.solve(A, v.T).T
     truth = relative(A, s, v) * v.norm()
-    system = make_system(model, loader, Config(damping=0.25, **QUIET), "hessian")
+    system = System(make_problem(model, loader, Config(damping=0.25, **QUIET), "hessian"), 0.25)
     found, errors = map(torch.cat, zip(*(system._sampled_squares(v, s, 128, seed) for seed in range(48)), strict=True))
     spread = found.std()
     assert abs(float(found.mean() - truth**2)) < 3 * float(spread) / 48**0.5
@@ -314,9 +322,9 @@ def test_sampled_residual_is_the_dense_one_within_its_error(options, monkeypatch
         config = Config(
             **{"recursion_depth": 20, "tolerance": None, "damp": 0.05, "scale": 5, "seed": seed, **QUIET, **options}
         )
-        system = make_system(model, loader, config, "hessian")
-        with system.guard():
-            solution = lissa_module.lissa(system)(v)
+        problem = make_problem(model, loader, config, "hessian")
+        with problem.guard():
+            solution = Solver(problem)(v, 1)
         assert solution.residual.rows is None  # it was sampled
         found.append(solution.residual)
         truth.append(relative(A, solution.vectors, v))
@@ -337,7 +345,7 @@ def repeated():
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     patch = pytest.MonkeyPatch()
-    patch.setattr(lissa_module, "FIRST_CHECK", 30)  # the iterates from 45 on are averaged
+    patch.setattr(recursion_module, "FIRST_CHECK", 30)  # the iterates from 45 on are averaged
     model, loader = linear_problem(batch_size=1)
     tests = DataLoader(TensorDataset(*(part[5:6] for part in loader.dataset.tensors)))
     chains, errors, residuals = [], [], []
@@ -346,8 +354,8 @@ def repeated():
             model, loader, damp=0.1, scale=5, recursion_depth=60, r=CHAINS, tolerance=None, seed=seed, **QUIET
         )
         (group,) = influence.groups(Samples(tests, progress=False), range(K))
-        chains.append(group[3])
-        residuals.append(group[1].relative_residual)
+        chains.append(group[2])
+        residuals.append(group[0].residual)
         if seed == 0:
             influence.scores(tests)
             errors.append(influence.stderr)
@@ -423,9 +431,10 @@ def test_more_chains_until_the_top_is_stable(monkeypatch):
 def test_chains_end_where_the_top_is_stable():
     model, loader = linear_problem(batch_size=1)
     config = Config(progress=False, damp=0.05, scale=5, recursion_depth=60, r="auto", tolerance=None)
-    system = make_system(model, loader, config, "hessian")
-    with system.guard():
-        found = lissa_module.lissa(system)(slow_gradients(model, loader, range(2), {})).chains
+    problem = make_problem(model, loader, config, "hessian")
+    with problem.guard():
+        found = Solver(problem)(slow_gradients(model, loader, range(2), {}), 2).chains
+        system = System(problem, 0.25)
         fractions = [stable_fraction(system, found[:r]) for r in range(2, len(found) + 1)]
     assert all(fraction < lissa_module.STABLE for fraction in fractions[:-1])
     assert fractions[-1] >= lissa_module.STABLE or len(found) == lissa_module.MOST_CHAINS
@@ -461,16 +470,16 @@ def test_automatic_depth_on_digits():
 
 def test_automatic_depth_ends_where_noise_is_all_that_is_left(monkeypatch):
     """The residual is known to the chain, but not used to refine the solution."""
-    monkeypatch.setattr(_Recursion, "estimate", unrefined(_Recursion.estimate))
+    monkeypatch.setattr(Recursion, "_estimate", unrefined(Recursion._estimate))
     model, loader = linear_problem()
     influence = ptif.InfluenceFunction(
         model, loader, recursion_depth="auto", tolerance=0.001, damp=0.05, scale=5, **QUIET
     )
-    monkeypatch.setattr(lissa_module, "EXACT_COST", 1e9)
+    monkeypatch.setattr(recursion_module, "EXACT_COST", 1e9)
     with pytest.warns(ptif.ToleranceWarning, match="batch_size"):
         influence.scores(first(loader, 1))
     assert set(influence.report["stopped"][0]) == {"noise"}
-    assert max(influence.report["steps"][0]) < lissa_module.LONGEST
+    assert max(influence.report["steps"][0]) < recursion_module.LONGEST
     assert 0.001 < float(influence.relative_residual.max()) < 0.5
 
 
@@ -521,10 +530,10 @@ def test_negative_curvature_that_shows_only_in_the_recursion(monkeypatch):
 # ---- advice
 
 
-def test_tolerance_is_warned_of_once_with_what_to_change():
+def test_tolerance_is_warned_of_once_with_what_to_change(monkeypatch):
     model, loader = linear_problem()
     influence = ptif.InfluenceFunction(model, loader, recursion_depth=5, tolerance=0.01, **QUIET)
-    influence.system.most_together = 1
+    monkeypatch.setattr(Problem, "group_size", lambda *_: 1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         influence.scores(first(loader, 3))

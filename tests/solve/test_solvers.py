@@ -184,14 +184,14 @@ def columns(module, x):
 @pytest.mark.parametrize("name", MODELS)
 def test_ekfac_is_that_built_by_hand(name, monkeypatch):
     monkeypatch.setattr(passes, "batch_size", lambda *_: 1)  # then no draw is in the diagonal outside the layers
-    system = influence_of(name, solver="ekfac", damping=0.1).system
-    with system.guard():
-        factors = ekfac.build(system)
-    P = system.objective.P
+    problem = influence_of(name, solver="ekfac", damping=0.1).problem
+    with problem.guard():
+        factors = ekfac.build(problem)
+    P = problem.objective.P
     by_hand = factored_by_hand(name)
-    assert_close(factors.product(torch.eye(P)), by_hand)
+    assert_close(factors(torch.eye(P)), by_hand)
     expected = torch.linalg.inv(by_hand + 0.1 * torch.eye(P))
-    assert_close(factors.inverse(torch.eye(P), 0.1), expected)
+    assert_close(factors.inverse(0.1)(torch.eye(P)), expected)
     assert float((by_hand - dense(name, "ggn")).abs().max()) > 0.01  # it is an approximation here
 
 
@@ -209,9 +209,9 @@ def test_the_diagonal_outside_the_layers_is_right_in_the_mean():
     names = "norms_and_embeddings"
     found = []
     for seed in range(200):
-        system = influence_of(names, solver="ekfac", damping=0.1, seed=seed).system
-        with system.guard():
-            factors = ekfac.build(system)
+        problem = influence_of(names, solver="ekfac", damping=0.1, seed=seed).problem
+        with problem.guard():
+            factors = ekfac.build(problem)
         found.append(factors.eigenvalues[factors.outside])
     found = torch.stack(found)
     truth = dense(names, "ggn").diagonal()[factors.outside]
@@ -227,8 +227,8 @@ def test_factors_of_many_outputs_are_right_in_the_mean():
     traces = []
     for seed in range(100):
         influence = ptif.InfluenceFunction(model, loader, solver="ekfac", damping=0.1, seed=seed, progress=False)
-        with influence.system.guard():
-            traces.append(float(ekfac.build(influence.system).eigenvalues.sum()))
+        with influence.problem.guard():
+            traces.append(float(ekfac.build(influence.problem).eigenvalues.sum()))
     p = model(x).detach().softmax(1)
     truth = float(((1 - p.square().sum(1)) * (x.square().sum(1) + 1)).mean())
     error = torch.tensor(traces).std() / 10
@@ -256,9 +256,9 @@ def test_ekfac_is_exact_where_the_kronecker_form_is(name):
     G = dense_gauss_newton(model, loader, range(N), options)
     influence = ptif.InfluenceFunction(model, loader, solver="ekfac", damping=0.02, progress=False, **options)
     v = torch.randn(4, len(G))
-    with influence.system.guard():
-        factors = ekfac.build(influence.system)
-    assert_close(factors.product(v), v @ G)
-    assert_close(factors.inverse(v, 0.02), torch.linalg.solve(G + 0.02 * torch.eye(len(G)), v.T).T)
+    with influence.problem.guard():
+        factors = ekfac.build(influence.problem)
+    assert_close(factors(v), v @ G)
+    assert_close(factors.inverse(0.02)(v), torch.linalg.solve(G + 0.02 * torch.eye(len(G)), v.T).T)
     influence.scores(dataset[:3])
     assert influence.relative_residual.max() < 1e-9

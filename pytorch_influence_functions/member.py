@@ -1,0 +1,289 @@
+r"""One trained model, its training set and its solver: what `InfluenceFunction` averages over several of."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from .config import Config
+from .data.batch import Batch, as_batch
+from .data.samples import Samples
+from .model.gradients import gradient, gradient_products, per_sample_gradients, require_finite
+from .solve.errors import ToleranceWarning
+from .solve.low_rank import error_curve_by_low_rank
+from .solve.problem import make_problem
+from .solve.solution import Solution
+from .solve.solvers import Solver, row_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class Unmeasured:
+    """Solutions of an approximation for v [K, P], whose residual costs as much as they do."""
+
+    v: Tensor
+    solution: Solution
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Test samples that were solved together.
+
+    Attributes:
+        indices: of the test samples.
+        vectors: their solutions s [k, P].
+        chains: those of each recursion [r, k, P], or None.
+        residual: relative residual of each [k].
+    """
+
+    indices: list[int]
+    vectors: Tensor
+    chains: Tensor | None
+    residual: Tensor
+
+
+class Member:
+    """One model: gradients, solutions and scores of its own.
+
+    Attributes:
+        problem: the model's objective, the training set and the curvature.
+        solver: of the problem.
+        report: what the last computation did, as plain values; `groups` holds a row for each group of test samples.
+        unmeasured: residuals of the last scores, or what they can be measured from.
+    """
+
+    def __init__(self, model: nn.Module, train_loader: DataLoader[Any], config: Config) -> None:
+        self.config = config
+        name, self._why = config.solver_in_use
+        logger.info("solver: %s (%s)", name, self._why)
+        row = row_of(config)
+        self.problem = make_problem(model, train_loader, config, row.curvature, row.or_hessian)
+        self.objective, self.samples = self.problem.objective, self.problem.samples
+        self.solver = Solver(self.problem)
+        self.report: dict[str, Any] = {}
+        self.unmeasured: list[Tensor | Unmeasured] = []
+        self._warned = False
+
+    @property
+    def group_size(self) -> int:
+        """How many test samples are solved together."""
+        return self.solver.group_size
+
+    # ---- solutions
+
+    def s_test(self, tests: Any) -> Tensor:
+        """Solutions for the loss gradient of each test sample of a batch or loader -> [K, P]."""
+        with self.problem.guard():
+            self._begin()
+            count, gradients = self.test_gradients(tests)
+            return torch.cat([self._solve(g, count).vectors for g in gradients])
+
+    def s_test_of_mean(self, batch: Any) -> Tensor:
+        """The solution for the gradient of a batch's mean loss -> [P]."""
+        with self.problem.guard():
+            self._begin()
+            wrapped = as_batch(batch).to(self.objective.device)
+            g = gradient(self.objective, wrapped).unsqueeze(0)
+            require_finite(g, wrapped.indices, "test batch", "gradient")
+            return self._solve(g, 1).vectors[0]
+
+    def groups(self, tests: Samples, indices: Sequence[int]) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
+        """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
+        for group in self.solutions(tests, indices):
+            with self.problem.guard():
+                mean, chains = self._products(group.vectors, group.chains)
+            yield group, mean, chains
+
+    def solutions(self, tests: Samples, indices: Sequence[int]) -> Iterator[Group]:
+        """The solutions of each group of test samples, with their residuals."""
+        self._begin()
+        for part in split(indices, self.group_size):
+            with self.problem.guard():
+                v = self.gradients_of(tests, part)
+                solution = self._solve(v, len(indices))
+                residual = self._measured(v, solution)
+                self._warn_if_inexact(residual)
+            yield Group(part, solution.vectors, solution.chains, residual)
+
+    def damping_curve(self, dampings: Sequence[float]) -> list[float]:
+        """The error of predicted changes of the training loss at each damping."""
+        with self.problem.guard():
+            return error_curve_by_low_rank(self.problem, dampings)
+
+    # ---- scores
+
+    def scores(self, tests: Any) -> tuple[Tensor, Tensor | None]:
+        """Scores [K, n], and with r > 1 their standard errors [K, n], on the CPU."""
+        means, errors = [], []
+        self.unmeasured = []
+        with self.problem.guard():
+            self._begin()
+            count, gradients = self.test_gradients(tests)
+            for v in gradients:
+                solution = self._solve(v, count)
+                mean, chains = self._products(solution.vectors, solution.chains)
+                means.append(mean)
+                if chains is not None:
+                    errors.append(chains.std(0) / len(chains) ** 0.5)
+                self.unmeasured.append(self._residual_for_later(v, solution, count))
+        return torch.cat(means), torch.cat(errors) if errors else None
+
+    def relative_residual(self) -> Tensor | None:
+        """Relative residual of the last scores [K]; those of an approximation are measured now."""
+        if not self.unmeasured:
+            return None
+        found = []
+        with self.problem.guard():
+            for part in self.unmeasured:
+                known = self._measured(part.v, part.solution) if isinstance(part, Unmeasured) else part
+                found.append(known)
+        own = torch.cat(found)
+        self.unmeasured = [own]
+        return own
+
+    def self_influence(self) -> Tensor:
+        """Influence of each training sample on its own loss [n], on the CPU."""
+        n = self.samples.n
+        with self.problem.guard():
+            self._begin()
+            products = self.solver.prepared().self_products
+            if products is not None:
+                values = products()
+                require_finite(values, range(n), self.samples.name, "gradient")
+                self._describe()
+                return values / n
+            parts = []
+            for batch in self.samples.ordered(self.group_size, text="Self-influence"):
+                g = self.gradients(batch, self.samples.name)
+                solved = self._solve(g, n).vectors
+                parts.append(((solved * g).sum(1) / n).cpu())
+            return torch.cat(parts)
+
+    def scores_of(self, vectors: Tensor) -> Tensor:
+        """Scores of solutions that are already known, [K, P] -> [K, n]."""
+        with self.problem.guard():
+            return self._score(vectors)
+
+    # ---- gradients
+
+    def test_gradients(self, tests: Any) -> tuple[int, Iterator[Tensor]]:
+        """How many test samples a batch or loader has, and their loss gradients, a group at a time."""
+        if hasattr(tests, "dataset"):
+            name, progress = "test_loader", self.config.progress
+            samples = Samples(tests, device=self.objective.device, name=name, progress=progress)
+            groups = split(range(samples.n), self.group_size)
+            return samples.n, (self.gradients_of(samples, indices) for indices in groups)
+        batch = as_batch(tests).to(self.objective.device)
+        return batch.size, (self.gradients(part, "test batch") for part in self._parts(batch))
+
+    def _parts(self, batch: Batch) -> Iterator[Batch]:
+        size = self.group_size
+        if batch.size <= size:
+            yield batch
+            return
+        for start in range(0, batch.size, size):
+            yield batch.rows(start, start + size)
+
+    def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
+        """Loss gradients of these samples -> [K, P]."""
+        with self.problem.guard():
+            batches = tests.ordered(self.problem.scoring_batch, indices)
+            return torch.cat([self.gradients(batch, tests.name) for batch in batches])
+
+    def gradient_rows(self, indices: Sequence[int], text: str | None = None) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Loss gradients of training samples, a block at a time: indices, [B, P]."""
+        with self.problem.guard():
+            for batch in self.samples.ordered(self.problem.scoring_batch, indices, text=text):
+                yield batch.indices, self.gradients(batch, self.samples.name)
+
+    def gradients(self, batch: Batch, name: str) -> Tensor:
+        """Loss gradients of a batch -> [B, P]; `name` is what a message calls it."""
+        rows = per_sample_gradients(self.objective, batch, self.problem.max_bytes)
+        require_finite(rows, batch.indices, name, "gradient")
+        return rows
+
+    # ---- inside
+
+    def _begin(self) -> None:
+        self.report = {"groups": []}
+
+    def _solve(self, v: Tensor, tests: int) -> Solution:
+        solution = self.solver(v, tests)
+        self._describe({"tests": len(v), **solution.report})
+        if solution.residual is not None:
+            self._warn_if_inexact(solution.residual.relative)
+        return solution
+
+    def _measured(self, v: Tensor, solution: Solution) -> Tensor:
+        return self.solver.residual(v, solution).relative.cpu()
+
+    def _residual_for_later(self, v: Tensor, solution: Solution, tests: int) -> Tensor | Unmeasured:
+        """The residual; of an approximation only what it can be measured from, where all of these fit the memory."""
+        kept = 2 * tests * self.objective.P * v.element_size()
+        if solution.residual is None and kept <= self.problem.max_bytes:
+            return Unmeasured(v, solution)
+        return self._measured(v, solution)
+
+    def _describe(self, group: dict[str, Any] | None = None) -> None:
+        """Add a group to the report: what all groups share stands at the top too."""
+        prepared = self.solver.prepared()
+        groups = self.report["groups"] + ([group] if group else [])
+        shared = dict(groups[0]) if groups else {}
+        for other in groups[1:]:
+            shared = {key: value for key, value in shared.items() if other.get(key) == value}
+        shared.pop("tests", None)
+        self.report = {
+            "solver": self.config.solver_in_use[0],
+            "solver_why": self._why,
+            "curvature": prepared.system.curvature.kind,
+            "damping": prepared.system.damping,
+            **prepared.report,
+            **shared,
+            "groups": groups,
+        }
+
+    def _products(self, vectors: Tensor, chains: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scores [K, n] of the solutions, and of each of their chains [r, K, n]."""
+        if chains is None:
+            return self._score(vectors), None
+        r, k = chains.shape[:2]
+        scores = self._score(chains.flatten(0, 1)).view(r, k, -1)
+        return scores.mean(0), scores
+
+    def _score(self, vectors: Tensor) -> Tensor:
+        n, max_bytes = self.samples.n, self.problem.max_bytes
+        scores = torch.empty(len(vectors), n, dtype=self.objective.dtype)
+        for batch in self.samples.ordered(self.problem.scoring_batch, text="Scoring the training set"):
+            block = gradient_products(self.objective, batch, vectors, max_bytes) / n
+            require_finite(block.T, batch.indices, self.samples.name, "gradient")
+            scores[:, torch.as_tensor(batch.indices)] = block.detach().cpu()
+        return scores
+
+    def _warn_if_inexact(self, residual: Tensor) -> None:
+        tolerance = self.config.tolerance
+        if tolerance is None or self._warned:
+            return
+        worst = float(residual.max())
+        if worst <= tolerance:
+            return
+        self._warned = True
+        warnings.warn(
+            f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
+            f"{self.solver.row.advice}",
+            ToleranceWarning,
+            stacklevel=4,
+        )
+
+
+def split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Parts of at most `size`, in order."""
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])

@@ -1,0 +1,208 @@
+"""What is to be solved: a model's objective, its training set, its curvature and the options; fixed once it is made."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from ..config import Config
+from ..data.samples import Samples, varying_sample
+from ..model.curvature import STACK, Curvature
+from ..model.gradients import activation_bytes
+from ..model.linear import INSIDE
+from ..model.objective import Objective
+from ..model.probe import probe
+from ..utils import random_state
+from .errors import CurvatureWarning, DeviceWarning, VaryingDataWarning
+
+logger = logging.getLogger(__name__)
+MIB = 2**20
+MOST_TOGETHER = 64
+"""Test samples in one group at most, so that finished ones are on disk early."""
+CURVATURE_BYTES = 256 * MIB
+"""About this much is in work in one curvature product of a full stack."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    r"""A model and its training set, for which (H + \lambda I) s = v is to be solved.
+
+    Attributes:
+        objective: the loss as a function of the parameters.
+        samples: the training set.
+        curvature: H, the Hessian or the Gauss-Newton matrix.
+        config: the options.
+        max_bytes: for the working tensors of one product; as much again is for the stacks of vectors.
+    """
+
+    objective: Objective
+    samples: Samples
+    curvature: Curvature
+    config: Config
+    max_bytes: float
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Inside: seeded random state, model in evaluation mode; both come back as they were."""
+        with random_state(self.config.seed), self.objective.active():
+            yield
+
+    def product(self, vectors: Tensor, text: str | None = None) -> Tensor:
+        """H V over the whole training set, V [K, P] -> [K, P]."""
+        batches = self.samples.ordered(self.batch, text=text)
+        return self.curvature.over(batches, vectors)
+
+    def random_vector(self, seed: int) -> Tensor:
+        """A standard normal vector [P], the same on every device."""
+        generator = torch.Generator().manual_seed(seed)
+        draw = torch.randn(self.objective.P, generator=generator, dtype=torch.float32)
+        return draw.to(self.objective.device, self.objective.dtype)
+
+    def with_gauss_newton(self) -> Problem:
+        """The same problem with the Gauss-Newton matrix as its curvature."""
+        if self.curvature.kind == "ggn":
+            return self
+        curvature = Curvature(self.objective, "ggn", self.max_bytes)
+        return dataclasses.replace(self, curvature=curvature)
+
+    def instead_of_hessian(self, reason: str) -> Problem:
+        """`with_gauss_newton`, said in a warning, where the user left the choice open."""
+        warnings.warn(
+            f"{reason}; the Gauss-Newton curvature is used instead of the Hessian. Name config['curvature'] = 'ggn' to "
+            "choose it yourself, or a larger config['damping'] to keep the Hessian",
+            CurvatureWarning,
+            stacklevel=2,
+        )
+        return self.with_gauss_newton()
+
+    # ---- how much at a time
+
+    @property
+    def activations(self) -> int:
+        """Bytes that one sample's forward pass keeps."""
+        return activation_bytes(self.objective, self.samples.take([0]))
+
+    @property
+    def batch(self) -> int:
+        """Training samples at a time in a product over the whole set."""
+        if not self.objective.paths.rows:
+            return self.samples.batch_size
+        fitting = int(CURVATURE_BYTES / (6 * STACK * self.activations))
+        return max(16, min(512, fitting))
+
+    @property
+    def scoring_batch(self) -> int:
+        """Training samples at a time when scoring."""
+        if not self.objective.paths.rows:
+            return 1
+        if self.config.batch_size is not None:
+            return self.config.batch_size
+        fitting = int(self.max_bytes / (4 * self.activations))
+        return max(1, min(256, fitting))
+
+    def group_size(self, most: int) -> int:
+        """How many test samples are solved together: what the memory holds, at most `most`."""
+        r = 8 if self.config.r == "auto" else int(self.config.r)
+        item = self.objective.theta.element_size()
+        vectors = (10 + r) * self.objective.P * item
+        scores = (2 + r) * self.samples.n * item
+        fitting = int(self.max_bytes / (vectors + scores))
+        return max(1, min(most, fitting))
+
+
+def make_problem(
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    config: Config,
+    curvature: str,
+    or_hessian: bool = False,
+) -> Problem:
+    """Everything a solver needs, checked before any long work.
+
+    Args:
+        model: the trained model.
+        train_loader: over the training set.
+        config: the options.
+        curvature: the kind to take where the options name none.
+        or_hessian: whether to take the Hessian then where the model has no Gauss-Newton matrix.
+
+    Raises:
+        TypeError, ValueError: the model, the loader or an option cannot be used.
+        NonFiniteError: a loss or gradient is NaN or infinite.
+    """
+    device = choose_device(config.gpu, model)
+    objective = Objective(
+        model,
+        loss_func=config.loss_func,
+        model_loss=config.model_loss,
+        parameters=config.parameters,
+        device=device,
+    )
+    with random_state(config.seed), objective.active():
+        samples = Samples(train_loader, device=device, name="train_loader", progress=config.progress)
+        warn_if_varying(samples)
+        probe(objective, samples)
+    budget = config.max_memory * MIB if config.max_memory is not None else free_bytes(device) / 4
+    if or_hessian and objective.linear == INSIDE:
+        logger.info("the curvature is the Hessian: %s", INSIDE)
+        curvature = "hessian"
+    kind = Curvature(objective, config.curvature or curvature, budget / 2)
+    return Problem(objective, samples, kind, config, budget / 2)
+
+
+def warn_if_varying(samples: Samples) -> None:
+    """Warn where a data set gives something else each time it is read."""
+    index = varying_sample(samples)
+    if index is None:
+        return
+    warnings.warn(
+        f"{samples.name}: sample {index} of its dataset is not the same when it is read twice (random "
+        "augmentation?), so its gradient is not one number; pass a loader over the data without augmentation",
+        VaryingDataWarning,
+        stacklevel=5,
+    )
+
+
+def choose_device(gpu: int, model: nn.Module) -> torch.device:
+    """The device that `config["gpu"]` names.
+
+    Raises:
+        ValueError: there is no such CUDA device.
+    """
+    if gpu < 0:
+        if isinstance(model, nn.Module) and any(p.is_cuda for p in model.parameters()):
+            warnings.warn(
+                "the model is on a CUDA device, but config['gpu'] = -1 computes on the CPU; set config['gpu'] to the "
+                "device's id to use it",
+                DeviceWarning,
+                stacklevel=3,
+            )
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ValueError(f"config['gpu'] = {gpu}, but torch finds no CUDA here; set config['gpu'] = -1 for the CPU")
+    devices = torch.cuda.device_count()
+    if gpu >= devices:
+        raise ValueError(
+            f"config['gpu'] = {gpu}, but there are {devices} CUDA devices; give an id from 0 to {devices - 1}, "
+            "or -1 for the CPU"
+        )
+    return torch.device("cuda", gpu)
+
+
+def free_bytes(device: torch.device) -> float:
+    """Memory that is free on a device now."""
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (ValueError, OSError, AttributeError):
+        return 4 * 2.0**30

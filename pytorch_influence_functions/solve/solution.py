@@ -1,0 +1,77 @@
+r"""What a solver gives: a `Prepared` once for a problem, and a `Solution` for each stack of right-hand sides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+from .system import Residual, System
+
+
+class Damping(NamedTuple):
+    r"""\lambda, and how it was chosen, as plain values (nothing where it was given)."""
+
+    value: float
+    report: dict[str, Any]
+
+
+class Operator(Protocol):
+    """An approximation of the Gauss-Newton matrix, as a map of stacks of vectors [K, P] -> [K, P]."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """G of each row."""
+
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """The map (G + damping I)^-1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Solution:
+    r"""Solutions of (H + \lambda I) s = v for a stack of v.
+
+    Attributes:
+        vectors: s [K, P].
+        residual: how good they are, where the solver measures it; None is what `System.certificate` can tell.
+        chains: independent estimates whose mean is `vectors` [r, K, P], or None.
+        report: what was done, as plain values.
+    """
+
+    vectors: Tensor
+    residual: Residual | None = None
+    chains: Tensor | None = None
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Solve = Callable[[Tensor, int], Solution]
+"""v [K, P], how many right-hand sides there are in all -> their solution."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    r"""A problem that is ready to be solved for any number of test samples.
+
+    Attributes:
+        system: the problem with the curvature and the \lambda in use.
+        solve: its solution for a stack.
+        report: what was chosen and why, as plain values.
+        certified: training samples that the residual of an approximation is measured on.
+        self_products: g_i . (H + \lambda I)^-1 g_i of all training samples [n] on the CPU, where the solver has a
+            cheaper way than to solve for each.
+    """
+
+    system: System
+    solve: Solve
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    certified: int | None = None
+    self_products: Callable[[], Tensor] | None = None
+
+    def residual(self, v: Tensor, solution: Solution) -> Residual:
+        """The residual of a solution for v [K, P]; measured here where the solver did not."""
+        if solution.residual is not None:
+            return solution.residual
+        n, seed = self.system.samples.n, self.system.config.seed + 2
+        count = n if self.certified is None else min(n, self.certified)
+        return self.system.certificate(v, solution.vectors, count, seed)
