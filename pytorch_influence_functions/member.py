@@ -195,13 +195,13 @@ class Member:
     def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
         """Loss gradients of these samples -> [K, P]."""
         with self.problem.guard():
-            batches = tests.ordered(self.problem.scoring_batch, indices)
+            batches = tests.ordered(self.problem.gradient_batch, indices)
             return torch.cat([self.gradients(batch, tests.name) for batch in batches])
 
     def gradient_rows(self, indices: Sequence[int], text: str | None = None) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Loss gradients of training samples, a block at a time: indices, [B, P]."""
         with self.problem.guard():
-            for batch in self.samples.ordered(self.problem.scoring_batch, indices, text=text):
+            for batch in self.samples.ordered(self.problem.gradient_batch, indices, text=text):
                 yield batch.indices, self.gradients(batch, self.samples.name)
 
     def gradients(self, batch: Batch, name: str) -> Tensor:

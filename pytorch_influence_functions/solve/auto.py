@@ -89,7 +89,7 @@ def _exact(problem: Problem, damping: Damping | None) -> Prepared | None:
     """`exact`, where it costs little."""
     size, need = dense_form(problem)
     work = _dense_work(problem)
-    if size > EXACT_SIZE or work > EXACT_WORK or need > problem.max_bytes:
+    if size > EXACT_SIZE or work > EXACT_WORK or need > problem.budget.held_ways:
         return None
     if damping is None:
         damping = damping_by_low_rank(problem) if _has_gauss_newton(problem) else damping_by_steps(problem)
@@ -117,7 +117,7 @@ def _ekfac(problem: Problem, damping: Damping | None) -> Prepared | None:
     factors = build(problem)
     if damping is None:
         damping = damping_by_ekfac(problem, factors)
-    memory = f"the {problem.max_bytes / 2**20:.0f} MiB or the work there is"
+    memory = f"the {problem.budget.held_ways / 2**20:.0f} MiB or the work there is"
     why = f"{FEWEST_ROWS} rows of {problem.objective.P} parameters do not fit {memory}"
     return _because(solver(problem, factors, damping), "ekfac", f"{why}; raise config['max_memory'] for better")
 
@@ -161,11 +161,9 @@ def _dense_work(problem: Problem) -> float:
 
 def affordable_rows(problem: Problem) -> int:
     """How many rows of G the memory and the work allow, at most `ROWS`."""
-    P, item = problem.objective.P, problem.objective.theta.element_size()
-    held = problem.max_bytes / (4 * P * item)
     faster = FASTER_ON_CUDA if problem.objective.device.type == "cuda" else 1
-    worth = (faster * WORK / P) ** 0.5
-    return int(min(ROWS, held, worth))
+    worth = (faster * WORK / problem.objective.P) ** 0.5
+    return int(min(ROWS, problem.budget.rows(problem.row), worth))
 
 
 # ---- the low-rank form as a solver

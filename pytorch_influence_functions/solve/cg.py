@@ -74,10 +74,12 @@ def iterate(
     Raises:
         NegativeCurvatureError: a direction p with p . product(p) <= 0.
     """
-    solved, rest = torch.zeros_like(v), v.clone()
+    solved, rest = torch.zeros_like(v), torch.zeros_like(v)
     steps = torch.zeros(len(v), dtype=torch.long)
     goal = tolerance * v.norm(dim=1)
-    rows = _start(v, v.norm(dim=1) > goal, M)
+    wanted = v.norm(dim=1) > goal
+    rest[~wanted] = v[~wanted]
+    rows = _start(v, wanted, M)
     step = 0
     while step < limit and len(rows.places):
         step += 1

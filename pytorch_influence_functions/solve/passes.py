@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.func import vjp, vmap
 
 from ..data.batch import Batch
 from ..model import draws
+from ..model.budget import DIAGONAL_BLOCK, MIB
 from ..model.layers import Forward, Layer, backward, forward, layer_inputs, parameter_places, usable_layers
 from ..model.likelihoods import DENSE_OUTPUTS, likelihood, roots
 from ..model.objective import Objective
@@ -40,7 +41,7 @@ class Seen(NamedTuple):
     gradients: list[Tensor]
     """Those of each layer's outputs [D, B, T, groups, out]."""
     outside: Tensor
-    """Estimate of the summed squares of all gradients [P]; [1] where no parameter is outside the layers."""
+    """Estimate of the summed squares of the gradients outside the layers, of the blocks that end here."""
 
     @property
     def bytes(self) -> int:
@@ -59,14 +60,16 @@ class Passes:
 
     def __init__(self, problem: Problem, top: int | None = None) -> None:
         self.problem, self.top, objective = problem, top, problem.objective
-        self.layers = usable_layers(objective, problem.samples.take([0, problem.samples.n // 2]))
-        self.outside = torch.ones(objective.P, dtype=torch.bool)
+        usable = usable_layers(objective, problem.samples.take([0, problem.samples.n // 2]))
+        self.layers = _fitting(problem, usable)
+        outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:
             for place in (layer.weight, layer.bias):
                 if place is not None:
-                    self.outside[place] = False
+                    outside[place] = False
+        self.outside = outside.nonzero().squeeze(1).to(objective.device)
         self._kept: list[Seen] | None = None
-        _tell(objective, self.outside)
+        _tell(objective, outside)
 
     def __iter__(self) -> Iterator[Seen]:
         if self._kept is not None:
@@ -82,23 +85,47 @@ class Passes:
         self._kept = kept
 
     def _read(self) -> Iterator[Seen]:
-        size = batch_size(self.problem, self.layers)
+        size, block = self._sizes()
+        total: Tensor | float = 0.0
         for batch in self.problem.samples.ordered(size, text="EKFAC"):
             for one in batch.parts or (batch,):
-                yield self._seen(one)
-
-    def _seen(self, batch: Batch) -> Seen:
-        problem, whole = self.problem, bool(self.outside.any())
-        one = forward(problem.objective, self.layers, batch)
-        es = pseudo_gradients(problem.objective, one, batch, problem.config.seed, self.top)
-        gradients, squares = [], problem.objective.theta.new_zeros(1)
-        for e in es:
-            g, of_all = backward(self.layers, one, e, batch.size, whole)
-            gradients.append(g)
-            if of_all is not None:
+                seen, sums = seen_by_layers(self.problem, self.layers, one, self.top, self.outside)
+                total = total + sums
+                end = one.indices[-1] + 1
+                if end % block and end < self.problem.samples.n:
+                    yield seen
+                    continue
                 # draws are independent over the samples: the square of the sum has the sum of squares as its mean
-                squares = squares + of_all.square()
-        return Seen(batch, layer_inputs(self.layers, one, batch.size), _stacked(es), _stacked(gradients), squares)
+                yield seen._replace(outside=total.square().sum(0))
+                total = 0.0
+
+    def _sizes(self) -> tuple[int, int]:
+        """Training samples at a time, and those whose gradients outside the layers are summed."""
+        size = batch_size(self.problem, self.layers, self.top)
+        if not len(self.outside):
+            return size, 1
+        if not together(self.problem):
+            return 1, 1
+        while DIAGONAL_BLOCK % size:
+            size -= 1
+        return size, DIAGONAL_BLOCK
+
+
+def seen_by_layers(
+    problem: Problem, layers: Sequence[Layer], batch: Batch, top: int | None, outside: Tensor
+) -> tuple[Seen, Tensor]:
+    """What the layers see of a batch, and for each draw the summed gradients outside them [D, outside]."""
+    objective = problem.objective
+    one = forward(objective, layers, batch)
+    inputs = layer_inputs(layers, one, batch.size)
+    es = pseudo_gradients(objective, one, batch, problem.config.seed, top)
+    gradients, sums = [], []
+    for e in es:
+        g, of_all = backward(layers, one, e, batch.size, len(outside) > 0)
+        gradients.append(g)
+        sums.append(objective.theta.new_zeros(0) if of_all is None else of_all[outside])
+    none = objective.theta.new_zeros(len(outside))
+    return Seen(batch, inputs, _stacked(es), _stacked(gradients), none), torch.stack(sums)
 
 
 def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -106,14 +133,46 @@ def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
 
 
-def batch_size(problem: Problem, layers: Sequence[Layer]) -> int:
-    """Training samples in one pass of the layers."""
-    if not (problem.objective.paths.rows and problem.objective.paths.outputs):
+def together(problem: Problem) -> bool:
+    """Whether several samples go through the layers together."""
+    return problem.objective.paths.rows and problem.objective.paths.outputs
+
+
+def batch_size(problem: Problem, layers: Sequence[Layer], top: int | None = None) -> int:
+    """Training samples in one pass of the layers, by what they see of the first one."""
+    if not together(problem):
         return 1
-    covered = sum(layer.weight.stop - layer.weight.start for layer in layers)
-    # with much outside the layers small batches keep the noise of its diagonal low
-    most = 1024 if covered > 0.5 * problem.objective.P else 32
-    return max(1, min(most, int(problem.max_bytes / (8 * problem.activations))))
+    one = problem.samples.take([0])
+    seen, _ = seen_by_layers(problem, layers, one, top, problem.objective.theta.new_zeros(0).long())
+    count = sum(part[0, 0].numel() for part in seen.cotangents)
+    # the loss's Hessian in the outputs, its eigenvectors and what they are computed in, all in double precision
+    dense = 5 * 8 * count**2 if len(seen.cotangents[0]) > 1 else 0
+    return problem.budget.layer_batch(seen.bytes, problem.activations, dense)
+
+
+def _fitting(problem: Problem, layers: list[Layer]) -> list[Layer]:
+    """The layers whose factors fit the memory together: the largest are left out until they do."""
+    item = problem.objective.theta.element_size()
+    fitting = sorted(layers, key=factor_numbers)
+    while fitting:
+        sizes = [factor_numbers(layer) for layer in fitting]
+        need = item * (sum(sizes) + 3 * max(sizes))  # the eigenvectors of one layer at a time beside all factors
+        if need <= problem.budget.held_ways:
+            break
+        left_out = fitting.pop()
+        logger.info(
+            "EKFAC: the factors of %s take %.0f MiB, more than config['max_memory'] allows; it gets a diagonal block",
+            left_out.name, item * factor_numbers(left_out) / MIB,
+        )  # fmt: skip
+    return [layer for layer in layers if layer in fitting]
+
+
+def factor_numbers(layer: Layer) -> int:
+    """Entries of both factors of a layer's groups."""
+    weight = cast(Tensor, layer.module.weight)
+    outputs = weight.shape[0] // layer.groups
+    inputs = weight.numel() // weight.shape[0] + (layer.bias is not None)
+    return int(layer.groups * (inputs**2 + outputs**2))
 
 
 # ---- one batch

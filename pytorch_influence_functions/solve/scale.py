@@ -47,7 +47,7 @@ def choose_scale(system: System, factors: Ekfac | None = None) -> tuple[System, 
 
 
 def _without_negative_curvature(system: System, spectrum: Spectrum) -> System:
-    along = float(rayleigh(system, spectrum.lowest.unsqueeze(0)))
+    along = float(rayleigh(system, spectrum.lowest().unsqueeze(0)))
     message = f"the Hessian has a negative eigenvalue (at most {along:.3g}) beyond the damping {system.damping:.3g}"
     if system.config.curvature == "hessian":
         raise NegativeCurvatureError(
@@ -104,7 +104,7 @@ def negative(system: System, spectrum: Spectrum) -> bool:
     """Whether the curvature along the lowest Ritz vector is below -lambda, on samples that did not choose it too."""
     if spectrum.smallest >= -system.damping:
         return False
-    return float(rayleigh(system, spectrum.lowest.unsqueeze(0))) < -system.damping
+    return float(rayleigh(system, spectrum.lowest().unsqueeze(0))) < -system.damping
 
 
 def rayleigh(system: System, u: Tensor) -> Tensor:
