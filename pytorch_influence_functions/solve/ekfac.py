@@ -20,6 +20,14 @@ from ..data.batch import Batch
 from ..model.gradients import per_sample_gradients
 from ..model.layers import Layer, backward, forward, gather, layer_inputs, scatter
 from ..model.objective import Objective
+from ..model.outer_products import (
+    is_one_hot,
+    one_hot_squares,
+    one_hot_weighted_squares,
+    outer_products,
+    rotated,
+    second_moment,
+)
 from .damping import choose_damping
 from .passes import Passes, Seen, batch_size, output_rows
 from .problem import Problem
@@ -33,14 +41,33 @@ CERTIFIED = 256
 """Training samples that the residual is measured on."""
 
 
+LARGEST_FACTOR = 2**13
+"""Inputs or outputs of a group beyond which the axes stand for the factor's eigenvectors, which then take more than a
+minute of one core (measured: 1.0 s for 2048, with the third power of the size) and half a gigabyte."""
+
+
 class Block(NamedTuple):
-    """Eigenvectors of the two factors of a layer's groups."""
+    """Eigenvectors of the two factors of a layer's groups; None are the axes."""
 
     layer: Layer
-    Q_in: Tensor
+    Q_in: Tensor | None
     """[groups, in, in]"""
-    Q_out: Tensor
+    Q_out: Tensor | None
     """[groups, out, out]"""
+
+    def rotated(self, g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer sees, in the eigenbasis: [..., T, groups, out], [B, T, groups, in] -> [..., groups, T, .]."""
+        return rotated(g, self.Q_out), rotated(a, self.Q_in)
+
+    def to_eigenbasis(self, W: Tensor) -> Tensor:
+        """[K, groups, out, in] -> the same shape."""
+        W = W if self.Q_out is None else self.Q_out.mT @ W
+        return W if self.Q_in is None else W @ self.Q_in
+
+    def from_eigenbasis(self, W: Tensor) -> Tensor:
+        """The inverse of `to_eigenbasis`."""
+        W = W if self.Q_out is None else self.Q_out @ W
+        return W if self.Q_in is None else W @ self.Q_in.mT
 
 
 class Ekfac:
@@ -59,14 +86,14 @@ class Ekfac:
         """Each row of v [K, P] in the eigenbasis -> [K, P]."""
         result = v.clone()
         for block in self.blocks:
-            scatter(block.layer, block.Q_out.mT @ gather(block.layer, v) @ block.Q_in, result)
+            scatter(block.layer, block.to_eigenbasis(gather(block.layer, v)), result)
         return result
 
     def from_eigenbasis(self, v: Tensor) -> Tensor:
         """The inverse of `to_eigenbasis`."""
         result = v.clone()
         for block in self.blocks:
-            scatter(block.layer, block.Q_out @ gather(block.layer, v) @ block.Q_in.mT, result)
+            scatter(block.layer, block.from_eigenbasis(gather(block.layer, v)), result)
         return result
 
     def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
@@ -163,13 +190,15 @@ def _quadratic_by_layers(objective: Objective, factors: Ekfac, weights: Tensor, 
     g, _ = backward(layers, seen, e, batch.size)
     total = objective.theta.new_zeros(batch.size)
     for block, x, d in zip(factors.blocks, layer_inputs(layers, seen, batch.size), g, strict=True):
-        left, right = d.transpose(1, 2) @ block.Q_out, x.transpose(1, 2) @ block.Q_in
+        left, right = block.rotated(d, x)
         total = total + _weighted_squares(left, right, gather(block.layer, weights)[0])
     return total
 
 
 def _weighted_squares(g: Tensor, a: Tensor, w: Tensor) -> Tensor:
     """Sum of w (sum_t g_t a_t^T)^2 of each sample; g [B, groups, T, out], a [B, groups, T, in] -> [B]."""
+    if is_one_hot(a):
+        return one_hot_weighted_squares(g, a, w)
     if g.shape[2] == 1:
         once = g[:, :, 0].square().unsqueeze(2) @ w
         return (once.squeeze(2) * a[:, :, 0].square()).sum((1, 2))
@@ -198,22 +227,20 @@ def build(problem: Problem) -> Ekfac:
 def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
     """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
     layers, n = passes.layers, passes.problem.samples.n
-    A: list[Any] = [0] * len(layers)
-    S: list[Any] = [0] * len(layers)
+    A: list[Tensor | None] = [None] * len(layers)
+    S: list[Tensor | None] = [None] * len(layers)
     diagonal: Any = 0
     for seen in passes:
         diagonal = diagonal + seen.outside / n
         for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
-            A[i] = A[i] + _second_moment(x) / n
-            S[i] = S[i] + _second_moment(g.flatten(0, 1)) / n
-    blocks = [
-        Block(layer, torch.linalg.eigh(a)[1], torch.linalg.eigh(s)[1]) for layer, a, s in zip(layers, A, S, strict=True)
-    ]
+            A[i] = _with_moment(A[i], x, n)
+            S[i] = _with_moment(S[i], g.flatten(0, 1), n)
+    blocks = [Block(layer, _eigenvectors(a), _eigenvectors(s)) for layer, a, s in zip(layers, A, S, strict=True)]
     squares: list[Any] = [0] * len(layers)
     for seen in passes:
         for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
-            left, right = g.transpose(2, 3) @ blocks[i].Q_out, x.transpose(1, 2) @ blocks[i].Q_in
-            squares[i] = squares[i] + _squares(left, right) / n
+            left, right = blocks[i].rotated(g, x)
+            squares[i] = squares[i] + _squares(left, right, layers[i].rule.classes) / n
     objective = passes.problem.objective
     eigenvalues = torch.zeros(1, objective.P, dtype=objective.dtype, device=objective.device)
     outside = passes.outside.nonzero().squeeze(1).to(objective.device)
@@ -232,14 +259,25 @@ def _kept(seen: Seen, keep: Tensor | None) -> list[Tensor]:
     return [g * mask.to(g).view(*mask.shape, 1, 1, 1) for g in seen.gradients]
 
 
-def _second_moment(x: Tensor) -> Tensor:
-    """Sum of x x^T over samples and positions, x [B, T, groups, in] -> [groups, in, in]."""
-    flat = x.flatten(0, 1).transpose(0, 1)
-    return flat.mT @ flat
+def _with_moment(total: Tensor | None, x: Tensor, n: int) -> Tensor | None:
+    """Add E[x x^T] of a batch, x [B, T, groups, d]; None where the axes stand for its eigenvectors.
+
+    Of one-hot inputs they are the eigenvectors: no two of them are one together, and the factor is diagonal.
+    """
+    if is_one_hot(x) or x.shape[-1] > LARGEST_FACTOR:
+        return None
+    moment = second_moment(x) / n
+    return moment if total is None else total + moment
 
 
-def _squares(g: Tensor, a: Tensor) -> Tensor:
+def _eigenvectors(factor: Tensor | None) -> Tensor | None:
+    return None if factor is None else torch.linalg.eigh(factor)[1]
+
+
+def _squares(g: Tensor, a: Tensor, classes: int | None) -> Tensor:
     """Sum over draws and samples of (sum_t g_t a_t^T)^2; g [D, B, groups, T, out], a [B, groups, T, in]."""
+    if classes is not None:
+        return one_hot_squares(g, a, classes)
     if g.shape[3] == 1:
         return g[:, :, :, 0].square().sum(0).permute(1, 2, 0) @ a[:, :, 0].square().transpose(0, 1)
     size = _few(g[0], a)
@@ -256,8 +294,8 @@ def eigenbasis_rows(objective: Objective, factors: Ekfac, seen: Seen, draws: Ten
     """The gradients J_i^T e_ik of these (draw, place in the batch) pairs, in the eigenbasis -> [len(draws), P]."""
     rows = torch.zeros(len(draws), objective.P, dtype=objective.dtype, device=objective.device)
     for block, x, g in zip(factors.blocks, seen.inputs, seen.gradients, strict=True):
-        left = g[draws, places].transpose(1, 2) @ block.Q_out
-        scatter(block.layer, left.mT @ (x[places].transpose(1, 2) @ block.Q_in), rows)
+        left, right = block.rotated(g[draws, places], x[places])
+        scatter(block.layer, outer_products(left, right, block.layer.rule.classes), rows)
     if len(factors.outside):
         batch = seen.batch
         e = [part[draws, places] for part in seen.cotangents]

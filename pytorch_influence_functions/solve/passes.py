@@ -62,9 +62,8 @@ class Passes:
         self.layers = usable_layers(objective, problem.samples.take([0, problem.samples.n // 2]))
         self.outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:
-            for place in (layer.weight, layer.bias):
-                if place is not None:
-                    self.outside[place] = False
+            for place in layer.places:
+                self.outside[place] = False
         self._kept: list[Seen] | None = None
         _tell(objective, self.outside)
 
@@ -110,7 +109,7 @@ def batch_size(problem: Problem, layers: Sequence[Layer]) -> int:
     """Training samples in one pass of the layers."""
     if not (problem.objective.paths.rows and problem.objective.paths.outputs):
         return 1
-    covered = sum(layer.weight.stop - layer.weight.start for layer in layers)
+    covered = sum(place.stop - place.start for layer in layers for place in layer.places)
     # with much outside the layers small batches keep the noise of its diagonal low
     most = 1024 if covered > 0.5 * problem.objective.P else 32
     return max(1, min(most, int(problem.max_bytes / (8 * problem.activations))))
