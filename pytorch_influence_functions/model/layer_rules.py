@@ -2,7 +2,8 @@ r"""How the gradient of a layer is a sum of outer products over its positions: o
 
 Of a layer with inputs a_t and output gradients g_t the weight gradient of one sample is \sum_t g_t a_t^T, t over
 sequence or image positions; in each of its groups where the outputs of a group see the inputs of that group alone. Its
-bias is the weight of an input that is always one.
+bias is the weight of an input that is always one; alone, it is one group whose single input is one, its output gradient
+summed over the positions.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ class Rule(NamedTuple):
     inputs: Rows
     """What the weight is multiplied with, d inputs of a group; without the one of the bias."""
     outputs: Rows
-    taps: int | None = None
-    """Of a weight that holds [groups x inputs, outputs, taps]; None: it holds [groups x outputs, inputs]."""
+    inputs_first: bool = False
+    """Whether the weight holds [groups, inputs, outputs]."""
+    shift: Rows | None = None
+    """The output gradient as the bias sees it, where that is something else; the bias is a block of its own then."""
     classes: int | None = None
     """Of one-hot inputs, which are the place of their one instead (an integer, d = 1; -1: there is none)."""
 
@@ -56,17 +59,14 @@ def _convolution(conv: _ConvNd) -> Rule:
 
 
 def _transposed(conv: _ConvNd) -> Rule:
-    """A convolution, with its kernel turned round, of the input with zeros between its pixels."""
-    taps = math.prod(conv.kernel_size)
+    """A convolution of the output gradient, whose pixels are what the input is multiplied with."""
+    pixels = functools.partial(_pixels, groups=conv.groups)
 
-    def inputs(x: Tensor) -> Tensor:
-        stride = [1] * len(conv.stride)
-        rows = _patches(_spread(conv, x), conv.groups, conv.kernel_size, conv.dilation, stride)
-        turned: Tensor = rows.unflatten(-1, (-1, taps)).flip(-1)
-        return turned.flatten(-2)
+    def outputs(g: Tensor) -> Tensor:
+        return _patches(_cut(conv, g), conv.groups, conv.kernel_size, conv.dilation, conv.stride)
 
-    outputs = functools.partial(_pixels, groups=conv.groups)
-    return Rule(conv.groups, conv.out_channels // conv.groups, inputs, outputs, taps)
+    out = conv.out_channels // conv.groups * math.prod(conv.kernel_size)
+    return Rule(conv.groups, out, pixels, outputs, inputs_first=True, shift=pixels)
 
 
 def _pixels(g: Tensor, groups: int) -> Tensor:
@@ -110,18 +110,10 @@ def _last_first(sides: Sequence[tuple[int, int]]) -> list[int]:
     return [pixels for side in reversed(sides) for pixels in side]
 
 
-def _spread(conv: _ConvNd, x: Tensor) -> Tensor:
-    """The input with stride - 1 zeros between its pixels and the margin that its output takes."""
-    sizes = [s * (length - 1) + 1 for s, length in zip(conv.stride, x.shape[2:], strict=True)]
-    wide = x.new_zeros(*x.shape[:2], *sizes)
-    every = [slice(None, None, s) for s in (1, 1, *conv.stride)]
-    wide[tuple(every)] = x
-    padding = [p for p, _ in _margins(conv)]
-    sides = []
-    for k, d, p, more in zip(conv.kernel_size, conv.dilation, padding, conv.output_padding, strict=True):
-        before = d * (k - 1) - p
-        sides.append((before, before + more))
-    return F.pad(wide, _last_first(sides))  # which cuts where a margin is negative
+def _cut(conv: _ConvNd, g: Tensor) -> Tensor:
+    """The output gradient with the margin that the output has not, and without the pixels that no input reaches."""
+    sides = [(p, p - more) for (p, _), more in zip(_margins(conv), conv.output_padding, strict=True)]
+    return F.pad(g, _last_first(sides))
 
 
 # ---- embeddings
@@ -138,7 +130,7 @@ def _embedding(embedding: nn.Embedding) -> Rule:
         padding = embedding.padding_idx
         return x if padding is None else x.masked_fill(x == padding, -1)
 
-    return Rule(1, embedding.embedding_dim, inputs, _one_group, 1, embedding.num_embeddings)
+    return Rule(1, embedding.embedding_dim, inputs, _one_group, inputs_first=True, classes=embedding.num_embeddings)
 
 
 # ---- the scale and shift of a norm: each channel is a group of one output, its input the normalized one
@@ -229,3 +221,13 @@ def rule_of(module: nn.Module) -> Rule | None:
         if isinstance(module, kind):
             return rule(module)
     return None
+
+
+def bias_rule(rule: Rule, size: int) -> Rule:
+    """The rule of the bias [size] alone, whose outputs are those of all groups."""
+    rows = rule.outputs if rule.shift is None else rule.shift
+
+    def outputs(g: Tensor) -> Tensor:
+        return rows(g).flatten(-2).unsqueeze(-2)
+
+    return Rule(1, size, rule.inputs, outputs)

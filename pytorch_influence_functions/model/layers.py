@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from .gradients import agrees
-from .layer_rules import Rule, rule_of
+from .layer_rules import Rule, bias_rule, rule_of
 from .objective import Objective
 from .outer_products import outer_products
 from .outputs import numbers_of
@@ -66,17 +66,17 @@ class Layer(NamedTuple):
 
     def inputs(self, x: Tensor, size: int) -> Tensor:
         """Input as the module gets it, batch size -> [B, T, groups, in (+ 1)]; one-hot ones as their places."""
-        rows = self.rule.inputs(x)
-        ones = torch.ones_like(rows[..., :1])
         if self.weight is None:
-            rows = ones
-        elif self.bias is not None:
-            rows = torch.cat([rows, ones], -1)
+            return x.new_ones(size, 1, 1, 1)
+        rows = self.rule.inputs(x)
+        if self.bias is not None:
+            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
         return self.layout(rows, size)
 
     def outputs(self, g: Tensor, size: int) -> Tensor:
-        """Gradient of its output, batch size -> [B, T, groups, out]."""
-        return self.layout(self.rule.outputs(g), size)
+        """Gradient of its output, batch size -> [B, T, groups, out]; T = 1 where the bias is alone."""
+        rows = self.layout(self.rule.outputs(g), size)
+        return rows.sum(1, keepdim=True) if self.weight is None else rows
 
 
 # ---- which layers
@@ -89,7 +89,7 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
     """
     places = parameter_places(objective)
     named = objective.model.named_modules()
-    layers = [layer for name, module in named if (layer := _layer(name, module, places))]
+    layers = [layer for name, module in named for layer in _layers(name, module, places)]
     layers = _seen(objective, layers, batch)
     if not layers:
         return []
@@ -153,17 +153,27 @@ def _is_right(layer: Layer, i: int, tried: Sequence[_Tried]) -> bool:
     return all(agrees(lambda one=one: found(one), gather(layer, one.truth).flatten(1)) for one in tried)  # type: ignore[misc]
 
 
-def _layer(name: str, module: nn.Module, places: dict[str, slice]) -> Layer | None:
+def _layers(name: str, module: nn.Module, places: dict[str, slice]) -> list[Layer]:
+    """A module's parameters that are trained; its bias apart where the rule of the weight does not cover it."""
     prefix = f"{name}." if name else ""
     weight, bias = places.get(f"{prefix}weight"), places.get(f"{prefix}bias")
-    if weight is None and bias is None:
-        return None
+    rule = None
+    if weight is not None or bias is not None:
+        rule = _rule(name, module)
+    if rule is None:
+        return []
+    if bias is None or (weight is not None and rule.shift is None):
+        return [Layer(name, module, weight, bias, rule)]
+    alone = Layer(f"{prefix}bias", module, None, bias, bias_rule(rule, bias.stop - bias.start))
+    return [alone] if weight is None else [Layer(f"{prefix}weight", module, weight, None, rule), alone]
+
+
+def _rule(name: str, module: nn.Module) -> Rule | None:
     try:
-        rule = rule_of(module)
+        return rule_of(module)
     except NotImplementedError as error:
         _left_out(name, str(error))
         return None
-    return None if rule is None else Layer(name, module, weight, bias, rule)
 
 
 def _seen(objective: Objective, layers: Sequence[Layer], batch: Batch) -> list[Layer]:
@@ -279,11 +289,10 @@ def gather(layer: Layer, v: Tensor) -> Tensor:
     rule, parts = layer.rule, []
     if layer.weight is not None:
         W = v[:, layer.weight]
-        if rule.taps is None:
-            W = W.reshape(len(v), rule.groups, rule.out, -1)
+        if rule.inputs_first:
+            parts.append(W.reshape(len(v), rule.groups, -1, rule.out).mT)
         else:
-            W = W.reshape(len(v), rule.groups, -1, rule.out, rule.taps).transpose(2, 3).flatten(3)
-        parts.append(W)
+            parts.append(W.reshape(len(v), rule.groups, rule.out, -1))
     if layer.bias is not None:
         parts.append(v[:, layer.bias].reshape(len(v), rule.groups, rule.out, 1))
     return torch.cat(parts, -1)
@@ -295,6 +304,5 @@ def scatter(layer: Layer, W: Tensor, v: Tensor) -> None:
         v[:, layer.bias] = W[..., -1].reshape(len(v), -1)
         W = W[..., :-1]
     if layer.weight is not None:
-        if layer.rule.taps is not None:
-            W = W.unflatten(-1, (-1, layer.rule.taps)).transpose(2, 3)
+        W = W.mT if layer.rule.inputs_first else W
         v[:, layer.weight] = W.reshape(len(v), -1)
