@@ -146,8 +146,9 @@ def _is_right(layer: Layer, i: int, tried: Sequence[_Tried]) -> bool:
 
     def found(one: _Tried) -> Tensor:
         size = len(one.truth)
-        a = _joined(layer.inputs, one.inputs[i], one.truth, size)
-        g = _joined(layer.outputs, one.gradients[i], one.truth, size)
+        # in the model's own precision, which the truth is rounded to as well
+        a = torch.cat([layer.inputs(x, size) for x in one.inputs[i]], 1)
+        g = torch.cat([layer.outputs(x, size) for x in one.gradients[i]], 1)
         return outer_products(g.transpose(1, 2), a.transpose(1, 2), layer.rule.classes).flatten(1)
 
     return all(agrees(lambda one=one: found(one), gather(layer, one.truth).flatten(1)) for one in tried)  # type: ignore[misc]
