@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.func import vjp, vmap
 from ..data.batch import Batch
 from ..model import draws
 from ..model.budget import DIAGONAL_BLOCK, MIB
-from ..model.layers import Forward, Layer, backward, forward, layer_inputs, parameter_places, usable_layers
+from ..model.layers import Forward, Layer, backward, forward, gather, layer_inputs, parameter_places, usable_layers
 from ..model.likelihoods import DENSE_OUTPUTS, likelihood, roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
@@ -26,6 +26,9 @@ from .problem import Problem
 logger = logging.getLogger(__name__)
 FEW_OUTPUTS = 16
 """Up to this many outputs of a sample the expectation over g is a sum over all of them; beyond it, g is drawn."""
+LARGEST_FACTOR = 2**13
+"""Inputs or outputs of a group beyond which the axes stand for the factor's eigenvectors, which then take more than a
+minute of one core (measured: 1.0 s for 2048, with the third power of the size) and half a gigabyte."""
 SIGNS = 1
 """The stream of random signs, apart from that of the draws."""
 
@@ -56,17 +59,21 @@ class Passes:
     Args:
         problem: the model and its training set.
         top: directions of the loss's Hessian that are taken one by one; None: all where they are few, else none.
+
+    Attributes:
+        layers: those that can be seen.
+        axes: their factors that are not built, as (place of the layer, "in" or "out").
+        outside: places in theta of the parameters outside the layers.
     """
 
     def __init__(self, problem: Problem, top: int | None = None) -> None:
         self.problem, self.top, objective = problem, top, problem.objective
-        usable = usable_layers(objective, problem.samples.take([0, problem.samples.n // 2]))
-        self.layers = _fitting(problem, usable)
+        self.layers = usable_layers(objective, problem.samples.take([0, problem.samples.n // 2]))
+        self.axes = _axes(problem, self.layers)
         outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:
-            for place in (layer.weight, layer.bias):
-                if place is not None:
-                    outside[place] = False
+            for place in layer.places:
+                outside[place] = False
         self.outside = outside.nonzero().squeeze(1).to(objective.device)
         self._kept: list[Seen] | None = None
         _tell(objective, outside)
@@ -150,29 +157,42 @@ def batch_size(problem: Problem, layers: Sequence[Layer], top: int | None = None
     return problem.budget.layer_batch(seen.bytes, problem.activations, dense)
 
 
-def _fitting(problem: Problem, layers: list[Layer]) -> list[Layer]:
-    """The layers whose factors fit the memory together: the largest are left out until they do."""
-    item = problem.objective.theta.element_size()
-    fitting = sorted(layers, key=factor_numbers)
-    while fitting:
-        sizes = [factor_numbers(layer) for layer in fitting]
-        need = item * (sum(sizes) + 3 * max(sizes))  # the eigenvectors of one layer at a time beside all factors
-        if need <= problem.budget.held_ways:
-            break
-        left_out = fitting.pop()
+class Side(NamedTuple):
+    """One factor of a layer's block."""
+
+    place: tuple[int, str]
+    """Which layer, and whether of its inputs ("in") or its output gradients ("out")."""
+    size: int
+    numbers: int
+    """Entries of its matrices."""
+
+
+def _axes(problem: Problem, layers: Sequence[Layer]) -> set[tuple[int, str]]:
+    """Factors that are not built: the axes stand for their eigenvectors.
+
+    Of one-hot inputs they are the eigenvectors, since no two of them are one together. Otherwise it is an
+    approximation, for the largest factors, until the others fit the memory.
+    """
+    theta, item = problem.objective.theta, problem.objective.theta.element_size()
+    one_hot = {(i, "in") for i, layer in enumerate(layers) if layer.rule.classes is not None}
+    sides = [side for i, layer in enumerate(layers) for side in _sides(i, layer, theta) if side.place not in one_hot]
+    sides.sort(key=lambda side: side.numbers)
+    left_out = [side for side in sides if side.size > LARGEST_FACTOR]
+    sides = [side for side in sides if side.size <= LARGEST_FACTOR]
+    # the eigenvectors of one factor are computed beside all factors and those that are done
+    while sides and item * (sum(side.numbers for side in sides) + 3 * sides[-1].numbers) > problem.budget.held_ways:
+        left_out.append(sides.pop())
+    for (i, which), size, numbers in left_out:
         logger.info(
-            "EKFAC: the factors of %s take %.0f MiB, more than config['max_memory'] allows; it gets a diagonal block",
-            left_out.name, item * factor_numbers(left_out) / MIB,
+            "EKFAC: the factor of %s (%s, %d, %.0f MiB) is too large, for the work or for config['max_memory']; a "
+            "diagonal stands for it", layers[i].name, which, size, item * numbers / MIB,
         )  # fmt: skip
-    return [layer for layer in layers if layer in fitting]
+    return one_hot | {side.place for side in left_out}
 
 
-def factor_numbers(layer: Layer) -> int:
-    """Entries of both factors of a layer's groups."""
-    weight = cast(Tensor, layer.module.weight)
-    outputs = weight.shape[0] // layer.groups
-    inputs = weight.numel() // weight.shape[0] + (layer.bias is not None)
-    return int(layer.groups * (inputs**2 + outputs**2))
+def _sides(i: int, layer: Layer, theta: Tensor) -> list[Side]:
+    _, groups, outputs, inputs = gather(layer, theta.unsqueeze(0)).shape
+    return [Side((i, "in"), inputs, groups * inputs**2), Side((i, "out"), outputs, groups * outputs**2)]
 
 
 # ---- one batch

@@ -13,6 +13,7 @@ from pytorch_influence_functions.model import budget
 from pytorch_influence_functions.model.budget import MIB, Budget
 from pytorch_influence_functions.solve import auto
 from pytorch_influence_functions.solve.ekfac import build
+from pytorch_influence_functions.solve.exact import dense_curvature
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 70  # more than two blocks of the diagonal outside the layers, and a ragged one
@@ -107,22 +108,34 @@ def test_diagonal_outside_the_layers_is_of_the_same_blocks(size, monkeypatch):
     assert_close(eigenvalues(), expected)
 
 
-def test_factors_that_do_not_fit_become_a_diagonal(caplog):
+def factors_of(max_memory):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 120), nn.Tanh(), nn.Linear(120, 3))
     x, y = torch.randn(40, 6), torch.randint(0, 3, (40,))
     loader = DataLoader(TensorDataset(x, y), batch_size=8)
-    # the factors of the layers have 49 + 14,400 and 14,641 + 9 numbers of 8 bytes
-    options = {"solver": "ekfac", "damping": 0.1, "progress": False}
+    options = {"solver": "ekfac", "damping": 0.1, "progress": False, "max_memory": max_memory}
+    problem = ptif.InfluenceFunction(model, loader, options).problem
+    with problem.guard():
+        return build(problem), problem
+
+
+def test_factors_that_do_not_fit_become_diagonals(caplog):
+    # of the first layer 7 x 7 and 120 x 120 numbers of 8 bytes, of the second 121 x 121 and 3 x 3
     with caplog.at_level(logging.INFO):
-        influence = ptif.InfluenceFunction(model, loader, options, max_memory=1.9)
-        scores = influence.scores((x[:3], y[:3]))
-    assert influence.report["layers"] == 1
-    assert "the factors of 2 take 0 MiB, more than config['max_memory'] allows" in caplog.text
-    whole = ptif.InfluenceFunction(model, loader, options, max_memory=8)
-    found = whole.scores((x[:3], y[:3]))
-    assert whole.report["layers"] == 2
-    assert 0.01 < float((scores - found).norm() / found.norm()) < 1
+        factors, problem = factors_of(1.9)
+    assert "the factor of 2 (in, 121, 0 MiB) is too large" in caplog.text
+    assert "the factor of 0" not in caplog.text
+    first, second = factors.blocks
+    sizes = [Q if Q is None else Q.shape[-1] for block in (first, second) for Q in (block.Q_in, block.Q_out)]
+    assert sizes == [7, 120, None, 3]
+    # on these axes its numbers are the second moments of the gradients, which the whole ones diagonalise better
+    whole, _ = factors_of(8)
+    assert all(Q is not None for block in whole.blocks for Q in (block.Q_in, block.Q_out))
+    assert_close(factors.eigenvalues.sum(), whole.eigenvalues.sum())
+    with problem.guard():
+        G = dense_curvature(problem)
+    errors = [float((f(torch.eye(len(G))) - G).norm() / G.norm()) for f in (whole, factors)]
+    assert errors[0] < errors[1] < 1
 
 
 def test_sizes_have_their_bounds():
