@@ -22,7 +22,7 @@ from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outer_products import one_hot_norms, outer_products
 from pytorch_influence_functions.model.probe import probe
 from pytorch_influence_functions.solve import auto, ekfac, passes
-from pytorch_influence_functions.solve.passes import Passes
+from pytorch_influence_functions.solve.low_rank import low_rank
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -362,6 +362,7 @@ def prepared(name, **options):
 @pytest.mark.parametrize("name", MODELS)
 def test_ekfac_is_its_definition(name, largest, monkeypatch):
     monkeypatch.setattr(passes, "LARGEST_FACTOR", largest)
+    monkeypatch.setattr(passes, "batch_size", lambda *_: 4)
     model, loader, influence = prepared(name, solver="ekfac")
     truth, G = by_definition(model, loader, lambda size: size > largest)
     with influence.problem.guard():
@@ -388,6 +389,14 @@ def test_rows_of_every_layer_make_the_low_rank_form_exact(name, monkeypatch):
     assert influence.report["chosen"] == "low rank plus EKFAC"
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_every_layer_counts_in_the_share_of_a_sample(name):
+    model, loader, influence = prepared(name, solver="ekfac")
+    with influence.problem.guard():
+        weights = low_rank(influence.problem, 0).weights
+    assert_close(weights, torch.stack([dense_gauss_newton(model, loader, [i], {}).trace() for i in range(N)]))
+
+
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -410,7 +419,7 @@ def test_what_is_outside_is_named(caplog):
     with caplog.at_level("INFO", logger="pytorch_influence_functions"):
         influence = ptif.InfluenceFunction(Encoder(), loader_of(TOKENS), solver="ekfac", damping=0.1, progress=False)
         with influence.problem.guard():
-            outside = Passes(influence.problem).outside
+            outside = passes.Passes(influence.problem).outside
     assert len(outside) == 12 * 4 + 12 + 16 + 4
     assert f"EKFAC: a diagonal block is used for {', '.join(attention)}" in caplog.messages
 
