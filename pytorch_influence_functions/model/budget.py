@@ -8,6 +8,7 @@ never the memory that happens to be free.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 
 import torch
@@ -17,6 +18,9 @@ FREE_SHARE = 0.25
 """Of the memory that is free when the options name none: a run shares the machine with what the user does meanwhile."""
 RESERVE = 32
 """MiB of `max_memory` that no size counts on: what the allocator keeps, the workspaces of kernels, late imports."""
+LEAST_VECTORS = 25
+"""Vectors [P] that are held at once at the worst moment, of one test sample: LiSSA's state and a check of it, or a try
+of the ways of computing. Measured on an MLP of 1.6 million parameters."""
 UNTOLD = 4096 * MIB
 """What the choice of a way counts on where the options name no `max_memory`: a laptop has it."""
 CACHE = {"cpu": 32 * MIB}
@@ -47,19 +51,31 @@ class Budget:
         total: `max_memory`, or a part of what is free.
         ways: by which a way of solving is chosen; `total` where the options name it.
         device: the type of the device.
+        named: whether the options name it.
     """
 
     total: float
     ways: float
     device: str = "cpu"
+    named: bool = False
 
     @classmethod
     def of(cls, max_memory: float | None, device: torch.device) -> Budget:
         """From `config["max_memory"]` in MiB, or None."""
         if max_memory is not None:
             working = MIB * max(max_memory - RESERVE, max_memory / 2)
-            return cls(working, working, device.type)
+            return cls(working, working, device.type, named=True)
         return cls(FREE_SHARE * free_bytes(device), UNTOLD, device.type)
+
+    def require(self, parameters: int, row: float) -> None:
+        """Raise `ValueError` where `max_memory` does not hold the vectors [P], of `row` bytes, of one test sample."""
+        need = LEAST_VECTORS * row
+        if self.named and need > self.total:
+            raise ValueError(
+                f"config['max_memory']: one vector of the {parameters:,} parameters takes {row / MIB:.1f} MiB, and a "
+                f"solver holds up to {LEAST_VECTORS} of them for a test sample; give at least "
+                f"{math.ceil(need / MIB) + RESERVE}, or fewer config['parameters']"
+            )
 
     @property
     def product(self) -> float:

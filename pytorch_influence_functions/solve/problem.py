@@ -157,6 +157,7 @@ def make_problem(
         device=device,
     )
     budget = Budget.of(config.max_memory, device)
+    budget.require(objective.P, objective.theta.nbytes)
     with random_state(config.seed), objective.active():
         samples = Samples(train_loader, device=device, name="train_loader", progress=config.progress)
         warn_if_varying(samples)

@@ -155,3 +155,14 @@ def test_sizes_have_their_bounds():
     assert largest == [256, 256, 16, 64, 8, 64, 512]
     assert much.layer_batch(row, kept, 0) == int(budget.LAYER_BYTES / (3 * row + 2 * kept))
     assert budget.gradient_block(9, 1, 1, 1e9) == 9
+
+
+def test_a_budget_too_small_for_one_test_sample_says_what_is_enough():
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 300), torch.randint(0, 200, (8,))
+    given = nn.Linear(300, 200), DataLoader(TensorDataset(x, y), batch_size=4)
+    with pytest.raises(ValueError, match=r"60,200 parameters takes 0.5 MiB.* at least 44") as caught:
+        ptif.InfluenceFunction(*given, solver="cg", damping=1.0, max_memory=20, progress=False)
+    enough = int(str(caught.value).split("at least ")[1].split(",")[0])
+    influence = ptif.InfluenceFunction(*given, solver="cg", damping=1.0, max_memory=enough, progress=False)
+    assert influence.scores((x[:2], y[:2])).isfinite().all()
