@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.solution import Solution
 from .solve.solvers import Solver, row_of
+from .utils import warn
 
 logger = logging.getLogger(__name__)
 
@@ -275,11 +275,10 @@ class Member:
         if worst <= tolerance:
             return
         self._warned = True
-        warnings.warn(
+        warn(
             f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
             f"{self.solver.row.advice}",
             ToleranceWarning,
-            stacklevel=4,
         )
 
 

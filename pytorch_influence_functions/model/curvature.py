@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
@@ -18,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from ..data.batch import Batch
+from ..utils import warn
 from .budget import STACK, product_stack
 from .gradients import REUSED, activation_bytes, agrees, in_stacks, reuse
 from .linear import INSIDE
@@ -168,7 +168,7 @@ class Curvature:
         if kind == "ggn" and objective.linear == INSIDE:
             raise ValueError(INSIDE)
         if kind == "ggn" and objective.linear is not None:
-            warnings.warn(objective.linear, stacklevel=4)
+            warn(objective.linear)
         self.objective, self.kind, self.max_bytes = objective, kind, max_bytes
         self._product = PRODUCTS[kind]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,7 +20,7 @@ from ..model.gradients import activation_bytes
 from ..model.linear import INSIDE
 from ..model.objective import Objective
 from ..model.probe import MOST_PROBED, probe
-from ..utils import random_state
+from ..utils import random_state, warn
 from .errors import CurvatureWarning, DeviceWarning, VaryingDataWarning
 
 logger = logging.getLogger(__name__)
@@ -85,11 +84,10 @@ class Problem:
 
     def instead_of_hessian(self, reason: str) -> Problem:
         """`with_gauss_newton`, said in a warning, where the user left the choice open."""
-        warnings.warn(
+        warn(
             f"{reason}; the Gauss-Newton curvature is used instead of the Hessian. Name config['curvature'] = 'ggn' to "
             "choose it yourself, or a larger config['damping'] to keep the Hessian",
             CurvatureWarning,
-            stacklevel=2,
         )
         return self.with_gauss_newton()
 
@@ -174,11 +172,10 @@ def warn_if_varying(samples: Samples) -> None:
     index = varying_sample(samples)
     if index is None:
         return
-    warnings.warn(
+    warn(
         f"{samples.name}: sample {index} of its dataset is not the same when it is read twice (random "
         "augmentation?), so its gradient is not one number; pass a loader over the data without augmentation",
         VaryingDataWarning,
-        stacklevel=5,
     )
 
 
@@ -190,11 +187,10 @@ def choose_device(gpu: int, model: nn.Module) -> torch.device:
     """
     if gpu < 0:
         if isinstance(model, nn.Module) and any(p.is_cuda for p in model.parameters()):
-            warnings.warn(
+            warn(
                 "the model is on a CUDA device, but config['gpu'] = -1 computes on the CPU; set config['gpu'] to the "
                 "device's id to use it",
                 DeviceWarning,
-                stacklevel=3,
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():

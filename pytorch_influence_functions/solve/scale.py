@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.curvature import Spectrum, extreme_eigenvalues
+from ..utils import warn
 from .ekfac import Ekfac
 from .errors import CurvatureWarning, NegativeCurvatureError
 from .system import System, row_norms, take
@@ -67,11 +67,10 @@ def _automatic(system: System, eigenvalue: float) -> float:
         return float(asked)
     scale = MARGIN * least
     what = "curvature" if least == eigenvalue else "curvature and the damping"
-    warnings.warn(
+    warn(
         f"config['scale'] = {asked:g} is below the largest eigenvalue {least:.3g} of a minibatch's {what}; "
         f"scale {scale:.3g} is used, lambda = {system.damping:g} is kept (damp = {system.damping / scale:.3g})",
         CurvatureWarning,
-        stacklevel=2,
     )
     return scale
 
