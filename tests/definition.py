@@ -20,6 +20,8 @@ def blocks(model):
         if isinstance(module, NORMS) and own:
             yield module, torch.cat(own).view(1, -1, 1)
             continue
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            continue  # nn.MultiheadAttention takes its parameters without calling it
         weight, bias = places.get(f"{name}.weight"), places.get(f"{name}.bias")
         apart = isinstance(module, nn.ConvTranspose2d) or weight is None
         if weight is not None:
