@@ -5,6 +5,8 @@ from cases import dense_gauss_newton
 from torch import nn
 from torch.func import functional_call, jacrev
 
+NORMS = nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d
+
 
 def blocks(model):
     """Module and indices of its parameters among all [groups, out, in] of each block: by the definition of its kind."""
@@ -14,14 +16,18 @@ def blocks(model):
             places[name] = torch.arange(start, start + p.numel())
             start += p.numel()
     for name, module in model.named_modules():
+        own = [places[key] for key in (f"{name}.weight", f"{name}.bias") if key in places]
+        if isinstance(module, NORMS) and own:
+            yield module, torch.cat(own).view(1, -1, 1)
+            continue
+        if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+            continue  # nn.MultiheadAttention takes its parameters without calling it
         weight, bias = places.get(f"{name}.weight"), places.get(f"{name}.bias")
+        apart = isinstance(module, nn.ConvTranspose2d) or weight is None
         if weight is not None:
-            W, transposed = by_groups(module, weight), isinstance(module, nn.ConvTranspose2d)
-            if bias is None or transposed:
-                yield module, W
-            else:
-                yield module, torch.cat([W, bias.view(*W.shape[:2], 1)], -1)
-        if bias is not None and (weight is None or isinstance(module, nn.ConvTranspose2d)):
+            W = by_groups(module, weight)
+            yield module, W if bias is None or apart else torch.cat([W, bias.view(*W.shape[:2], 1)], -1)
+        if bias is not None and apart:
             yield module, bias.view(1, -1, 1)
 
 
@@ -30,10 +36,8 @@ def by_groups(module, weight):
         return weight.view(1, module.num_embeddings, -1).mT
     if isinstance(module, nn.ConvTranspose2d):
         return weight.view(module.groups, module.in_channels // module.groups, -1).mT
-    if isinstance(module, nn.Linear | nn.Conv2d):
-        groups = getattr(module, "groups", 1)
-        return weight.view(groups, module.weight.shape[0] // groups, -1)
-    return weight.view(-1, 1, 1)
+    groups = getattr(module, "groups", 1)
+    return weight.view(groups, module.weight.shape[0] // groups, -1)
 
 
 def by_definition(model, loader, axes=lambda size: False):
@@ -82,14 +86,21 @@ def seen_by(model, found, x):
         inputs, output = seen[module]
         directions = (values.clamp_min(0).sqrt() * vectors).T
         gs = [torch.autograd.grad(logits, output, e, retain_graph=True)[0] for e in directions]
-        if index.shape[2] == 1 and len(index) == 1:
-            yield torch.ones(1, 1, 1), [channels_last(module, g).sum(0).view(1, 1, -1) for g in gs]
+        if index.shape[2] == 1:
+            yield torch.ones(1, 1, 1), [own_gradient(module, inputs, g, index.numel()) for g in gs]
         elif isinstance(module, nn.ConvTranspose2d):
             a = inputs[0].flatten(1).view(module.groups, -1, inputs[0, 0].numel()).mT
             yield a, [kernel_gradients(module, inputs, g) for g in gs]
         else:
             rows = [channels_last(module, g).view(-1, *index.shape[:2]).transpose(0, 1) for g in gs]
             yield input_columns(module, inputs, index.shape), rows
+
+
+def own_gradient(module, x, g, size):
+    """Of the last of a module's trained parameters [1, 1, size]: of its bias alone where that is the size."""
+    own = [p for p in module.parameters() if p.requires_grad]
+    parts = torch.autograd.grad(module(x), own, g)
+    return torch.cat([part.flatten() for part in parts])[-size:].view(1, 1, size)
 
 
 def channels_last(module, y):

@@ -1,9 +1,10 @@
-r"""How the gradient of a layer is a sum of outer products over its positions: one rule a kind of layer.
+r"""How the gradient of a layer follows from its input and its output gradient: one rule a kind of layer.
 
 Of a layer with inputs a_t and output gradients g_t the weight gradient of one sample is \sum_t g_t a_t^T, t over
 sequence or image positions; in each of its groups where the outputs of a group see the inputs of that group alone. Its
-bias is the weight of an input that is always one; alone, it is one group whose single input is one, its output gradient
-summed over the positions.
+bias is the weight of an input that is always one. The scale and shift of a norm have a gradient for each channel,
+\sum_t g_t x_t and \sum_t g_t with the normalized input x_t: together they are a block of their own, and so is a bias
+whose weight is frozen.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ Rows = Callable[[Tensor], Tensor]
 """A layer's input or output gradient -> [positions with samples among them..., groups, d]."""
 
 
-class Rule(NamedTuple):
-    """What a layer's input and output gradient say about the gradient of its weight and bias."""
+class Products(NamedTuple):
+    """A weight, and often a bias, whose gradient is a sum of outer products."""
 
     groups: int
     out: int
@@ -38,11 +39,44 @@ class Rule(NamedTuple):
     """Of one-hot inputs, which are the place of their one instead (an integer, d = 1; -1: there is none)."""
 
 
+class Sums(NamedTuple):
+    """Parameters whose gradient is a sum over positions: outputs of a single input that is always one."""
+
+    gradients: Callable[[Tensor, Tensor], list[Tensor]]
+    """Output gradient and input -> the gradient at each position of each parameter [..., 1, its size]."""
+
+
+class Part(NamedTuple):
+    """Which of a layer's parameters a rule covers."""
+
+    rule: Products | Sums
+    weight: bool
+    bias: bool
+
+
+Rule = Callable[[Any, bool, bool], list[Part]]
+"""A layer and whether its weight and its bias are trained -> the rules of these."""
+
+
+def _products(rule: Callable[[Any], Products]) -> Rule:
+    """A layer with a weight of outer products."""
+
+    def parts(module: nn.Module, weight: bool, bias: bool) -> list[Part]:
+        products = rule(module)
+        if weight and not (bias and products.shift):
+            return [Part(products, True, bias)]
+        rows = products.shift or products.outputs
+        alone = Part(Sums(lambda g, _: [rows(g).flatten(-2).unsqueeze(-2)]), False, True)
+        return [Part(products, True, False), alone] if weight else [alone]
+
+    return parts
+
+
 # ---- linear and convolutions
 
 
-def _linear(linear: nn.Linear) -> Rule:
-    return Rule(1, linear.out_features, _one_group, _one_group)
+def _linear(linear: nn.Linear) -> Products:
+    return Products(1, linear.out_features, _one_group, _one_group)
 
 
 def _one_group(x: Tensor) -> Tensor:
@@ -50,15 +84,15 @@ def _one_group(x: Tensor) -> Tensor:
     return x.unsqueeze(-2)
 
 
-def _convolution(conv: _ConvNd) -> Rule:
+def _convolution(conv: _ConvNd) -> Products:
     def inputs(x: Tensor) -> Tensor:
         return _patches(_padded(conv, x), conv.groups, conv.kernel_size, conv.dilation, conv.stride)
 
     outputs = functools.partial(_pixels, groups=conv.groups)
-    return Rule(conv.groups, conv.out_channels // conv.groups, inputs, outputs)
+    return Products(conv.groups, conv.out_channels // conv.groups, inputs, outputs)
 
 
-def _transposed(conv: _ConvNd) -> Rule:
+def _transposed(conv: _ConvNd) -> Products:
     """A convolution of the output gradient, whose pixels are what the input is multiplied with."""
     pixels = functools.partial(_pixels, groups=conv.groups)
 
@@ -66,7 +100,7 @@ def _transposed(conv: _ConvNd) -> Rule:
         return _patches(_cut(conv, g), conv.groups, conv.kernel_size, conv.dilation, conv.stride)
 
     out = conv.out_channels // conv.groups * math.prod(conv.kernel_size)
-    return Rule(conv.groups, out, pixels, outputs, inputs_first=True, shift=pixels)
+    return Products(conv.groups, out, pixels, outputs, inputs_first=True, shift=pixels)
 
 
 def _pixels(g: Tensor, groups: int) -> Tensor:
@@ -119,7 +153,7 @@ def _cut(conv: _ConvNd, g: Tensor) -> Tensor:
 # ---- embeddings
 
 
-def _embedding(embedding: nn.Embedding) -> Rule:
+def _embedding(embedding: nn.Embedding) -> Products:
     if embedding.max_norm is not None:
         raise NotImplementedError("max_norm changes its weight while it is read")
     if embedding.scale_grad_by_freq:
@@ -130,35 +164,34 @@ def _embedding(embedding: nn.Embedding) -> Rule:
         padding = embedding.padding_idx
         return x if padding is None else x.masked_fill(x == padding, -1)
 
-    return Rule(1, embedding.embedding_dim, inputs, _one_group, inputs_first=True, classes=embedding.num_embeddings)
+    return Products(1, embedding.embedding_dim, inputs, _one_group, inputs_first=True, classes=embedding.num_embeddings)
 
 
-# ---- the scale and shift of a norm: each channel is a group of one output, its input the normalized one
+# ---- norms
 
 
-def _last(normalized: Callable[[Any, Tensor], Tensor]) -> Callable[[Any], Rule]:
-    """Channels in the last dimensions."""
+def _scaled(normalized: Callable[[Any, Tensor], Tensor], channels: Callable[[Any, Tensor], Tensor]) -> Rule:
+    """A layer that scales and shifts its normalized input."""
 
-    def rule(norm: nn.LayerNorm | nn.RMSNorm) -> Rule:
-        def rows(x: Tensor) -> Tensor:
-            return x.flatten(-len(norm.normalized_shape)).unsqueeze(-1)
+    def parts(norm: nn.Module, weight: bool, bias: bool) -> list[Part]:
+        def gradients(g: Tensor, x: Tensor) -> list[Tensor]:
+            found = [g * normalized(norm, x)] if weight else []
+            found += [g] if bias else []
+            return [channels(norm, part).unsqueeze(-2) for part in found]
 
-        return Rule(math.prod(norm.normalized_shape), 1, lambda x: rows(normalized(norm, x)), rows)
+        return [Part(Sums(gradients), weight, bias)]
 
-    return rule
+    return parts
 
 
-def _second(normalized: Callable[[Any, Tensor], Tensor]) -> Callable[[Any], Rule]:
-    """Channels in the second dimension."""
+def _last(norm: nn.LayerNorm | nn.RMSNorm, x: Tensor) -> Tensor:
+    """Channels in the last dimensions -> [..., channels]."""
+    return x.flatten(-len(norm.normalized_shape))
 
-    def rows(x: Tensor) -> Tensor:
-        return x.movedim(1, -1).unsqueeze(-1)
 
-    def rule(norm: Any) -> Rule:
-        channels = norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features
-        return Rule(channels, 1, lambda x: rows(normalized(norm, x)), rows)
-
-    return rule
+def _second(_: nn.Module, x: Tensor) -> Tensor:
+    """Channels in the second dimension -> [..., channels]."""
+    return x.movedim(1, -1)
 
 
 def _layer_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
@@ -190,44 +223,34 @@ def _statistics(norm: nn.BatchNorm2d | nn.InstanceNorm2d, x: Tensor) -> tuple[Te
     return norm.running_mean.to(x), norm.running_var.to(x)
 
 
-RULES: dict[type[nn.Module], Callable[[Any], Rule]] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-    nn.Conv3d: _convolution,
-    nn.ConvTranspose1d: _transposed,
-    nn.ConvTranspose2d: _transposed,
-    nn.ConvTranspose3d: _transposed,
-    nn.Embedding: _embedding,
-    nn.LayerNorm: _last(_layer_norm),
-    nn.RMSNorm: _last(_rms_norm),
-    nn.GroupNorm: _second(_group_norm),
-    nn.BatchNorm1d: _second(_batch_norm),
-    nn.BatchNorm2d: _second(_batch_norm),
-    nn.BatchNorm3d: _second(_batch_norm),
-    nn.SyncBatchNorm: _second(_batch_norm),
-    nn.InstanceNorm1d: _second(_instance_norm),
-    nn.InstanceNorm2d: _second(_instance_norm),
-    nn.InstanceNorm3d: _second(_instance_norm),
+RULES: dict[type[nn.Module], Rule] = {
+    nn.Linear: _products(_linear),
+    nn.Conv1d: _products(_convolution),
+    nn.Conv2d: _products(_convolution),
+    nn.Conv3d: _products(_convolution),
+    nn.ConvTranspose1d: _products(_transposed),
+    nn.ConvTranspose2d: _products(_transposed),
+    nn.ConvTranspose3d: _products(_transposed),
+    nn.Embedding: _products(_embedding),
+    nn.LayerNorm: _scaled(_layer_norm, _last),
+    nn.RMSNorm: _scaled(_rms_norm, _last),
+    nn.GroupNorm: _scaled(_group_norm, _second),
+    nn.BatchNorm1d: _scaled(_batch_norm, _second),
+    nn.BatchNorm2d: _scaled(_batch_norm, _second),
+    nn.BatchNorm3d: _scaled(_batch_norm, _second),
+    nn.SyncBatchNorm: _scaled(_batch_norm, _second),
+    nn.InstanceNorm1d: _scaled(_instance_norm, _second),
+    nn.InstanceNorm2d: _scaled(_instance_norm, _second),
+    nn.InstanceNorm3d: _scaled(_instance_norm, _second),
 }
 """The rule of each kind of layer, which raises `NotImplementedError` for what it does not cover."""
 
 
-def rule_of(module: nn.Module) -> Rule | None:
-    """The rule of a layer; None where there is none."""
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return None
+def parts_of(module: nn.Module, weight: bool, bias: bool) -> list[Part]:
+    """The rules of a layer's weight and bias, those that are trained; none for a layer of another kind."""
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) or not (weight or bias):
+        return []
     for kind, rule in RULES.items():
         if isinstance(module, kind):
-            return rule(module)
-    return None
-
-
-def bias_rule(rule: Rule, size: int) -> Rule:
-    """The rule of the bias [size] alone, whose outputs are those of all groups."""
-    rows = rule.outputs if rule.shift is None else rule.shift
-
-    def outputs(g: Tensor) -> Tensor:
-        return rows(g).flatten(-2).unsqueeze(-2)
-
-    return Rule(1, size, rule.inputs, outputs)
+            return rule(module, weight, bias)
+    return []

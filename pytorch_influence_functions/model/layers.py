@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..data.batch import Batch
 from .gradients import agrees
-from .layer_rules import Rule, bias_rule, rule_of
+from .layer_rules import Products, Sums, parts_of
 from .objective import Objective
 from .outer_products import outer_products
 from .outputs import numbers_of
@@ -54,7 +54,7 @@ class Layer(NamedTuple):
     weight: slice | None
     """Place in theta; None where there is no weight, or a frozen one."""
     bias: slice | None
-    rule: Rule
+    rule: Products | Sums
     layout: Layout = _samples_first
     copied: bool = False
     """Whether the model gets a copy of its output, which it changes in place."""
@@ -64,19 +64,31 @@ class Layer(NamedTuple):
         """Where its parameters lie in theta."""
         return [place for place in (self.weight, self.bias) if place is not None]
 
+    @property
+    def classes(self) -> int | None:
+        """Of one-hot inputs."""
+        return None if isinstance(self.rule, Sums) else self.rule.classes
+
     def inputs(self, x: Tensor, size: int) -> Tensor:
         """Input as the module gets it, batch size -> [B, T, groups, in (+ 1)]; one-hot ones as their places."""
-        if self.weight is None:
+        if isinstance(self.rule, Sums):
             return x.new_ones(size, 1, 1, 1)
         rows = self.rule.inputs(x)
         if self.bias is not None:
             rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
         return self.layout(rows, size)
 
-    def outputs(self, g: Tensor, size: int) -> Tensor:
-        """Gradient of its output, batch size -> [B, T, groups, out]; T = 1 where the bias is alone."""
-        rows = self.layout(self.rule.outputs(g), size)
-        return rows.sum(1, keepdim=True) if self.weight is None else rows
+    def outputs(self, g: Tensor, x: Tensor, size: int) -> Tensor:
+        """Gradient of its output, its input, batch size -> [B, T, groups, out]."""
+        if isinstance(self.rule, Products):
+            return self.layout(self.rule.outputs(g), size)
+        sums = [self.layout(rows, size).sum(1, keepdim=True) for rows in self.rule.gradients(g, x)]
+        return joined(sums, -1)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat` that does not copy a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 # ---- which layers
@@ -148,33 +160,27 @@ def _is_right(layer: Layer, i: int, tried: Sequence[_Tried]) -> bool:
         size = len(one.truth)
         # in the model's own precision, which the truth is rounded to as well
         a = torch.cat([layer.inputs(x, size) for x in one.inputs[i]], 1)
-        g = torch.cat([layer.outputs(x, size) for x in one.gradients[i]], 1)
-        return outer_products(g.transpose(1, 2), a.transpose(1, 2), layer.rule.classes).flatten(1)
+        pairs = zip(one.gradients[i], one.inputs[i], strict=True)
+        g = torch.cat([layer.outputs(g, x, size) for g, x in pairs], 1)
+        return outer_products(g.transpose(1, 2), a.transpose(1, 2), layer.classes).flatten(1)
 
     return all(agrees(lambda one=one: found(one), gather(layer, one.truth).flatten(1)) for one in tried)  # type: ignore[misc]
 
 
 def _layers(name: str, module: nn.Module, places: dict[str, slice]) -> list[Layer]:
-    """A module's parameters that are trained; its bias apart where the rule of the weight does not cover it."""
+    """A module's parameters that are trained: one layer, or its weight and its bias apart."""
     prefix = f"{name}." if name else ""
     weight, bias = places.get(f"{prefix}weight"), places.get(f"{prefix}bias")
-    rule = None
-    if weight is not None or bias is not None:
-        rule = _rule(name, module)
-    if rule is None:
-        return []
-    if bias is None or (weight is not None and rule.shift is None):
-        return [Layer(name, module, weight, bias, rule)]
-    alone = Layer(f"{prefix}bias", module, None, bias, bias_rule(rule, bias.stop - bias.start))
-    return [alone] if weight is None else [Layer(f"{prefix}weight", module, weight, None, rule), alone]
-
-
-def _rule(name: str, module: nn.Module) -> Rule | None:
     try:
-        return rule_of(module)
+        parts = parts_of(module, weight is not None, bias is not None)
     except NotImplementedError as error:
         _left_out(name, str(error))
-        return None
+        return []
+    layers = []
+    for part in parts:
+        own = name if len(parts) == 1 else f"{prefix}{'weight' if part.weight else 'bias'}"
+        layers.append(Layer(own, module, weight if part.weight else None, bias if part.bias else None, part.rule))
+    return layers
 
 
 def _seen(objective: Objective, layers: Sequence[Layer], batch: Batch) -> list[Layer]:
@@ -259,13 +265,12 @@ def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forw
 def layer_inputs(layers: Sequence[Layer], seen: Forward, size: int) -> list[Tensor]:
     """Inputs of each layer [B, T, groups, in], all of its calls one after the other, in the precision of theta."""
     pairs = zip(layers, seen.raw, strict=True)
-    return [_joined(layer.inputs, xs, seen.theta, size) for layer, xs in pairs]
+    return [joined([layer.inputs(_precise(x, seen.theta), size) for x in xs], 1) for layer, xs in pairs]
 
 
-def _joined(rows: Layout, calls: Sequence[Tensor], theta: Tensor, size: int) -> Tensor:
-    """The rows of all calls [B, T, groups, d] in the precision of theta; of one-hot inputs the places as they are."""
-    numbers = (x.to(theta) if x.is_floating_point() else x for x in calls)
-    return torch.cat([rows(x, size) for x in numbers], 1)
+def _precise(x: Tensor, theta: Tensor) -> Tensor:
+    """In the precision of theta; the places of one-hot inputs as they are."""
+    return x.to(theta) if x.is_floating_point() else x
 
 
 def backward(
@@ -277,8 +282,9 @@ def backward(
     grads = torch.autograd.grad(seen.y, targets, e, retain_graph=True, allow_unused=True, materialize_grads=True)
     each = iter(grads)
     g = []
-    for layer, parts in zip(layers, seen.outs, strict=True):
-        g.append(_joined(layer.outputs, [next(each) for _ in parts], seen.theta, size))
+    for layer, xs in zip(layers, seen.raw, strict=True):
+        calls = [layer.outputs(next(each).to(seen.theta), _precise(x, seen.theta), size) for x in xs]
+        g.append(joined(calls, 1))
     return g, next(each, None)
 
 
@@ -287,23 +293,27 @@ def backward(
 
 def gather(layer: Layer, v: Tensor) -> Tensor:
     """The layer's part of v [K, P] -> [K, groups, out, in (+ 1 for the bias)]."""
-    rule, parts = layer.rule, []
-    if layer.weight is not None:
-        W = v[:, layer.weight]
-        if rule.inputs_first:
-            parts.append(W.reshape(len(v), rule.groups, -1, rule.out).mT)
-        else:
-            parts.append(W.reshape(len(v), rule.groups, rule.out, -1))
-    if layer.bias is not None:
-        parts.append(v[:, layer.bias].reshape(len(v), rule.groups, rule.out, 1))
-    return torch.cat(parts, -1)
+    rule, parts = layer.rule, [v[:, place] for place in layer.places]
+    if isinstance(rule, Sums):
+        return joined(parts, 1)[:, None, :, None]
+    W = parts[0]
+    if rule.inputs_first:
+        W = W.reshape(len(v), rule.groups, -1, rule.out).mT
+    else:
+        W = W.reshape(len(v), rule.groups, rule.out, -1)
+    biases = [b.reshape(len(v), rule.groups, rule.out, 1) for b in parts[1:]]
+    return joined([W, *biases], -1)
 
 
 def scatter(layer: Layer, W: Tensor, v: Tensor) -> None:
     """The inverse of `gather`, into v."""
-    if layer.bias is not None:
-        v[:, layer.bias] = W[..., -1].reshape(len(v), -1)
-        W = W[..., :-1]
-    if layer.weight is not None:
-        W = W.mT if layer.rule.inputs_first else W
-        v[:, layer.weight] = W.reshape(len(v), -1)
+    if isinstance(layer.rule, Sums):
+        parts = W.flatten(1).split([place.stop - place.start for place in layer.places], 1)
+    elif layer.bias is None:
+        parts = (W,)
+    else:
+        parts = (W[..., :-1], W[..., -1])
+    if isinstance(layer.rule, Products) and layer.rule.inputs_first:
+        parts = (parts[0].mT, *parts[1:])
+    for place, part in zip(layer.places, parts, strict=True):
+        v[:, place] = part.reshape(len(v), -1)

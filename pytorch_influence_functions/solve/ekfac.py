@@ -242,7 +242,7 @@ def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
     for seen in passes:
         for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
             left, right = blocks[i].rotated(g, x)
-            _add(squares, i, _squares(left, right, layers[i].rule.classes, max_bytes))
+            _add(squares, i, _squares(left, right, layers[i].classes, max_bytes))
     for i, layer in enumerate(layers):
         scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
     return Ekfac(blocks, eigenvalues[0], passes.outside)
@@ -293,7 +293,7 @@ def eigenbasis_rows(objective: Objective, factors: Ekfac, seen: Seen, draws: Ten
     rows = torch.zeros(len(draws), objective.P, dtype=objective.dtype, device=objective.device)
     for block, x, g in zip(factors.blocks, seen.inputs, seen.gradients, strict=True):
         left, right = block.rotated(g[draws, places], x[places])
-        scatter(block.layer, outer_products(left, right, block.layer.rule.classes), rows)
+        scatter(block.layer, outer_products(left, right, block.layer.classes), rows)
     if len(factors.outside):
         batch = seen.batch
         e = [part[draws, places] for part in seen.cotangents]

@@ -174,7 +174,7 @@ def _axes(problem: Problem, layers: Sequence[Layer]) -> set[tuple[int, str]]:
     approximation, for the largest factors, until the others fit the memory.
     """
     theta, item = problem.objective.theta, problem.objective.theta.element_size()
-    one_hot = {(i, "in") for i, layer in enumerate(layers) if layer.rule.classes is not None}
+    one_hot = {(i, "in") for i, layer in enumerate(layers) if layer.classes is not None}
     sides = [side for i, layer in enumerate(layers) for side in _sides(i, layer, theta) if side.place not in one_hot]
     sides.sort(key=lambda side: side.numbers)
     left_out = [side for side in sides if side.size > LARGEST_FACTOR]
