@@ -8,6 +8,11 @@ from typing import Any
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 logger = logging.getLogger(__name__)
+NEEDED = (
+    "batch_sampler", "sampler", "batch_size", "collate_fn", "num_workers", "prefetch_factor", "pin_memory", "timeout",
+    "worker_init_fn", "multiprocessing_context",
+)  # fmt: skip
+"""What is read of a loader."""
 
 
 def check_loader(loader: Any, name: str) -> None:
@@ -16,6 +21,12 @@ def check_loader(loader: Any, name: str) -> None:
         raise TypeError(
             f"{name}: expected a torch DataLoader, got {type(loader).__name__}; "
             "wrap the data set: DataLoader(dataset, batch_size=32)"
+        )
+    lacks = [name for name in NEEDED if not hasattr(loader, name)]
+    if lacks:
+        raise TypeError(
+            f"{name}: expected a torch DataLoader, got {type(loader).__name__}, which has no {', '.join(lacks)}; pass "
+            "the DataLoader inside it, or wrap its data set: DataLoader(loader.dataset, batch_size=32)"
         )
     dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
@@ -30,11 +41,22 @@ def check_loader(loader: Any, name: str) -> None:
             f"{name}: it has batch_size=None, so one item of its dataset is not one sample; "
             "give a DataLoader with a batch_size over single samples"
         )
-    sampler = loader.sampler
-    plain_batches = type(loader.batch_sampler) is BatchSampler
-    if not plain_batches or not isinstance(sampler, SequentialSampler | RandomSampler | DistributedSampler):
+    unused = _unused(loader)
+    if unused is not None:
         logger.warning(
             "%s: its sampler (%s) is not used: all %d samples of its dataset count, each once. "
             "To leave some out, pass a DataLoader over torch.utils.data.Subset.",
-            name, type(sampler if plain_batches else loader.batch_sampler).__name__, len(dataset),
+            name, type(unused).__name__, len(dataset),
         )  # fmt: skip
+
+
+def _unused(loader: Any) -> Any | None:
+    """The sampler that does not give every sample once in each epoch, if there is one."""
+    sampler, n = loader.sampler, len(loader.dataset)
+    if type(loader.batch_sampler) is not BatchSampler:
+        return loader.batch_sampler
+    if isinstance(sampler, RandomSampler):
+        return sampler if sampler.replacement or sampler.num_samples != n else None
+    if isinstance(sampler, DistributedSampler):
+        return sampler if sampler.num_replicas > 1 else None
+    return None if isinstance(sampler, SequentialSampler) else sampler
