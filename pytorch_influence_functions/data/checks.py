@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from typing import Any
 
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
@@ -60,3 +61,20 @@ def _unused(loader: Any) -> Any | None:
     if isinstance(sampler, DistributedSampler):
         return sampler if sampler.num_replicas > 1 else None
     return None if isinstance(sampler, SequentialSampler) else sampler
+
+
+def require_whole(value: Any, name: str, least: int, most: int | None = None) -> int:
+    """An argument that is a whole number from `least` to `most`.
+
+    Raises:
+        TypeError: it is no whole number.
+        ValueError: it is out of range.
+    """
+    expected = f"{least} to {most}" if most is not None else f"at least {least}"
+    try:
+        number = operator.index(value)
+    except TypeError as error:
+        raise TypeError(f"{name}: expected a whole number ({expected}), got {value!r}") from error
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name}: expected {expected}, got {number}")
+    return number

@@ -147,7 +147,7 @@ class Samples:
         if self._in_memory:
             return True
         for index in range(0, self.n, -(-self.n // COMPARED)):
-            (read,) = batch_labels(self.sample(index))
+            read = self._label_read(index)
             if not agree(labels[index], read):
                 logger.info(
                     "%s: the labels that its dataset holds are not those of its samples (sample %d: %r, read: %r); "
@@ -155,6 +155,13 @@ class Samples:
                 )  # fmt: skip
                 return False
         return True
+
+    def _label_read(self, index: int) -> Any:
+        """Label of a sample as it is read; None where there is none, or the sample cannot be read, as its use says."""
+        try:
+            return batch_labels(self.sample(index))[0]
+        except (TypeError, ValueError):
+            return None
 
     def _read(self, chunks: Any, seed: int) -> Iterator[Batch]:
         if self._in_memory:
