@@ -167,7 +167,7 @@ class Config:
         '`"ekfac"`, for lissa and cg.',
     ))
     tolerance: float | None = field(default=0.01, metadata=_row(
-        NUMBER, _or(None, _fraction), "a number above 0 and below 1, or None to run all steps",
+        NUMBER, _or(None, _fraction), "a number above 0, or None to run all steps, and below 1",
         "relative residual at which an iteration may stop; None runs all its steps.",
     ))
     batch_size: int | None = field(default=None, metadata=_row(

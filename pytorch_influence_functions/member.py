@@ -149,6 +149,7 @@ class Member:
                 known = self._measured(part.v, part.solution) if isinstance(part, Unmeasured) else part
                 found.append(known)
         own = torch.cat(found)
+        self._warn_if_inexact(own)
         self.unmeasured = [own]
         return own
 
@@ -249,8 +250,18 @@ class Member:
         """The residual; of an approximation only what it can be measured from, where all of these fit the memory."""
         kept = 2 * tests * self.objective.P * v.element_size()
         if solution.residual is None and kept <= self.problem.max_bytes:
+            self._look_at_first(v, solution)
             return Unmeasured(v, solution)
         return self._measured(v, solution)
+
+    def _look_at_first(self, v: Tensor, solution: Solution) -> None:
+        """Warn now where an approximation is of a matrix that is singular up to rounding."""
+        prepared = self.solver.prepared()
+        trace = self.objective.P * float(prepared.report.get("mean_eigenvalue", 0.0))
+        rounding = torch.finfo(v.dtype).eps * trace
+        if not self.unmeasured and prepared.system.damping <= rounding:
+            one = dataclasses.replace(solution, vectors=solution.vectors[:1])
+            self._warn_if_inexact(self._measured(v[:1], one))
 
     def _describe(self, group: dict[str, Any] | None = None) -> None:
         """Add a group to the report: what all groups share stands at the top too."""

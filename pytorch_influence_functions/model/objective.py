@@ -19,7 +19,7 @@ from ..data.batch import Batch, flatten_tree
 from .cross_entropy import IGNORED_CLASS, calc_loss, cross_entropies, cross_entropy_of
 from .outputs import Head, recorded, replayed
 from .parameters import require_module, select_parameters, unwrapped, widest
-from .swap import LOCK, differentiable, find_slots, swapped
+from .swap import LOCK, differentiable, find_attributes, find_slots, put_back, swapped
 
 __all__ = ["IGNORED_CLASS", "Objective", "Paths", "Rebuild", "Theta", "calc_loss"]
 Rebuild = Callable[[Sequence[Tensor]], Any]
@@ -115,7 +115,7 @@ class Objective:
             self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
             self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
             self.leaves = [part.requires_grad_() for part in self.unflatten(self.theta.detach())]
-        self._slots = find_slots(self.model)
+        self._slots, self._attributes = find_slots(self.model), find_attributes(self.model)
 
     @property
     def P(self) -> int:
@@ -234,7 +234,7 @@ class Objective:
     def active(self) -> Iterator[None]:
         """Inside: the model in evaluation mode, and every operation one that can be differentiated twice."""
         with differentiable(self.model, self.device):
-            self._slots = find_slots(self.model)
+            self._slots, self._attributes = find_slots(self.model), find_attributes(self.model)
             yield
 
     # ---- inside
@@ -246,8 +246,11 @@ class Objective:
         state = dict(self._fixed)
         for name, t, dtype in zip(self.names, parts, self.dtypes, strict=True):
             state[name] = t if t.dtype == dtype else t.to(dtype)
-        with swapped(self._slots, state):
-            yield self.model
+        try:
+            with swapped(self._slots, state):
+                yield self.model
+        finally:
+            put_back(self._attributes)
 
     def _call(self, theta: Theta, tree: Any) -> Tensor:
         """Mean loss of a batch by the user's loss."""
@@ -266,9 +269,7 @@ class Objective:
         """What the user's loss gave, as a number of this precision."""
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
             return loss.reshape(()).to(self.dtype)
-        found = type(loss).__name__
-        if isinstance(loss, Tensor):
-            found = f"a tensor of shape {tuple(loss.shape)} and {loss.dtype}"
+        found = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(
             f"config[{self.loss_key!r}]: expected the mean loss of the batch, one number as a floating-point tensor, "
             f"got {found}"
