@@ -16,6 +16,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from cases import dense_gauss_newton, slow_gradients
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -748,24 +749,28 @@ def test_a_generator_of_batches_is_not_read():
 # ---- 12. conjugate gradients at the end of the precision
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-20])
-def test_conjugate_gradients_stop_at_rounding(scale):
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("scale", [1e-12, 1e-20])
+def test_conjugate_gradients_of_small_numbers(scale, curvature):
     """Losses so small that squares of gradients underflow, and no tolerance to stop at before that."""
-    model = nn.Linear(4, 3)
-    options = {"loss_func": lambda y, t: scale * F.cross_entropy(y, t), "damping": 0.0 if scale == 1 else 0.5 * scale}
+    options = {"model": nn.Linear(4, 3), "curvature": curvature}
+    expected = scores(**options, tolerance=None)
+    loss, damping = lambda y, t: scale * F.cross_entropy(y, t), scale * OPTIONS["damping"]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ptif.ToleranceWarning)
-        found = scores(model=model, tolerance=None, **options)
-    assert bool(found.isfinite().all())
+        warnings.simplefilter("error", ptif.ToleranceWarning)
+        found = scores(**options, loss_func=loss, damping=damping)
+    assert_close(found / scale, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_conjugate_gradients_without_damping_end_where_they_are():
-    """A singular Gauss-Newton matrix has directions of curvature zero: no error that names the curvature in use."""
-    wide = torch.cat([X, X], 1)
+def test_conjugate_gradients_without_damping_end_where_they_are(double):
+    """A singular Gauss-Newton matrix: the shortest solution, and no error that names the curvature in use."""
+    wide, model = torch.cat([X, X], 1).double(), nn.Linear(8, 3)
+    train = loader(wide, T)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ptif.ToleranceWarning)
-        found = scores(loader(wide, T), (wide[:2], T[:2]), nn.Linear(8, 3), damping=0.0, tolerance=None)
-    assert bool(found.isfinite().all())
+        found = scores(train, (wide[:2], T[:2]), model, damping=0.0, tolerance=None)
+    G, g = dense_gauss_newton(model, train, range(N), {}), slow_gradients(model, train, range(N), {})
+    assert_close(found, g[:2] @ torch.linalg.pinv(G, hermitian=True, rtol=1e-10) @ g.T / N, rtol=1e-5, atol=1e-8)
 
 
 # ---- 13. threads

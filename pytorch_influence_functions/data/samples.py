@@ -56,7 +56,7 @@ class Samples:
         self.batch_size = min(batch_size_of(loader, self.n, name), self.n)
         self.apart = False
         self.shapes: Shapes | None = None
-        self._readers: list[Any] = []
+        self._readers: dict[object, Any] = {}
 
     def __len__(self) -> int:
         return self.n
@@ -75,8 +75,13 @@ class Samples:
 
     def close(self) -> None:
         """End the workers of every pass that was not read to its end."""
-        while self._readers:
-            close(self._readers.pop())
+        for key in list(self._readers):
+            self._end(key)
+
+    def _end(self, key: object) -> None:
+        reader = self._readers.pop(key, None)
+        if reader is not None:
+            close(reader)
 
     def _fetch(self, apart: bool) -> Fetch:
         return Fetch(self.dataset, self.loader.collate_fn, self.name, apart)
@@ -168,33 +173,31 @@ class Samples:
             for chunk in chunks:
                 yield self.take(chunk)
             return
-        loader = DataLoader(
+        # by a key alone, since a frame that named the reader would keep its pipes as long as an exception is kept
+        key = object()
+        self._readers[key] = iter(DataLoader(
             Indices(self.dataset), batch_sampler=chunks, collate_fn=self._fetch(self.apart),
             generator=torch.Generator().manual_seed(seed), **loader_options(self.loader),
-        )  # fmt: skip
-        reader = iter(loader)
-        self._readers.append(reader)
+        ))  # fmt: skip
         try:
             for chunk in chunks:
-                yield self._batch(self._next(reader, chunk)).to(self.device)
+                yield self._batch(self._next(key, chunk)).to(self.device)
         finally:
-            close(reader)
-            if reader in self._readers:
-                self._readers.remove(reader)
+            self._end(key)
 
-    def _next(self, reader: Iterator[Any], chunk: Sequence[int]) -> Fetched:
+    def _next(self, key: object, chunk: Sequence[int]) -> Fetched:
         """The samples of one chunk."""
         try:
-            fetched = next(reader, None)
+            fetched = next(self._readers[key], None)
         except RuntimeError as error:
-            raise RuntimeError(
-                f"{self.name}: a worker of its loader failed at samples {chunk[0]} to {chunk[-1]}: {error}"
-            ) from error
-        if isinstance(fetched, Exception):
-            raise fetched
-        if not isinstance(fetched, Fetched) or fetched.indices != list(chunk):
-            raise RuntimeError(f"{self.name}: its loader ended before sample {chunk[0]} was read")
-        return fetched
+            where = f"{self.name}: a worker of its loader failed at samples {chunk[0]} to {chunk[-1]}"
+            raise RuntimeError(f"{where}: {error}") from error
+        if isinstance(fetched, Fetched) and fetched.indices == list(chunk):
+            return fetched
+        try:
+            raise fetched or RuntimeError(f"{self.name}: its loader ended before sample {chunk[0]} was read")
+        finally:
+            del fetched  # an exception that its own frame holds is not freed
 
     @property
     def _in_memory(self) -> bool:
