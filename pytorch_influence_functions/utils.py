@@ -29,13 +29,13 @@ def init_logging(filename: str | os.PathLike[str] | None = None) -> None:
     Only the logger of this package is set up; the root logger stays as it is. May be called again.
     """
     log = logging.getLogger(_PACKAGE)
-    log.setLevel(logging.INFO)
-    if not any(type(h) is logging.StreamHandler for h in log.handlers):
-        _add_handler(log, logging.StreamHandler())
     if filename is not None:
         path = os.path.abspath(os.path.expanduser(filename))
         if not any(isinstance(h, logging.FileHandler) and h.baseFilename == path for h in log.handlers):
             _add_handler(log, _file_handler(Path(path), "filename"))
+    log.setLevel(logging.INFO)
+    if not any(type(h) is logging.StreamHandler for h in log.handlers):
+        _add_handler(log, logging.StreamHandler())
 
 
 @contextlib.contextmanager

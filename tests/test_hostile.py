@@ -689,6 +689,12 @@ DOOR = {
         lambda d: scores(loader(X.double(), T)), (TypeError, "train_loader: .*sample 0.*float64.*float32")),
     "float64 test data": (
         lambda d: scores(test=loader(X.double(), T)), (TypeError, "test_loader: .*sample 0.*float64.*float32")),
+    "a loss whose backward refuses float64 targets": (
+        lambda d: scores(loader(X, X[:, :3].double()), loss_func=nn.HuberLoss()),
+        (TypeError, "train_loader: .*sample 0.*float64.*float32")),
+    "weights of a loss in float64": (
+        lambda d: scores(loss_func=nn.CrossEntropyLoss(weight=WEIGHTS)),
+        (ValueError, "train_loader: .*sample 0.*Double")),
     "another number of features": (
         lambda d: scores(loader(X[:, :3], T)), (ValueError, r"train_loader: .*sample 0.*\(1, 3\)")),
     "another number of features in the test set": (
@@ -737,6 +743,18 @@ DOOR = {
 @pytest.mark.parametrize("name", DOOR)
 def test_at_the_door(name, tmp_path):
     check(*DOOR[name], tmp_path)
+
+
+def test_a_masked_sample_has_no_gradient_and_is_no_error():
+    """Of a loss that is constant there: its influence is zero, also where a model is tried on it first."""
+
+    def masked(y, t):
+        return F.cross_entropy(y, t) if int(t[0]) else torch.zeros(())
+
+    order = torch.tensor([0, 3, 6, 9, *(i for i in range(N) if i % 3)])
+    found = scores(loader(X[order], T[order], batch_size=2), loss_func=masked)
+    assert bool((found[:, :4] == 0).all())
+    assert bool((found[1:3, 4:] != 0).all())
 
 
 def test_a_generator_of_batches_is_not_read():

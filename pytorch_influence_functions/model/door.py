@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -10,30 +11,38 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.reader import OUT_OF_MEMORY
 from ..data.samples import Samples
-from .gradients import NonFiniteError, per_sample_gradients, require_finite
+from .gradients import NonFiniteError, gradient, per_sample_gradients, require_finite
 from .objective import Objective
 
 PLACES = ("_loader:", "test batch:", "config[", "model:", "preconditioner")
 """What a message holds that already says where to look."""
+MOST_LOOKED_AT = 32
+"""Samples that are tried before a loss is said to have no gradient: usually the first has one."""
 
 
 def first_losses(objective: Objective, samples: Sequence[Batch], name: str) -> Tensor:
     """Losses of batches of one that the model is tried on -> [B].
 
     Raises:
-        TypeError, ValueError: the model or the loss cannot take one, or the loss has no gradient.
+        TypeError, ValueError: the model or the loss cannot take one.
         NonFiniteError: a parameter or a loss is NaN or infinite.
     """
-    theta = objective.theta.detach().requires_grad_()
-    losses = torch.cat([_loss(objective, theta, one, name) for one in samples])
-    if not losses.requires_grad:
-        raise TypeError(
-            f"config[{objective.loss_key!r}]: the losses of {len(samples)} training samples do not depend on the "
-            "parameters; return the loss itself, not its .detach(), .item() or one computed under torch.no_grad()"
-        )
+    with torch.no_grad():
+        losses = torch.cat([_loss(objective, objective.theta, one, name) for one in samples])
     _require_finite_parameters(objective)
     require_finite(losses, [one.indices[0] for one in samples], name, "loss")
-    return losses.detach()
+    return losses
+
+
+def require_dependence(objective: Objective, samples: Samples) -> None:
+    """Raise where the loss is not one of the parameters: detached, or a number; a sample that is masked may be."""
+    theta = objective.theta.detach().requires_grad_()
+    looked = range(0, samples.n, -(-samples.n // MOST_LOOKED_AT))
+    if not any(objective.losses(theta, samples.sample(i)).requires_grad for i in looked):
+        raise TypeError(
+            f"config[{objective.loss_key!r}]: the losses of {len(looked)} training samples do not depend on the "
+            "parameters; return the loss itself, not its .detach(), .item() or one computed under torch.no_grad()"
+        )
 
 
 def _require_finite_parameters(objective: Objective) -> None:
@@ -92,12 +101,24 @@ def _losses(objective: Objective, batch: Batch, name: str) -> Tensor:
 
 def _loss(objective: Objective, theta: Tensor, one: Batch, name: str) -> Tensor:
     """Loss of a batch of one [1]."""
+    return _tried(lambda: objective.losses(theta, one), objective, one, name)
+
+
+def _tried(compute: Callable[[], Tensor], objective: Objective, one: Batch, name: str) -> Tensor:
+    """What is computed of a batch of one, or an error that names the sample."""
     try:
-        return objective.losses(theta, one)
+        return compute()
     except OUT_OF_MEMORY:
         raise
     except Exception as error:
         raise _told(objective, one, name, error) from error
+
+
+def first_gradients(objective: Objective, samples: Sequence[Batch], name: str) -> Tensor:
+    """Gradients of batches of one that the model is tried on -> [B, P]; errors as of `first_losses`."""
+    g = torch.stack([_tried(functools.partial(gradient, objective, one), objective, one, name) for one in samples])
+    require_finite(g, [one.indices[0] for one in samples], name, "gradient")
+    return g
 
 
 def _told(objective: Objective, batch: Batch, name: str, error: Exception) -> Exception:

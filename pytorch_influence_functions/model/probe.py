@@ -11,8 +11,8 @@ from torch.func import jvp
 
 from ..data.batch import Batch, flatten_tree
 from ..data.samples import Samples, shapes_of
-from .door import first_losses
-from .gradients import agrees, forward_products, gradient, require_finite, vmap_gradients
+from .door import first_gradients, first_losses, require_dependence
+from .gradients import agrees, forward_products, vmap_gradients
 from .linear import find_head
 from .objective import Objective, Paths
 
@@ -38,8 +38,8 @@ def probe(objective: Objective, samples: Samples) -> None:
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
     _choose_precision(objective, alone[0])
     losses = first_losses(objective, alone, samples.name)
-    truth = torch.stack([gradient(objective, one) for one in alone])
-    require_finite(truth, indices, samples.name, "gradient")
+    require_dependence(objective, samples)
+    truth = first_gradients(objective, alone, samples.name)
     find_head(objective, alone[:2], truth[:2])
     batch = _rows(objective, samples, indices, losses)
     if batch is None:
