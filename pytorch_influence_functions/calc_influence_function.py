@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .config import Config
+from .data.checks import require_whole
 from .data.samples import Samples
 from .influence import InfluenceFunction
 from .run.drivers import calc_all_grad_then_test, calc_img_wise, calc_influences, version
+from .run.files import writable_folder
 from .run.select import ByClass, indices_per_class, select_test_samples, slice_of_class
 from .run.store import as_parameters, read_chains, read_rows, save_gradients, save_solutions
 from .show.results import harmful_and_helpful
@@ -48,8 +50,9 @@ def get_dataset_sample_ids_per_class(
     Raises:
         ValueError: the class has fewer samples.
     """
+    num, start = require_whole(num_samples, "num_samples", 0), require_whole(start_index, "start_index", 0)
     labels = Samples(test_loader, name="test_loader", progress=False).labels()
-    return slice_of_class(indices_per_class(labels).get(class_id, []), class_id, int(start_index), num_samples)
+    return slice_of_class(indices_per_class(labels).get(class_id, []), class_id, start, num)
 
 
 def get_dataset_sample_ids(
@@ -63,9 +66,10 @@ def get_dataset_sample_ids(
     Raises:
         ValueError: a class has fewer samples.
     """
+    num, start = require_whole(num_samples, "num_samples", 0), require_whole(start_index, "start_index", 0)
     labels = Samples(test_loader, name="test_loader", progress=False).labels()
     by_class = indices_per_class(labels, num_classes)
-    chosen = ByClass({c: slice_of_class(rows, c, int(start_index), num_samples) for c, rows in by_class.items()})
+    chosen = ByClass({c: slice_of_class(rows, c, start, num) for c, rows in by_class.items()})
     return chosen, [i for rows in chosen.values() for i in rows]
 
 
@@ -85,8 +89,9 @@ def calc_grad_z(
         **options: any other option of the config.
     """
     influence = InfluenceFunction(model, train_loader, Config.of(options, gpu=gpu))
+    start = require_whole(start, "start", 0, influence.samples.n)
     if save_pth:
-        folder = _folder(save_pth, "grad_z")
+        folder = _folder(save_pth, "save_pth", "grad_z")
         save_gradients(influence, folder, start)
         return load_grad_z(folder), save_pth
     rows = [block.cpu() for _, block in influence.gradient_rows(range(start, influence.samples.n), text="grad_z")]
@@ -117,9 +122,9 @@ def calc_s_test(
     )
     influence = InfluenceFunction(model, train_loader, given)
     tests = Samples(test_loader, device=influence.objective.device, name="test_loader", progress=given.progress)
-    indices = range(start, tests.n)
+    indices = range(require_whole(start, "start", 0, tests.n), tests.n)
     if save:
-        folder = _folder(save, "s_test")
+        folder = _folder(save, "save", "s_test")
         save_solutions(influence, folder, tests, indices)
         stored, manifest = read_chains(folder)
         return [as_parameters(chains.mean(0), manifest["shapes"]) for chains in stored], save
@@ -187,9 +192,9 @@ def load_s_test(
     return as_parameters(chains.mean(0), manifest["shapes"]), each
 
 
-def _folder(given: str | Path | bool, name: str) -> Path:
+def _folder(given: str | Path | bool, key: str, name: str) -> Path:
     """The folder to write to; True, as old scripts say, is that which `load_grad_z` and `load_s_test` read."""
-    return Path(name) if given is True else Path(str(given)).expanduser()
+    return writable_folder(name if given is True else str(given), key)
 
 
 def _check_size(found: int, expected: int, what: str, folder: str | Path) -> None:
@@ -216,6 +221,11 @@ def calc_influence_function(
     solution = load_s_test(train_dataset_size=train_dataset_size)[0] if e_s_test is None else e_s_test
     if len(grads) != train_dataset_size:
         raise ValueError(f"grad_z_vecs: expected train_dataset_size = {train_dataset_size} gradients, got {len(grads)}")
+    shapes = [tuple(s.shape) for s in solution]
+    for i, grad in enumerate(grads):
+        found = [tuple(g.shape) for g in grad]
+        if found != shapes:
+            raise ValueError(f"grad_z_vecs[{i}]: expected tensors shaped like those of e_s_test, {shapes}, got {found}")
     influences = [
         sum(float((s.double() * g.double()).sum()) for s, g in zip(solution, grad, strict=True)) / train_dataset_size
         for grad in grads
@@ -247,13 +257,20 @@ def calc_influence_single(
     given = Config.of({"solver": "lissa", **options}, gpu=gpu, recursion_depth=recursion_depth, r=r)
     influence = InfluenceFunction(model, train_loader, given)
     tests = Samples(test_loader, device=influence.objective.device, name="test_loader", progress=given.progress)
-    if not 0 <= test_id_num < tests.n:
-        raise ValueError(f"test_id_num: expected 0 to {tests.n - 1} (the test set), got {test_id_num}")
+    index = require_whole(test_id_num, "test_id_num", 0, tests.n - 1)
     if s_test_vec is None:
-        scores = next(influence.groups(tests, [test_id_num]))[1]
+        scores = next(influence.groups(tests, [index]))[1]
     else:
-        scores = influence.scores_of(influence.objective.flatten(s_test_vec).unsqueeze(0))
+        scores = influence.scores_of(_known(influence, s_test_vec))
     if time_logging:
         logger.info("test sample %d took %.1f s", test_id_num, time.perf_counter() - begin)
     row = scores[0].numpy()
     return row, *harmful_and_helpful(row), test_id_num
+
+
+def _known(influence: InfluenceFunction, s_test_vec: Sequence[Tensor]) -> Tensor:
+    """An s_test that the caller has, as a stack of one [1, P]."""
+    vector = influence.objective.flatten(s_test_vec, "s_test_vec")
+    if not bool(vector.isfinite().all()):
+        raise ValueError("s_test_vec: it holds NaN or infinite numbers; compute it again with calc_s_test_single")
+    return vector.unsqueeze(0)

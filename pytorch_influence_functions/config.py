@@ -36,7 +36,7 @@ def _real(value: Any) -> bool:
 
 
 def _path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike) and str(value) != ""
+    return isinstance(value, str | os.PathLike) and str(value) != "" and "\0" not in str(value)
 
 
 def _names(value: Any) -> bool:
@@ -53,16 +53,17 @@ def _above_zero(value: Any) -> bool:
     return _real(value) and value > 0
 
 
-def _auto_or(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value == "auto" or rule(value)
+def _fraction(value: Any) -> bool:
+    return _above_zero(value) and value < 1
 
 
-def _false_or(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is False or rule(value)
+def _function(value: Any) -> bool:
+    return callable(value) and not isinstance(value, type)
 
 
-def _optional(rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or rule(value)
+def _or(other: Any, rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The rule, or this very value."""
+    return lambda value: (type(value) is type(other) and value == other) or rule(value)
 
 
 def _one_of(names: Sequence[str]) -> Callable[[Any], bool]:
@@ -94,14 +95,14 @@ class Config:
 
     # fmt: off
     outdir: str | os.PathLike[str] = field(default="outdir", metadata=_row(
-        TEXT, _path, "a folder (str or path)", "folder for results.",
+        TEXT, _path, "a folder (str or path without NUL)", "folder for results.",
     ))
     save_pth: str | os.PathLike[str] | None = field(default=None, metadata=_row(
-        TEXT, _optional(_false_or(_path)), "a folder (str or path) or None",
+        TEXT, _or(None, _or(False, _path)), "a folder (str or path without NUL) or None",
         "folder for `s_test` and `grad_z`; None is inside `outdir` where a mode needs them.",
     ))
     log_filename: str | os.PathLike[str] | None = field(default=None, metadata=_row(
-        TEXT, _optional(_path), "a file name (str or path) or None", "also log to this file.",
+        TEXT, _or(None, _path), "a file name (str or path without NUL) or None", "also log to this file.",
     ))
     progress: bool = field(default=True, metadata=_row(
         OTHER, lambda value: isinstance(value, bool), "True or False", "progress bars.",
@@ -119,23 +120,23 @@ class Config:
         '`"img_wise"` or `"all_grad_then_test"`, for `calc_influences`.',
     ))
     test_sample_start_per_class: int | bool = field(default=False, metadata=_row(
-        NUMBER, _false_or(_at_least(0)), "a whole number of at least 0, or False for 0",
+        NUMBER, _or(False, _at_least(0)), "a whole number of at least 0, or False for 0",
         "first test sample of each class to take; False is 0.",
     ))
     test_sample_num: int | bool = field(default=False, metadata=_row(
-        NUMBER, _false_or(_at_least(1)),
+        NUMBER, _or(False, _at_least(1)),
         "a whole number of at least 1 (test samples per class), or False for the whole test set",
         "test samples per class; False is the whole test set.",
     ))
     num_classes: int | None = field(default=None, metadata=_row(
-        NUMBER, _optional(_at_least(1)), "a whole number of at least 1, or None to find it",
+        NUMBER, _or(None, _at_least(1)), "a whole number of at least 1, or None to find it",
         "classes 0 to num_classes - 1; None finds them from the labels.",
     ))
     recursion_depth: int | str = field(default=5000, metadata=_row(
-        NUMBER, _auto_or(_at_least(1)), 'a whole number of at least 1, or "auto"', "LiSSA's number of steps.",
+        NUMBER, _or("auto", _at_least(1)), 'a whole number of at least 1, or "auto"', "LiSSA's number of steps.",
     ))
     r: int | str = field(default=1, metadata=_row(
-        NUMBER, _auto_or(_at_least(1)), 'a whole number of at least 1, or "auto"',
+        NUMBER, _or("auto", _at_least(1)), 'a whole number of at least 1, or "auto"',
         "independent LiSSA recursions that are averaged.",
     ))
     damp: float = field(default=0.01, metadata=_row(
@@ -143,50 +144,52 @@ class Config:
         "LiSSA's damping, in units of `scale`.",
     ))
     scale: float | str = field(default=25, metadata=_row(
-        NUMBER, _auto_or(_above_zero), 'a number above 0, or "auto"',
+        NUMBER, _or("auto", _above_zero), 'a number above 0, or "auto"',
         "LiSSA's scale; above the largest eigenvalue of a minibatch's curvature.",
     ))
     solver: str | None = field(default=None, metadata=_row(
-        TEXT, _optional(_one_of(SOLVER_NAMES)), _quoted(SOLVER_NAMES) + " or None to choose by the options",
+        TEXT, _or(None, _one_of(SOLVER_NAMES)), _quoted(SOLVER_NAMES) + " or None to choose by the options",
         '`"lissa"`, `"cg"`, `"exact"`, `"ekfac"` or `"auto"`; None is lissa where one of its options '
         "(`recursion_depth`, `r`, `damp`, `scale`, the Hessian or a preconditioner) is named, else auto.",
     ))
     curvature: Literal["hessian", "ggn"] | None = field(default=None, metadata=_row(
-        TEXT, _optional(_one_of(CURVATURES)), _quoted(CURVATURES) + " or None",
+        TEXT, _or(None, _one_of(CURVATURES)), _quoted(CURVATURES) + " or None",
         '`"hessian"` or `"ggn"`; None is the Hessian for lissa, Gauss-Newton for the others.',
     ))
     damping: float | str | None = field(default=None, metadata=_row(
-        NUMBER, _optional(_auto_or(lambda value: _real(value) and value >= 0)),
+        NUMBER, _or(None, _or("auto", lambda value: _real(value) and value >= 0)),
         'a number of at least 0, "auto", or None for damp * scale (with solver="auto": "auto")',
         'lambda in (H + lambda I); None is damp * scale (for `solver="auto"`: `"auto"`), `"auto"` is chosen from the '
         "model, as the smallest at which its predictions of loss changes hold.",
     ))
     preconditioner: str | None = field(default=None, metadata=_row(
-        TEXT, _optional(_one_of(PRECONDITIONERS)), _quoted(PRECONDITIONERS) + " or None",
+        TEXT, _or(None, _one_of(PRECONDITIONERS)), _quoted(PRECONDITIONERS) + " or None",
         '`"ekfac"`, for lissa and cg.',
     ))
     tolerance: float | None = field(default=0.01, metadata=_row(
-        NUMBER, _optional(_above_zero), "a number above 0, or None to run all steps",
+        NUMBER, _or(None, _fraction), "a number above 0, or None to run all steps, and below 1",
         "relative residual at which an iteration may stop; None runs all its steps.",
     ))
     batch_size: int | None = field(default=None, metadata=_row(
-        NUMBER, _optional(_at_least(1)), "a whole number of at least 1, or None",
+        NUMBER, _or(None, _at_least(1)), "a whole number of at least 1, or None",
         "training samples at a time when scoring; None fits `max_memory`.",
     ))
     max_memory: float | None = field(default=None, metadata=_row(
-        NUMBER, _optional(_above_zero), "a number of MiB above 0, or None",
+        NUMBER, _or(None, _above_zero), "a number of MiB above 0, or None",
         "MiB for working tensors; None is a quarter of what is free.",
     ))
     loss_func: Callable[..., Any] | None = field(default=None, metadata=_row(
-        OTHER, _optional(callable), "a callable (output, target) -> mean loss, or None for cross-entropy",
+        OTHER, _or(None, _function),
+        "a callable (output, target) -> mean loss (of a class an instance of it), or None for cross-entropy",
         "(output, target) -> mean loss of a batch; None is cross-entropy.",
     ))
     model_loss: Callable[..., Any] | None = field(default=None, metadata=_row(
-        OTHER, _optional(callable), "a callable (model, batch) -> mean loss, or None",
+        OTHER, _or(None, _function),
+        "a callable (model, batch) -> mean loss (of a class an instance of it), or None",
         "(model, batch) -> mean loss, for batches that are not (input, target).",
     ))
     parameters: str | Sequence[str] | None = field(default=None, metadata=_row(
-        TEXT, _optional(_names), "a name or pattern, a list of them, or None",
+        TEXT, _or(None, _names), "a name or pattern, a list of them, or None",
         'names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.',
     ))
     top_k: int = field(default=500, metadata=_row(

@@ -141,6 +141,10 @@ class InfluenceFunction:
 
     # ---- the same, a group at a time (for the drivers)
 
+    def check(self, tests: Samples, indices: Sequence[int]) -> list[Any]:
+        """The labels of these samples, as they are read in one pass of their losses; errors name the sample."""
+        return self._members[0].check(tests, indices)
+
     def groups(self, tests: Samples, indices: Sequence[int]) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
         """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
         return self._only_member("groups").groups(tests, indices)

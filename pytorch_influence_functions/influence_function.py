@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from .config import Config
 from .data.batch import as_batch
+from .model.door import check_mean
 from .model.gradients import gradient, require_finite
 from .model.objective import Objective, calc_loss
 from .solve.problem import choose_device, make_problem
@@ -33,8 +34,9 @@ def grad_z(z: Any, t: Any, model: nn.Module, gpu: int = -1, **options: Any) -> l
         **options: `loss_func`, `parameters`.
     """
     objective = Objective(model, device=choose_device(gpu, model), **options)
-    batch = as_batch((z, t)).to(objective.device)
+    batch = as_batch((z, t), name="(z, t)").to(objective.device)
     with objective.active():
+        check_mean(objective, batch, "(z, t)")
         g = gradient(objective, batch)
     require_finite(g.unsqueeze(0), batch.indices, "grad_z", "gradient")
     return objective.unflatten(g)
@@ -93,8 +95,9 @@ def s_test(
     config = Config.of({**given, "gpu": gpu, "damp": damp, "scale": scale, "recursion_depth": recursion_depth})
     problem = make_problem(model, z_loader, config, "hessian")
     objective = problem.objective
-    batch = as_batch((z_test, t_test)).to(objective.device)
+    batch = as_batch((z_test, t_test), name="(z_test, t_test)").to(objective.device)
     with problem.guard():
+        check_mean(objective, batch, "(z_test, t_test)")
         v = gradient(objective, batch)
         require_finite(v.unsqueeze(0), batch.indices, "z_test", "gradient")
         solution = Solver(problem)(v.unsqueeze(0), 1)

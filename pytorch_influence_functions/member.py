@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 
 from .config import Config
 from .data.batch import Batch, as_batch
+from .data.labels import batch_labels, plain
 from .data.samples import Samples
+from .model.door import check_losses, check_mean
 from .model.gradients import gradient, gradient_products, per_sample_gradients, require_finite
-from .solve.errors import ToleranceWarning
+from .solve.errors import DivergenceError, ToleranceWarning
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.solution import Solution
@@ -90,7 +92,8 @@ class Member:
         """The solution for the gradient of a batch's mean loss -> [P]."""
         with self.problem.guard():
             self._begin()
-            wrapped = as_batch(batch).to(self.objective.device)
+            wrapped = as_batch(batch, name="test batch").to(self.objective.device)
+            check_mean(self.objective, wrapped, "test batch")
             g = gradient(self.objective, wrapped).unsqueeze(0)
             require_finite(g, wrapped.indices, "test batch", "gradient")
             return self._solve(g, 1).vectors[0]
@@ -146,6 +149,7 @@ class Member:
                 known = self._measured(part.v, part.solution) if isinstance(part, Unmeasured) else part
                 found.append(known)
         own = torch.cat(found)
+        self._warn_if_inexact(own)
         self.unmeasured = [own]
         return own
 
@@ -157,7 +161,7 @@ class Member:
             products = self.solver.prepared().self_products
             if products is not None:
                 values = products()
-                require_finite(values, range(n), self.samples.name, "gradient")
+                _require_solved(values.unsqueeze(1))
                 self._describe()
                 return values / n
             parts = []
@@ -179,10 +183,26 @@ class Member:
         if hasattr(tests, "dataset"):
             name, progress = "test_loader", self.config.progress
             samples = Samples(tests, device=self.objective.device, name=name, progress=progress)
+            self.check(samples, range(samples.n))
             groups = split(range(samples.n), self.group_size)
             return samples.n, (self.gradients_of(samples, indices) for indices in groups)
-        batch = as_batch(tests).to(self.objective.device)
+        batch = as_batch(tests, name="test batch").to(self.objective.device)
+        check_losses(self.objective, [batch], "test batch")
         return batch.size, (self.gradients(part, "test batch") for part in self._parts(batch))
+
+    def check(self, tests: Samples, indices: Sequence[int]) -> list[Any]:
+        """The labels of these samples, as they are read in one pass of their losses, before any long work.
+
+        Raises:
+            TypeError, ValueError: a sample cannot be read, or the model or the loss cannot take it.
+            NonFiniteError: its loss is NaN or infinite.
+        """
+        labels: list[Any] = []
+        with self.problem.guard(tests):
+            for batch in tests.ordered(self.problem.scoring_batch, indices):
+                check_losses(self.objective, [batch], tests.name)
+                labels += batch_labels(batch)
+        return [plain(label) for label in labels]
 
     def _parts(self, batch: Batch) -> Iterator[Batch]:
         size = self.group_size
@@ -194,7 +214,7 @@ class Member:
 
     def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
         """Loss gradients of these samples -> [K, P]."""
-        with self.problem.guard():
+        with self.problem.guard(tests):
             batches = tests.ordered(self.problem.gradient_batch, indices)
             return torch.cat([self.gradients(batch, tests.name) for batch in batches])
 
@@ -217,6 +237,7 @@ class Member:
 
     def _solve(self, v: Tensor, tests: int) -> Solution:
         solution = self.solver(v, tests)
+        _require_solved(solution.vectors)
         self._describe({"tests": len(v), **solution.report})
         if solution.residual is not None:
             self._warn_if_inexact(solution.residual.relative)
@@ -229,8 +250,18 @@ class Member:
         """The residual; of an approximation only what it can be measured from, where all of these fit the memory."""
         kept = 2 * tests * self.objective.P * v.element_size()
         if solution.residual is None and kept <= self.problem.max_bytes:
+            self._look_at_first(v, solution)
             return Unmeasured(v, solution)
         return self._measured(v, solution)
+
+    def _look_at_first(self, v: Tensor, solution: Solution) -> None:
+        """Warn now where an approximation is of a matrix that is singular up to rounding."""
+        prepared = self.solver.prepared()
+        trace = self.objective.P * float(prepared.report.get("mean_eigenvalue", 0.0))
+        rounding = torch.finfo(v.dtype).eps * trace
+        if not self.unmeasured and prepared.system.damping <= rounding:
+            one = dataclasses.replace(solution, vectors=solution.vectors[:1])
+            self._warn_if_inexact(self._measured(v[:1], one))
 
     def _describe(self, group: dict[str, Any] | None = None) -> None:
         """Add a group to the report: what all groups share stands at the top too."""
@@ -279,6 +310,15 @@ class Member:
             f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
             f"{self.solver.row.advice}",
             ToleranceWarning,
+        )
+
+
+def _require_solved(vectors: Tensor) -> None:
+    """Raise where a solution [K, P] is not finite, though the right-hand sides are; the guard looks for the sample."""
+    if not bool(vectors.isfinite().all()):
+        raise DivergenceError(
+            "the solution is NaN or infinite, though the loss and the gradient of each training sample are finite: "
+            "raise config['damping'], or use the model in double precision"
         )
 
 

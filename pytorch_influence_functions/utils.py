@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import random
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,13 @@ def init_logging(filename: str | os.PathLike[str] | None = None) -> None:
     Only the logger of this package is set up; the root logger stays as it is. May be called again.
     """
     log = logging.getLogger(_PACKAGE)
-    log.setLevel(logging.INFO)
-    if not any(type(h) is logging.StreamHandler for h in log.handlers):
-        _add_handler(log, logging.StreamHandler())
     if filename is not None:
         path = os.path.abspath(os.path.expanduser(filename))
         if not any(isinstance(h, logging.FileHandler) and h.baseFilename == path for h in log.handlers):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            _add_handler(log, logging.FileHandler(path))
+            _add_handler(log, _file_handler(Path(path), "filename"))
+    log.setLevel(logging.INFO)
+    if not any(type(h) is logging.StreamHandler for h in log.handlers):
+        _add_handler(log, logging.StreamHandler())
 
 
 @contextlib.contextmanager
@@ -46,9 +46,7 @@ def log_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
         yield
         return
     log, level = logging.getLogger(_PACKAGE), logging.getLogger(_PACKAGE).level
-    path = Path(filename).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _add_handler(log, logging.FileHandler(path))
+    handler = _add_handler(log, _file_handler(Path(filename).expanduser(), "config['log_filename']"))
     log.setLevel(logging.INFO)
     try:
         yield
@@ -56,6 +54,30 @@ def log_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
         log.removeHandler(handler)
         log.setLevel(level)
         handler.close()
+
+
+def _file_handler(path: Path, key: str) -> logging.Handler:
+    """A handler that appends to a file, whose folder is made where it is not there."""
+    file_path(path, key)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return logging.FileHandler(path)
+    except OSError as error:
+        raise OSError(f"{key}: cannot write to {path} ({error.strerror}); give a file you can write to") from error
+
+
+def file_path(path: Path, key: str) -> Path:
+    """`path`, where it can be that of a file.
+
+    Raises:
+        ValueError: there is a NUL in it.
+        OSError: it is a folder.
+    """
+    if "\0" in str(path):
+        raise ValueError(f"{key}: expected a file name without NUL, got {str(path)!r}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{key}: {path} is a folder; give the name of a file in it")
+    return path
 
 
 def _add_handler(log: logging.Logger, handler: logging.Handler) -> logging.Handler:
@@ -135,6 +157,7 @@ def save_json(
 ) -> Path:
     """Write `json_obj` to `json_path`: beside it first, then renamed, so that a kill never leaves half a file.
 
+    NaN and infinite numbers, for which JSON has no value, are written as null.
     Where the file exists: `overwrite_if_exists` replaces it; `append_if_exists` adds to it (lists are extended,
     dicts updated); `unique_fn_if_exists` takes the first free name `name_1.json`, `name_2.json`, ...
 
@@ -142,10 +165,11 @@ def save_json(
         The path that was written.
 
     Raises:
-        ValueError: a NaN or an infinite number, which JSON cannot hold.
+        TypeError: something that JSON cannot hold.
         FileExistsError: the file exists and all three options are False.
+        ValueError, OSError: `json_path` is not the name of a file.
     """
-    path = Path(json_path).expanduser()
+    path = file_path(Path(json_path).expanduser(), "json_path")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not overwrite_if_exists:
         if append_if_exists:
@@ -156,8 +180,37 @@ def save_json(
             raise FileExistsError(
                 f"{path} exists; pass overwrite_if_exists, append_if_exists or unique_fn_if_exists as True"
             )
-    write_atomically(path, json.dumps(json_obj, default=_plain, allow_nan=False, indent=None).encode())
+    write_atomically(path, as_json(json_obj).encode())
     return path
+
+
+def as_json(value: Any) -> str:
+    """`value` as JSON, with null for NaN and infinite numbers.
+
+    Raises:
+        TypeError: something in it is no value of JSON.
+    """
+    try:
+        return json.dumps(value, default=_plain, allow_nan=False)
+    except (TypeError, ValueError):  # a number without a value, or a key that is a number of NumPy
+        return json.dumps(_with_null(value), allow_nan=False)
+
+
+def _with_null(value: Any) -> Any:
+    """A copy of plain lists and dicts, None in place of what JSON has no number for."""
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {_key(key): _with_null(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_null(item) for item in value]
+    return _with_null(_plain(value))
+
+
+def _key(key: Any) -> Any:
+    return key.item() if isinstance(key, np.generic) else key
 
 
 def unused_path(path: Path) -> Path:

@@ -74,24 +74,45 @@ def apart(parts: Sequence[Batch]) -> Batch:
     return Batch([], lambda _: [part.tree for part in parts], len(parts), indices, tuple(parts))
 
 
-def as_batch(tree: Any, indices: Sequence[int] | None = None) -> Batch:
+def as_batch(tree: Any, indices: Sequence[int] | None = None, name: str = "batch") -> Batch:
     """Wrap a collated batch; without `indices` its size is the first dimension that its tensors share.
 
-    Tensors of different first dimensions are those of one sample where one of them has a single row.
+    Tensors of different first dimensions are those of one sample where one of them has a single row. `name` is what
+    messages call it.
 
     Raises:
         TypeError: there is no tensor that could have one row per sample.
-        ValueError: the number of samples cannot be seen.
+        ValueError: the number of samples cannot be seen, or is zero.
     """
     leaves, rebuild = flatten_tree(tree)
     if indices is None:
-        sizes = {t.shape[0] for t in leaves if t.dim() > 0}
-        if not sizes:
-            raise TypeError(f"expected a batch that holds tensors with one row per sample, got {type(tree).__name__}")
-        if len(sizes) > 1 and 1 not in sizes:
-            raise ValueError(UNCUT)
-        indices = range(min(sizes))
+        indices = range(_size(leaves, tree, name))
     return Batch(leaves, rebuild, len(indices), indices)
+
+
+def _size(leaves: Sequence[Tensor], tree: Any, name: str) -> int:
+    """Number of samples, as the tensors of a batch show it."""
+    sizes = {t.shape[0] for t in leaves if t.dim() > 0}
+    if 1 in sizes:
+        return 1
+    if any(t.dim() == 0 for t in leaves):
+        raise ValueError(f"{name}: one of its tensors has no dimension; {UNBATCHED}")
+    if not sizes:
+        raise TypeError(
+            f"{name}: expected a batch that holds tensors with one row per sample, got {type(tree).__name__}"
+        )
+    if len(sizes) > 1:
+        found = ", ".join(map(str, sorted(sizes)))
+        raise ValueError(f"{name}: its tensors have {found} rows; {UNBATCHED}. If it is a batch, {UNCUT}")
+    if sizes == {0}:
+        raise ValueError(f"{name}: it is empty; expected at least one sample")
+    return sizes.pop()
+
+
+UNBATCHED = (
+    "expected one row per sample in each; a single sample needs a batch dimension: x.unsqueeze(0), t.unsqueeze(0)"
+)
+"""What is said of a sample that came without its batch dimension."""
 
 
 def flatten_tree(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:

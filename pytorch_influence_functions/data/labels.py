@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
+from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from .batch import Batch
@@ -20,11 +22,37 @@ def stored_labels(dataset: Any) -> Sequence[Any] | None:
     if type(dataset) is TensorDataset:
         return dataset.tensors[1] if len(dataset.tensors) > 1 else None  # type: ignore[return-value]
     for name in ("targets", "labels"):
-        known = getattr(dataset, name, None)
-        if known is not None and hasattr(known, "__len__") and len(known) == len(dataset):
+        known = _column(getattr(dataset, name, None))
+        if known is not None and len(known) == len(dataset):
             transform = getattr(dataset, "target_transform", None)
-            return [transform(label) for label in known] if callable(transform) else cast(Sequence[Any], known)
+            return [transform(label) for label in known] if callable(transform) else known
     return None
+
+
+def _column(held: Any) -> Sequence[Any] | None:
+    """What a data set holds, as values in the order of its samples; None where it has no such order (a dict, a set)."""
+    if isinstance(held, str | bytes):
+        return None
+    if isinstance(held, Sequence):
+        return held
+    if isinstance(held, Tensor | np.ndarray):
+        return cast(Sequence[Any], held) if held.ndim > 0 else None
+    values = held.tolist() if hasattr(held, "tolist") else None  # a column of pandas, whose [] is not by place
+    return values if isinstance(values, list) else None
+
+
+def agree(held: Any, read: Any) -> bool:
+    """Whether a label that a data set holds is the one that was read, as it is or as one-hot; None was not found."""
+    one, other = plain(held), plain(read)
+    if other is None or one == other:
+        return True
+    try:
+        a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+    except (TypeError, ValueError):
+        return False
+    if a.ndim == 0 and b.ndim == 1 and b.size > 1:
+        return bool(b.argmax() == a)
+    return a.size == b.size and bool(np.isclose(a.ravel(), b.ravel(), rtol=1e-6, atol=0, equal_nan=True).all())
 
 
 def batch_labels(batch: Batch) -> list[Any]:

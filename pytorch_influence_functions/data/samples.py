@@ -6,18 +6,23 @@ workers and pinning.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_collate
 
 from ..utils import progress_bar, random_state
 from .batch import Batch, apart, as_batch
 from .checks import check_loader
-from .labels import batch_labels, plain, stored_labels
+from .labels import agree, batch_labels, plain, stored_labels
+from .reader import Fetch, Fetched, Indices, RandomBatches, batch_size_of, close, loader_options
+
+logger = logging.getLogger(__name__)
+COMPARED = 32
+"""Samples whose labels are compared with those that the data set holds: a tenth of them wrong escapes once in 30."""
 
 
 class Samples:
@@ -48,32 +53,66 @@ class Samples:
         self.dataset: Dataset[Any] = loader.dataset
         self.device = device if device is not None else torch.device("cpu")
         self.n = len(cast(Any, self.dataset))
-        self.collate: Callable[[list[Any]], Any] = loader.collate_fn
-        self.batch_size = min(_batch_size(loader), self.n)
+        self.batch_size = min(batch_size_of(loader, self.n, name), self.n)
         self.apart = False
         self.shapes: Shapes | None = None
+        self._readers: dict[object, Any] = {}
 
     def __len__(self) -> int:
         return self.n
 
     def sample(self, index: int) -> Batch:
         """One sample, collated alone."""
-        return as_batch(self.collate([self.dataset[index]]), [index]).to(self.device)
+        return self._batch(self._fetch(apart=True).read([index])).to(self.device)
 
     def take(self, indices: Sequence[int]) -> Batch:
         """These samples, collated together (or `apart`), read in this process."""
-        if self.apart:
-            return self._alone(indices)
-        return self._trusted(as_batch(self._collated(indices), indices)).to(self.device)
+        if self._in_memory and not self.apart:
+            rows = torch.as_tensor(indices)
+            tree = [t[rows] for t in cast(TensorDataset, self.dataset).tensors]
+            return self._trusted(as_batch(tree, indices)).to(self.device)
+        return self._batch(self._fetch(self.apart).read(indices)).to(self.device)
 
-    def _alone(self, indices: Sequence[int]) -> Batch:
-        return apart([self.sample(i) for i in indices])
+    def close(self) -> None:
+        """End the workers of every pass that was not read to its end."""
+        for key in list(self._readers):
+            self._end(key)
+
+    def _end(self, key: object) -> None:
+        reader = self._readers.pop(key, None)
+        if reader is not None:
+            close(reader)
+
+    def _fetch(self, apart: bool) -> Fetch:
+        return Fetch(self.dataset, self.loader.collate_fn, self.name, apart)
+
+    def _batch(self, fetched: Fetched) -> Batch:
+        """What was read, as a batch of these samples and no others."""
+        if not fetched.apart and len(fetched.indices) > 1:
+            return self._trusted(as_batch(fetched.trees[0], fetched.indices))
+        parts = [as_batch(tree, [i]) for i, tree in zip(fetched.indices, fetched.trees, strict=True)]
+        for part in parts:
+            self._require_rows(part)
+        return apart(parts)
 
     def _trusted(self, batch: Batch) -> Batch:
-        """The batch, or its samples read again one by one where they may have been changed to fit each other."""
-        if self.shapes is None or batch.size == 1 or shapes_of(batch) == self.shapes:
+        """The batch, or its samples read again one by one.
+
+        They are where they may have been changed to fit each other, and where there is not one row for each: a
+        `collate_fn` that drops or repeats some.
+        """
+        right = batch.sliceable and (self.shapes is None or shapes_of(batch) == self.shapes)
+        if right or batch.size == 1:
             return batch
-        return self._alone(batch.indices)
+        return self._batch(self._fetch(apart=True).read(batch.indices))
+
+    def _require_rows(self, one: Batch) -> None:
+        """Raise where nothing is left of a sample."""
+        if one.leaves and all(t.dim() > 0 and len(t) == 0 for t in one.leaves):
+            raise ValueError(
+                f"{self.name}: its collate_fn leaves out sample {one.indices[0]} (it gives no row for it alone), but "
+                "influence is given for each sample; leave it out of the data set: torch.utils.data.Subset"
+            )
 
     def ordered(
         self, batch_size: int | None = None, indices: Sequence[int] | None = None, text: str | None = None
@@ -94,44 +133,75 @@ class Samples:
         recursion over them would be biased. One of size n is the whole set.
         """
         size = min(self.batch_size if batch_size is None else batch_size, self.n)
-        return self._read(_RandomBatches(self.n, size, seed), seed)
+        return self._read(RandomBatches(self.n, size, seed), seed)
 
-    def labels(self) -> list[Any]:
-        """Label of each sample: from `dataset.targets` (or tensors) where there is one, else by reading the samples."""
+    def labels(self, stored: bool = True) -> list[Any]:
+        """Label of each sample: as `dataset.targets` (or tensors) has it, or by reading the samples.
+
+        A few samples are read to see whether what the data set holds is true; with `stored=False` all of them are.
+        """
         with random_state(0):
-            known = stored_labels(self.dataset)
-            if known is None:
+            known = stored_labels(self.dataset) if stored else None
+            if known is None or not self._have(known):
                 batches = self.ordered(text=f"Reading the labels of {self.name}")
                 known = [label for batch in batches for label in batch_labels(batch)]
         return [plain(label) for label in known]
+
+    def _have(self, labels: Sequence[Any]) -> bool:
+        """Whether the samples have these labels, as far as a few of them tell."""
+        if self._in_memory:
+            return True
+        for index in range(0, self.n, -(-self.n // COMPARED)):
+            read = self._label_read(index)
+            if not agree(labels[index], read):
+                logger.info(
+                    "%s: the labels that its dataset holds are not those of its samples (sample %d: %r, read: %r); "
+                    "all are read", self.name, index, plain(labels[index]), plain(read),
+                )  # fmt: skip
+                return False
+        return True
+
+    def _label_read(self, index: int) -> Any:
+        """Label of a sample as it is read; None where there is none, or the sample cannot be read, as its use says."""
+        try:
+            return batch_labels(self.sample(index))[0]
+        except (TypeError, ValueError):
+            return None
 
     def _read(self, chunks: Any, seed: int) -> Iterator[Batch]:
         if self._in_memory:
             for chunk in chunks:
                 yield self.take(chunk)
             return
-        # each worker batch carries its indices, so that nothing depends on what collate_fn returns
-        collate = _IndexedCollate(self.collate, self.apart)
-        reader = DataLoader(
-            cast(Any, _Indexed(self.dataset)), batch_sampler=chunks, collate_fn=collate,
-            generator=torch.Generator().manual_seed(seed), **_loader_options(self.loader),
-        )  # fmt: skip
-        for indices, trees in reader:
-            if self.apart:
-                parts = [as_batch(tree, [i]) for i, tree in zip(indices, trees, strict=True)]
-                yield apart(parts).to(self.device)
-            else:
-                yield self._trusted(as_batch(trees, indices)).to(self.device)
+        # by a key alone, since a frame that named the reader would keep its pipes as long as an exception is kept
+        key = object()
+        self._readers[key] = iter(DataLoader(
+            Indices(self.dataset), batch_sampler=chunks, collate_fn=self._fetch(self.apart),
+            generator=torch.Generator().manual_seed(seed), **loader_options(self.loader),
+        ))  # fmt: skip
+        try:
+            for chunk in chunks:
+                yield self._batch(self._next(key, chunk)).to(self.device)
+        finally:
+            self._end(key)
+
+    def _next(self, key: object, chunk: Sequence[int]) -> Fetched:
+        """The samples of one chunk."""
+        try:
+            fetched = next(self._readers[key], None)
+        except RuntimeError as error:
+            where = f"{self.name}: a worker of its loader failed at samples {chunk[0]} to {chunk[-1]}"
+            raise RuntimeError(f"{where}: {error}") from error
+        if isinstance(fetched, Fetched) and fetched.indices == list(chunk):
+            return fetched
+        try:
+            raise fetched or RuntimeError(f"{self.name}: its loader ended before sample {chunk[0]} was read")
+        finally:
+            del fetched  # an exception that its own frame holds is not freed
 
     @property
     def _in_memory(self) -> bool:
-        return type(self.dataset) is TensorDataset and self.collate is default_collate
-
-    def _collated(self, indices: Sequence[int]) -> Any:
-        if self._in_memory:
-            rows = torch.as_tensor(indices)
-            return [t[rows] for t in cast(TensorDataset, self.dataset).tensors]
-        return self.collate([self.dataset[i] for i in indices])
+        return type(self.dataset) is TensorDataset and self.loader.collate_fn is default_collate
 
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -140,59 +210,6 @@ Shapes = tuple[tuple[int, ...], ...]
 def shapes_of(batch: Batch) -> Shapes:
     """Shape of each tensor of a batch behind its first dimension."""
     return tuple(tuple(t.shape[1:]) for t in batch.leaves)
-
-
-class _Indexed(Dataset[Any]):
-    """A data set that returns each sample with its index, fetched a batch at a time where the data set can."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        many = getattr(self.dataset, "__getitems__", None)
-        samples = many(list(indices)) if callable(many) else [self.dataset[i] for i in indices]
-        return list(zip(indices, samples, strict=True))
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-
-class _IndexedCollate:
-    """The user's `collate_fn` on the samples, all together or each `apart`, the indices beside it."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], apart: bool) -> None:
-        self.collate, self.apart = collate, apart
-
-    def __call__(self, pairs: list[tuple[int, Any]]) -> tuple[list[int], Any]:
-        samples = [sample for _, sample in pairs]
-        tree = [self.collate([one]) for one in samples] if self.apart else self.collate(samples)
-        return [i for i, _ in pairs], tree
-
-
-class _RandomBatches(Sampler[list[int]]):
-    """Endless minibatches, each a random sample without repeats and independent of the others."""
-
-    def __init__(self, n: int, size: int, seed: int) -> None:
-        self.n, self.size, self.seed = n, size, seed
-
-    def __iter__(self) -> Iterator[list[int]]:
-        generator = random.Random(self.seed)
-        while True:
-            yield generator.sample(range(self.n), self.size)
-
-
-def _loader_options(loader: DataLoader[Any]) -> dict[str, Any]:
-    names = ["num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
-    names += ["prefetch_factor"] if loader.num_workers > 0 else []
-    return {name: getattr(loader, name) for name in names}
-
-
-def _batch_size(loader: DataLoader[Any]) -> int:
-    size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None)
-    return int(size) if size else max(len(next(iter(cast(Any, loader.batch_sampler)))), 1)
 
 
 def varying_sample(samples: Samples, tries: int = 8) -> int | None:

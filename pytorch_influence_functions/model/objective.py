@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from torch.func import vmap
 from ..data.batch import Batch, flatten_tree
 from .cross_entropy import IGNORED_CLASS, calc_loss, cross_entropies, cross_entropy_of
 from .outputs import Head, recorded, replayed
-from .parameters import select_parameters, unwrapped, widest
-from .swap import LOCK, differentiable, find_slots, swapped
+from .parameters import require_module, select_parameters, unwrapped, widest
+from .swap import LOCK, differentiable, find_attributes, find_slots, put_back, swapped
 
 __all__ = ["IGNORED_CLASS", "Objective", "Paths", "Rebuild", "Theta", "calc_loss"]
 Rebuild = Callable[[Sequence[Tensor]], Any]
@@ -86,12 +86,7 @@ class Objective:
         parameters: str | Sequence[str] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-        if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-            raise TypeError(
-                "model: a torch.jit module's parameters cannot be replaced; pass the module it was made from"
-            )
+        require_module(model, called=model_loss is None)
         self.model = unwrapped(model)
         self.loss_func = calc_loss if loss_func is None else loss_func
         self.model_loss = model_loss
@@ -120,7 +115,7 @@ class Objective:
             self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
             self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
             self.leaves = [part.requires_grad_() for part in self.unflatten(self.theta.detach())]
-        self._slots = find_slots(self.model)
+        self._slots, self._attributes = find_slots(self.model), find_attributes(self.model)
 
     @property
     def P(self) -> int:
@@ -217,8 +212,15 @@ class Objective:
 
     # ---- flat and structured
 
-    def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Tensors shaped like the parameters -> [P]."""
+    def flatten(self, tensors: Sequence[Tensor], name: str = "tensors") -> Tensor:
+        """Tensors shaped like the parameters -> [P].
+
+        Raises:
+            ValueError: they are not; the message calls them `name`.
+        """
+        shapes, found = [tuple(shape) for shape in self.shapes], [tuple(t.shape) for t in tensors]
+        if shapes != found:
+            raise ValueError(f"{name}: expected tensors shaped like the parameters, {shapes}, got {found}")
         return torch.cat([t.detach().reshape(-1).to(self.device, self.dtype) for t in tensors])
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
@@ -232,7 +234,7 @@ class Objective:
     def active(self) -> Iterator[None]:
         """Inside: the model in evaluation mode, and every operation one that can be differentiated twice."""
         with differentiable(self.model, self.device):
-            self._slots = find_slots(self.model)
+            self._slots, self._attributes = find_slots(self.model), find_attributes(self.model)
             yield
 
     # ---- inside
@@ -244,8 +246,11 @@ class Objective:
         state = dict(self._fixed)
         for name, t, dtype in zip(self.names, parts, self.dtypes, strict=True):
             state[name] = t if t.dtype == dtype else t.to(dtype)
-        with swapped(self._slots, state):
-            yield self.model
+        try:
+            with swapped(self._slots, state):
+                yield self.model
+        finally:
+            put_back(self._attributes)
 
     def _call(self, theta: Theta, tree: Any) -> Tensor:
         """Mean loss of a batch by the user's loss."""
@@ -258,7 +263,22 @@ class Objective:
         else:
             x, t = self._pair(tree)
             loss = self.loss_func(model(x), t)
-        return cast(Tensor, loss).reshape(()).to(self.dtype)
+        return self._scalar(loss)
+
+    def _scalar(self, loss: Any) -> Tensor:
+        """What the user's loss gave, as a number of this precision."""
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+            return loss.reshape(()).to(self.dtype)
+        found = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(
+            f"config[{self.loss_key!r}]: expected the mean loss of the batch, one number as a floating-point tensor, "
+            f"got {found}"
+        )
+
+    @property
+    def loss_key(self) -> str:
+        """The option that the loss came by."""
+        return "loss_func" if self.model_loss is None else "model_loss"
 
     @property
     def _apart(self) -> bool:
@@ -305,9 +325,9 @@ class Objective:
         tree = rebuild(given)
         if self.model_loss is not None:
             with replayed(self.model, rebuild_output(output)):
-                return cast(Tensor, self.model_loss(self.model, tree)).reshape(()).to(self.dtype)
+                return self._scalar(self.model_loss(self.model, tree))
         y = rebuild_output(output if self._apart else [t.unsqueeze(0) for t in output])
-        return cast(Tensor, self.loss_func(y, self._pair(tree)[1])).reshape(()).to(self.dtype)
+        return self._scalar(self.loss_func(y, self._pair(tree)[1]))
 
     def _tree(self, batch: Batch) -> Any:
         return batch.rebuild([self._given(t) for t in batch.leaves])

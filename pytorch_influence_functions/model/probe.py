@@ -11,7 +11,8 @@ from torch.func import jvp
 
 from ..data.batch import Batch, flatten_tree
 from ..data.samples import Samples, shapes_of
-from .gradients import agrees, forward_products, gradient, require_finite, vmap_gradients
+from .door import first_gradients, first_losses, require_dependence
+from .gradients import agrees, forward_products, vmap_gradients
 from .linear import find_head
 from .objective import Objective, Paths
 
@@ -38,10 +39,9 @@ def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> No
     _look_for_mutation(objective, alone[0], samples)
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
     _choose_precision(objective, alone[0])
-    losses = torch.cat([objective.losses(objective.theta, one) for one in alone]).detach()
-    require_finite(losses, indices, samples.name, "loss")
-    truth = torch.stack([gradient(objective, one) for one in alone])
-    require_finite(truth, indices, samples.name, "gradient")
+    losses = first_losses(objective, alone, samples.name)
+    require_dependence(objective, samples)
+    truth = first_gradients(objective, alone, samples.name)
     find_head(objective, alone[:2], truth[:2])
     batch = _rows(objective, samples, indices, losses)
     if batch is None:
@@ -78,8 +78,7 @@ def _different(samples: Samples, count: int) -> tuple[list[int], bool]:
 def _look_for_mutation(objective: Objective, one: Batch, samples: Samples) -> None:
     """Give the model copies of its inputs where it changes them in place (`x.div_(255)`, `x.requires_grad_()`)."""
     before = [(t._version, t.requires_grad) for t in one.leaves]
-    with torch.no_grad():
-        objective.losses(objective.theta, one)
+    first_losses(objective, [one], samples.name)
     objective.mutates = before != [(t._version, t.requires_grad) for t in one.leaves]
     if objective.mutates:
         logger.info("%s: the model changes its inputs in place; it gets copies", samples.name)

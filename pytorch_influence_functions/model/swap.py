@@ -54,6 +54,73 @@ def swapped(slots: list[Slot], state: Mapping[str, Tensor]) -> Iterator[None]:
             slot.registry[slot.key] = own
 
 
+REGISTRIES = ("_parameters", "_buffers", "_modules")
+"""What a module keeps in its `__dict__` for itself, the tensors of which `swapped` puts back."""
+
+
+class Attributes(NamedTuple):
+    """A module's own attributes, and what its lists and dicts held."""
+
+    now: dict[str, Any]
+    """The module's `__dict__`."""
+    held: dict[str, Any]
+    """What was in it."""
+    items: list[tuple[Any, Any]]
+    """Each of its lists and dicts, with a copy."""
+
+
+def find_attributes(model: nn.Module) -> list[Attributes]:
+    """The attributes of every module of the model, to put back what calls of it leave there."""
+    found = []
+    for module in model.modules():
+        held = {key: value for key, value in vars(module).items() if key not in REGISTRIES}
+        items = [(value, value.copy()) for value in held.values() if type(value) in (list, dict)]
+        found.append(Attributes(vars(module), held, items))
+    return found
+
+
+def put_back(found: list[Attributes]) -> None:
+    """Undo every change of the attributes that has to do with a tensor.
+
+    A pre-hook puts the weight it computes on its module (`prune`, the old `weight_norm` and `spectral_norm`), a forward
+    may keep its activations: left there, they would hold a graph at other parameters, and the next call would see them.
+    """
+    for now, held, items in found:
+        changed = [key for key, value in now.items() if value is not held.get(key) and key not in REGISTRIES]
+        for key in changed:
+            _undo(now, held, key)
+        for container, copy in items:
+            if _has_tensor(container) or _has_tensor(copy):
+                _refill(container, copy)
+
+
+def _undo(now: dict[str, Any], held: dict[str, Any], key: str) -> None:
+    """Put one attribute back where it is a tensor now, or was one."""
+    if not _has_tensor(now[key]) and not _has_tensor(held.get(key)):
+        return
+    if key in held:
+        now[key] = held[key]
+    else:
+        del now[key]
+
+
+def _refill(container: Any, items: Any) -> None:
+    """Put the items of before into the list or dict that is kept."""
+    container.clear()
+    if isinstance(container, dict):
+        container.update(items)
+    else:
+        container.extend(items)
+
+
+def _has_tensor(value: Any) -> bool:
+    """Whether it is a tensor, or holds one."""
+    if isinstance(value, Tensor):
+        return True
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, dict | list | tuple) and any(isinstance(item, Tensor) for item in items)
+
+
 @contextlib.contextmanager
 def differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside: this thread alone, the model in evaluation mode, and operations that can be differentiated twice."""

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from ..data.labels import agree
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
 from ..show.results import InfluenceResult, entry, harmful_and_helpful
 from ..utils import log_to
-from .files import RunFiles
-from .select import select_test_samples
+from .files import RunFiles, writable_folder
+from .select import require_writable, select_test_samples
 from .store import own_folder, read_chains, read_rows, save_gradients, save_solutions
 
 logger = logging.getLogger(__name__)
@@ -82,15 +83,22 @@ def _run(
     with log_to(options.log_filename):
         tests = Samples(test_loader, name="test_loader", progress=options.progress)
         labels = tests.labels()
-        indices = select_test_samples(options, labels)
+        indices = _selected(options, labels)
         num = int(options.test_sample_num) or len(indices)
+        if method == "all_grad_then_test" and options.save_pth:
+            writable_folder(options.save_folder, "config['save_pth']")
         files = RunFiles(options.out_folder, options.start, num)
         try:
             influence = InfluenceFunction(model, train_loader, options)
+            tests.device = influence.objective.device
+            read = influence.check(tests, indices)
+            if not all(map(agree, (labels[i] for i in indices), read)):
+                labels = tests.labels(stored=False)
+                indices = _selected(options, labels)
+                influence.check(tests, indices)
         except BaseException:
             files.release()
             raise
-        tests.device = influence.objective.device
         files.write_meta(_meta(options, influence, indices, finished=False))
         collected = _Collected(files, influence, options.top_k)
         for part, scores, chains, residual, seconds in METHODS[method](influence, tests, indices):
@@ -99,6 +107,13 @@ def _run(
         files.write_meta(_meta(options, influence, indices, finished=True))
         files.finish()
         return collected.result()
+
+
+def _selected(options: Config, labels: Sequence[Any]) -> list[int]:
+    """The test samples of the run, whose labels can be written."""
+    indices = select_test_samples(options, labels)
+    require_writable(labels, indices)
+    return indices
 
 
 Group = tuple[list[int], Tensor, Tensor | None, Tensor, float]

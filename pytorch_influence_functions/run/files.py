@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,7 @@ class RunFiles:
             folder.mkdir(parents=True, exist_ok=True)
             self.meta, self.result, self.parts = _take_names(folder, start, num)
         except OSError as error:
-            raise OSError(
-                f"config['outdir']: cannot write to {folder} ({error.strerror}); give a folder you can write to"
-            ) from error
+            raise _unwritable("config['outdir']", folder, error) from error
         self._first: list[Path] = []
 
     def write_meta(self, meta: dict[str, Any]) -> None:
@@ -54,6 +53,25 @@ class RunFiles:
         with contextlib.suppress(OSError):
             self.parts.rmdir()
             self.meta.unlink()
+
+
+def writable_folder(given: str | os.PathLike[str], key: str) -> Path:
+    """A folder that can be written to, made where it is not there; before any work.
+
+    Raises:
+        OSError: it cannot be; the message names the option `key`.
+    """
+    folder = Path(given).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise _unwritable(key, folder, error) from error
+
+
+def _unwritable(key: str, folder: Path, error: OSError) -> OSError:
+    return OSError(f"{key}: cannot write to {folder} ({error.strerror}); give a folder you can write to")
 
 
 def _take_names(folder: Path, start: int, num: int) -> tuple[Path, Path, Path]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from ..config import Config
+from ..utils import as_json
 
 
 def select_test_samples(options: Config, labels: Sequence[Any]) -> list[int]:
@@ -14,6 +16,18 @@ def select_test_samples(options: Config, labels: Sequence[Any]) -> list[int]:
         return list(range(len(labels)))
     by_class = indices_per_class(labels, options.num_classes)
     return [i for c in by_class for i in slice_of_class(by_class[c], c, options.start, options.test_sample_num or None)]
+
+
+def require_writable(labels: Sequence[Any], indices: Sequence[int]) -> None:
+    """Raise `TypeError` where a test sample's label is nothing that the result file can hold."""
+    for index in indices:
+        try:
+            as_json(labels[index])
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"test_loader: the label of sample {index} is a {type(labels[index]).__name__}, which the result file "
+                "cannot hold; expected a number, a string or a list of them"
+            ) from error
 
 
 class ByClass(dict[int, list[int]]):
@@ -34,7 +48,7 @@ def indices_per_class(labels: Sequence[Any], num_classes: int | None = None) -> 
     rows: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
         label = label[0] if isinstance(label, list) and len(label) == 1 else label
-        if isinstance(label, bool) or not isinstance(label, int | float) or int(label) != label:
+        if not isinstance(label, int | float) or not math.isfinite(label) or int(label) != label:
             raise ValueError(
                 f"test_loader: test samples are taken per class, which needs whole numbers as labels, but the label of "
                 f"sample {index} is {label!r}; set config['test_sample_num'] and ['test_sample_start_per_class'] to "

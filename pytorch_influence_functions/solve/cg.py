@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..utils import progress_bar
 from .ekfac import build
-from .errors import NegativeCurvatureError
+from .errors import DivergenceError, NegativeCurvatureError
 from .problem import Problem
 from .solution import Damping, Prepared, Solution
 from .system import Residual, System
@@ -22,6 +22,10 @@ MOST_ITERATIONS = 500
 """Far more than a preconditioned system takes; one without that needs more is better solved otherwise."""
 ROUNDING = 8
 """Without a tolerance the iteration ends at so many units in the last place: it gains nothing beyond."""
+ULPS = 64
+"""Units in the last place that a curvature may be below zero in, on the scale of the largest: a product is a sum over
+samples and layers in the precision of the model."""
+OTHER_CURVATURE = "set config['curvature'] = 'ggn', or "
 Map = Callable[[Tensor], Tensor]
 
 
@@ -29,6 +33,7 @@ def conjugate_gradient(problem: Problem, damping: Damping) -> Prepared:
     """Solve by conjugate gradients over the whole training set; each row stops by itself at the tolerance."""
     system = System(problem, damping.value)
     config = problem.config
+    remedy = OTHER_CURVATURE if problem.curvature.kind == "hessian" else ""
     M: Map = build(problem).inverse(damping.value) if config.preconditioner else _itself
 
     def solve(v: Tensor, tests: int) -> Solution:
@@ -37,7 +42,7 @@ def conjugate_gradient(problem: Problem, damping: Damping) -> Prepared:
         if tolerance is None:
             tolerance = torch.finfo(v.dtype).eps * ROUNDING
         with progress_bar("Conjugate gradients", total=limit, unit="step", enabled=config.progress) as bar:
-            s, rest, steps = iterate(system, v, M, tolerance=tolerance, limit=limit, progress=bar.update)
+            s, rest, steps = iterate(system, v, M, tolerance=tolerance, limit=limit, remedy=remedy, progress=bar.update)
         return Solution(s, Residual.exact(rest, v), report={"steps": steps.tolist()})
 
     return Prepared(system, solve, damping.report)
@@ -59,21 +64,34 @@ class _Rows(NamedTuple):
     """Direction [k, P]."""
     rz: Tensor
     """r . M r [k]."""
+    largest: Tensor
+    """The largest norm of A p / |p| so far, which the largest eigenvalue is not below [k]."""
 
     def at(self, mask: Tensor) -> _Rows:
         return _Rows(*(t[mask] for t in self))
 
 
 def iterate(
-    product: Map, v: Tensor, M: Map, *, tolerance: float, limit: int, progress: Callable[[], object] = lambda: None
+    product: Map,
+    v: Tensor,
+    M: Map,
+    *,
+    tolerance: float,
+    limit: int,
+    remedy: str = "",
+    progress: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Solve product(s) = v for each row of v [K, P] -> s [K, P], residual [K, P], steps taken [K].
 
-    A row that has reached `tolerance` leaves the stack.
+    A row that has reached `tolerance` leaves the stack, and one that can go no further at this precision: a curvature
+    that is zero up to rounding is such an end.
 
     Raises:
-        NegativeCurvatureError: a direction p with p . product(p) <= 0.
+        NegativeCurvatureError: a direction p with p . product(p) < 0, beyond rounding; `remedy` is what else it says.
+        DivergenceError: a product is not finite.
     """
+    size = torch.frexp(v.abs().amax(1, keepdim=True))[1]
+    v = torch.ldexp(v, -size)  # by a power of two, without rounding, so that squares of small numbers stay numbers
     solved, rest = torch.zeros_like(v), torch.zeros_like(v)
     steps = torch.zeros(len(v), dtype=torch.long)
     goal = tolerance * v.norm(dim=1)
@@ -83,9 +101,9 @@ def iterate(
     step = 0
     while step < limit and len(rows.places):
         step += 1
-        _advance(rows, product(rows.p))
+        done = _advance(rows, product(rows.p), remedy)
         progress()
-        done = rows.r.norm(dim=1) <= goal[rows.places]
+        done |= rows.r.norm(dim=1) <= goal[rows.places]
         if step == limit:
             done = torch.ones_like(done)
         if bool(done.any()):
@@ -95,7 +113,7 @@ def iterate(
             rows = rows.at(~done)
         if len(rows.places):
             rows = _turn(rows, M(rows.r))
-    return solved, rest, steps
+    return torch.ldexp(solved, size), torch.ldexp(rest, size), steps
 
 
 def _start(v: Tensor, wanted: Tensor, M: Map) -> _Rows:
@@ -103,16 +121,24 @@ def _start(v: Tensor, wanted: Tensor, M: Map) -> _Rows:
     places = wanted.nonzero().squeeze(1)
     r = v[places]
     p = M(r).clone() if len(places) else r
-    return _Rows(places, torch.zeros_like(r), r, p, torch.linalg.vecdot(r, p))
+    rz = torch.linalg.vecdot(r, p)
+    return _Rows(places, torch.zeros_like(r), r, p, rz, torch.zeros_like(rz))
 
 
-def _advance(rows: _Rows, Ap: Tensor) -> None:
-    """Go along each direction to where the quadratic form is least, in place."""
+def _advance(rows: _Rows, Ap: Tensor, remedy: str) -> Tensor:
+    """Go along each direction to where the quadratic form is least, in place -> the rows that cannot, as a mask [k]."""
+    if not bool(Ap.isfinite().all()):
+        raise DivergenceError("conjugate gradients: a product with the curvature is NaN or infinite")
     pAp = torch.linalg.vecdot(rows.p, Ap)
-    _require_positive(pAp, rows.p)
-    alpha = (rows.rz / pAp).unsqueeze(1)
+    squares = rows.p.square().sum(1)
+    torch.maximum(rows.largest, Ap.norm(dim=1) / squares.sqrt(), out=rows.largest)
+    _require_positive(pAp / squares, rows.largest, remedy)
+    alpha = rows.rz / pAp
+    ended: Tensor = ~((pAp > 0) & (rows.rz > 0) & alpha.isfinite())
+    alpha = alpha.masked_fill(ended, 0).unsqueeze(1)
     rows.s.addcmul_(rows.p, alpha)
     rows.r.addcmul_(Ap, -alpha)
+    return ended
 
 
 def _turn(rows: _Rows, z: Tensor) -> _Rows:
@@ -123,11 +149,12 @@ def _turn(rows: _Rows, z: Tensor) -> _Rows:
     return rows._replace(rz=rz)
 
 
-def _require_positive(pAp: Tensor, p: Tensor) -> None:
-    if bool((pAp <= 0).any()):
-        along = pAp / p.square().sum(1)
+def _require_positive(along: Tensor, largest: Tensor, remedy: str) -> None:
+    """Raise where a curvature [k] is below zero by more than the rounding of the largest one."""
+    negative = along < -ULPS * torch.finfo(along.dtype).eps * largest
+    if bool(negative.any()):
+        least = float(along[negative].min())
         raise NegativeCurvatureError(
-            f"conjugate gradients met the curvature {float(along.min()):.3g} (with damping), which is not positive: "
-            "set config['curvature'] = 'ggn', or raise config['damping'] by at least "
-            f"{1.5 * abs(float(along.min())):.3g}"
+            f"conjugate gradients met the curvature {least:.3g} (with damping), which is not positive: {remedy}raise "
+            f"config['damping'] by at least {1.5 * abs(least):.3g}"
         )

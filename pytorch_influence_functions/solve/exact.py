@@ -19,6 +19,7 @@ from ..model.likelihoods import likelihood, roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from ..utils import progress_bar
+from .errors import DivergenceError
 from .problem import Problem
 from .solution import Damping, Prepared, Solution
 from .system import Residual, System
@@ -74,7 +75,12 @@ def _primal(problem: Problem, damping: float) -> Inverse:
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) == 0:
         return lambda v: _with_residual(torch.cholesky_solve(v.T, L).T, v, damped)
-    LU, pivots = torch.linalg.lu_factor(damped)  # an indefinite Hessian
+    LU, pivots, singular = torch.linalg.lu_factor_ex(damped)  # an indefinite Hessian
+    if int(singular) != 0:
+        raise DivergenceError(
+            f"config['solver'] = 'exact': the {problem.curvature.kind} with damping {damping:g} is singular; set "
+            "config['damping'] above 0"
+        )
     return lambda v: _with_residual(torch.linalg.lu_solve(LU, pivots, v.T).T, v, damped)
 
 

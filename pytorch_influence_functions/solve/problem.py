@@ -16,12 +16,13 @@ from ..config import Config
 from ..data.samples import Samples, varying_sample
 from ..model.budget import Budget
 from ..model.curvature import Curvature
+from ..model.door import explain
 from ..model.gradients import activation_bytes
 from ..model.linear import INSIDE
 from ..model.objective import Objective
 from ..model.probe import MOST_PROBED, probe
 from ..utils import random_state, warn
-from .errors import CurvatureWarning, DeviceWarning, VaryingDataWarning
+from .errors import CurvatureWarning, DeviceWarning, NegativeCurvatureError, VaryingDataWarning
 
 logger = logging.getLogger(__name__)
 MOST_TOGETHER = 64
@@ -59,10 +60,21 @@ class Problem:
         return self.objective.theta.nbytes
 
     @contextlib.contextmanager
-    def guard(self) -> Iterator[None]:
-        """Inside: seeded random state, model in evaluation mode; both come back as they were."""
+    def guard(self, *others: Samples) -> Iterator[None]:
+        """Inside: seeded random state, model in evaluation mode; both come back as they were.
+
+        Where a computation fails, the workers that read the samples (and `others`) end, and the training sample is
+        named that it failed at, if it was one.
+        """
         with random_state(self.config.seed), self.objective.active():
-            yield
+            try:
+                yield
+            except BaseException as error:
+                for samples in (self.samples, *others):
+                    samples.close()
+                if isinstance(error, Exception) and not isinstance(error, NegativeCurvatureError):
+                    explain(self.objective, self.samples, error)
+                raise
 
     def product(self, vectors: Tensor, text: str | None = None) -> Tensor:
         """H V over the whole training set, V [K, P] -> [K, P]."""

@@ -36,7 +36,9 @@ class Residual(NamedTuple):
     @classmethod
     def exact(cls, rest: Tensor, v: Tensor) -> Residual:
         """Of the residual `rest` of each row of v, both [K, P]."""
-        relative = rest.norm(dim=1) / row_norms(v)
+        size = v.abs().amax(1, keepdim=True)
+        size.clamp_min_(torch.finfo(v.dtype).tiny)  # the squares of small numbers would be zero
+        relative = (rest / size).norm(dim=1) / row_norms(v / size)
         return cls(relative, torch.zeros_like(relative), rest)
 
 
