@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch.func import jvp
 
 from ..data.batch import Batch, flatten_tree
 from ..data.samples import Samples, shapes_of
+from .alone import first_look, losses_alone, warn_of_company
 from .gradients import agrees, forward_products, gradient, require_finite, vmap_gradients
-from .linear import find_head
+from .linear import look_at_outputs
 from .objective import Objective, Paths
 
 logger = logging.getLogger(__name__)
@@ -28,29 +30,30 @@ def probe(objective: Objective, samples: Samples) -> None:
 
     Raises:
         NonFiniteError: a loss or gradient of these samples is NaN or infinite.
-        TypeError, ValueError: the loss cannot take the batch.
+        TypeError, ValueError: the loss cannot take the batch, or is not the same when it is computed twice.
     """
     objective.paths, samples.apart, samples.shapes = Paths(), False, None
     indices, uniform = _different(samples, max(2, min(samples.batch_size, MOST_PROBED)))
     alone = [samples.sample(i) for i in indices]
-    _look_for_mutation(objective, alone[0], samples)
+    _look_for_mutation(objective, alone[0], samples, indices[0])
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
     _choose_precision(objective, alone[0])
-    losses = torch.cat([objective.losses(objective.theta, one) for one in alone]).detach()
+    losses = losses_alone(objective, samples, alone, indices)
     require_finite(losses, indices, samples.name, "loss")
     truth = torch.stack([gradient(objective, one) for one in alone])
     require_finite(truth, indices, samples.name, "gradient")
-    find_head(objective, alone[:2], truth[:2])
+    look_at_outputs(objective, alone[:2], truth[:2])
     batch = _rows(objective, samples, indices, losses)
+    samples.shapes = shapes_of(alone[0]) if uniform else None
+    warn_of_company(objective, samples, indices, losses, truth)
     if batch is None:
-        samples.apart = True
+        samples.apart, samples.shapes = True, None
         logger.info(
             "%s: a sample collated with others is not what it is alone (padding, time first), so that samples go "
             "through the model one at a time, which is slow; a collate_fn that pads to a fixed length, or a mask in "
             "the loss, lets them go together", samples.name,
         )  # fmt: skip
         return
-    samples.shapes = shapes_of(alone[0]) if uniform else None
     _try_fast_paths(objective, batch, losses, truth)
     slow = [name for name, allowed in objective.paths._asdict().items() if allowed is False]
     if slow:
@@ -73,11 +76,10 @@ def _different(samples: Samples, count: int) -> tuple[list[int], bool]:
     return sorted([*first_of_each, *others][:count]), False
 
 
-def _look_for_mutation(objective: Objective, one: Batch, samples: Samples) -> None:
+def _look_for_mutation(objective: Objective, one: Batch, samples: Samples, index: int) -> None:
     """Give the model copies of its inputs where it changes them in place (`x.div_(255)`, `x.requires_grad_()`)."""
     before = [(t._version, t.requires_grad) for t in one.leaves]
-    with torch.no_grad():
-        objective.losses(objective.theta, one)
+    first_look(objective, samples, one, index)
     objective.mutates = before != [(t._version, t.requires_grad) for t in one.leaves]
     if objective.mutates:
         logger.info("%s: the model changes its inputs in place; it gets copies", samples.name)
@@ -104,10 +106,10 @@ def _choose_precision(objective: Objective, one: Batch) -> None:
 def _rows(objective: Objective, samples: Samples, indices: list[int], losses: Tensor) -> Batch | None:
     """The samples collated together, if each row of that batch has the loss of the sample collated alone."""
     batch = samples.take(indices)
-    objective.paths = Paths(rows=True)
+    objective.paths = objective.paths._replace(rows=True)
     if batch.sliceable and agrees(lambda: objective.losses(objective.theta, batch), losses):
         return batch
-    objective.paths = Paths()
+    objective.paths = objective.paths._replace(rows=False)
     return None
 
 
@@ -117,7 +119,8 @@ def _try_fast_paths(objective: Objective, batch: Batch, losses: Tensor, truth: T
 
     def attempt(path: str, value: Callable[[], Tensor], expected: Tensor) -> None:
         before = objective.paths
-        objective.paths = before._replace(**{path: True})
+        chosen: dict[str, Any] = {path: True}
+        objective.paths = before._replace(**chosen)
         if not agrees(value, expected):
             objective.paths = before
 

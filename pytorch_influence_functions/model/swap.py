@@ -65,6 +65,7 @@ def differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(_no_fast_attention())
         stack.enter_context(_no_checkpoints())
+        stack.enter_context(_dense_gradients(model))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN's recurrent kernels have no second derivative, nor a first one in evaluation mode
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -80,6 +81,20 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+@contextlib.contextmanager
+def _dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Sparse gradients of embeddings cannot be cut out of, or added to, one vector of all parameters."""
+    sparse = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    sparse = [module for module in sparse if module.sparse]
+    try:
+        for module in sparse:
+            module.sparse = False
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True
 
 
 @contextlib.contextmanager

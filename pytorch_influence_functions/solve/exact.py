@@ -1,7 +1,8 @@
 r"""The dense solve: (H + \lambda I)^{-1} from a Cholesky factor, in the space of parameters or of outputs.
 
 With A = [R_i J_i / \sqrt{n}]_i, R_i^T R_i = \nabla^2_y \ell_i, the Gauss-Newton matrix is G = A^T A [P, P]. Where the
-n C rows of A are fewer than P, (G + \lambda I)^{-1} v = (v - A^T (A A^T + \lambda I)^{-1} A v) / \lambda.
+n C rows of A are fewer than P, (G + \lambda I)^{-1} v = (v - A^T (A A^T + \lambda I)^{-1} A v) / \lambda. Where the
+loss is not convex in the outputs, G = A^T S A with signs S, and \lambda S stands in place of \lambda I beside A A^T.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from ..data.batch import Batch
-from ..model.likelihoods import likelihood, roots
+from ..model.likelihoods import likelihood, signed_roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from ..utils import progress_bar
@@ -76,7 +77,12 @@ def _primal(problem: Problem, damping: float) -> Inverse:
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) == 0:
         return lambda v: _with_residual(torch.cholesky_solve(v.T, L).T, v, damped)
-    LU, pivots = torch.linalg.lu_factor(damped)  # an indefinite Hessian
+    LU, pivots, singular = torch.linalg.lu_factor_ex(damped)  # an indefinite Hessian
+    if int(singular) != 0:
+        raise ValueError(
+            f"config['damping'] = {damping:g}: the damped curvature of {len(H)} parameters is singular, so that the "
+            "system has no one solution; use a larger config['damping']"
+        )
     return lambda v: _with_residual(torch.linalg.lu_solve(LU, pivots, v.T).T, v, damped)
 
 
@@ -86,19 +92,28 @@ def _with_residual(s: Tensor, v: Tensor, damped: Tensor) -> tuple[Tensor, Tensor
 
 def _dual(problem: Problem, damping: float) -> Inverse:
     batches = problem.samples.ordered(ROW_BLOCK)
-    rows = [gauss_newton_rows(problem.objective, batch) for batch in batches]
-    A = torch.cat(rows).double()
+    parts = [gauss_newton_rows(problem.objective, batch) for batch in batches]
+    A = torch.cat([rows for rows, _ in parts]).double()
     A /= problem.samples.n**0.5
-    gram = A @ A.T
-    gram.diagonal().add_(damping)
-    L = torch.linalg.cholesky(gram)
+    signs = torch.cat([sign for _, sign in parts]).double()
+    solve = _factor(A @ A.T, damping * signs)
 
     def inverse(v: Tensor) -> tuple[Tensor, Tensor]:
-        inside = torch.cholesky_solve(A @ v.T, L).T
+        inside = solve(A @ v.T).T
         s = (v - inside @ A) / damping
-        return s, v - (s @ A.T) @ A - damping * s
+        return s, v - ((s @ A.T) * signs) @ A - damping * s
 
     return inverse
+
+
+def _factor(gram: Tensor, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
+    """The inverse of gram + diag(diagonal), which is indefinite where the loss is not convex in the outputs."""
+    gram.diagonal().add_(diagonal)
+    if bool((diagonal > 0).all()):
+        L = torch.linalg.cholesky(gram)
+        return lambda b: torch.cholesky_solve(b, L)
+    LU, pivots = torch.linalg.lu_factor(gram)
+    return lambda b: torch.linalg.lu_solve(LU, pivots, b)
 
 
 def dense_curvature(problem: Problem) -> Tensor:
@@ -119,7 +134,7 @@ def dense_curvature(problem: Problem) -> Tensor:
 def dual_rows(problem: Problem) -> int | None:
     """Rows n C of A, or None where the curvature has no such form."""
     objective = problem.objective
-    if problem.curvature.kind != "ggn":
+    if problem.curvature.kind != "ggn" or objective.direct:
         return None
     one = problem.samples.sample(0)
     leaves, _ = numbers_of(objective.outputs(objective.theta, one))
@@ -128,14 +143,15 @@ def dual_rows(problem: Problem) -> int | None:
     return problem.samples.n * sum(leaf.numel() for leaf in leaves)
 
 
-def gauss_newton_rows(objective: Objective, batch: Batch) -> Tensor:
-    r"""R_i J_i of each sample of a batch, R_i^T R_i = \nabla^2_y \ell_i -> [B C, P]."""
+def gauss_newton_rows(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
+    r"""W_i J_i of each sample of a batch, W_i^T S_i W_i = \nabla^2_y \ell_i, and the signs S_i -> [B C, P], [B C]."""
     if batch.parts:
-        return torch.cat([gauss_newton_rows(objective, one) for one in batch.parts])
+        parts = [gauss_newton_rows(objective, one) for one in batch.parts]
+        return torch.cat([rows for rows, _ in parts]), torch.cat([signs for _, signs in parts])
     y, rebuild = numbers_of(objective.outputs(objective.theta, batch))
-    R = roots(likelihood(objective, y, rebuild, batch).hessians().double())
+    W, signs = signed_roots(likelihood(objective, y, rebuild, batch).hessians().double())
     J = _jacobians(objective, batch)
-    return (R @ J.double()).flatten(0, 1).detach()
+    return (W @ J.double()).flatten(0, 1).detach(), signs.flatten()
 
 
 def _jacobians(objective: Objective, batch: Batch) -> Tensor:

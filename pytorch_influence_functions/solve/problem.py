@@ -18,7 +18,6 @@ from ..config import Config
 from ..data.samples import Samples, varying_sample
 from ..model.curvature import STACK, Curvature
 from ..model.gradients import activation_bytes
-from ..model.linear import INSIDE
 from ..model.objective import Objective
 from ..model.probe import probe
 from ..utils import random_state
@@ -152,9 +151,11 @@ def make_problem(
         warn_if_varying(samples)
         probe(objective, samples)
     budget = config.max_memory * MIB if config.max_memory is not None else free_bytes(device) / 4
-    if or_hessian and objective.linear == INSIDE:
-        logger.info("the curvature is the Hessian: %s", INSIDE)
+    if or_hessian and objective.refused is not None:
+        logger.info("the curvature is the Hessian: %s", objective.refused)
         curvature = "hessian"
+    if not or_hessian and objective.once is not None and config.curvature is None:
+        raise ValueError(objective.once)
     kind = Curvature(objective, config.curvature or curvature, budget / 2)
     return Problem(objective, samples, kind, config, budget / 2)
 
