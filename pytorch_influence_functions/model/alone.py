@@ -24,8 +24,8 @@ RANDOM = (
     "torch.random.fork_rng() around the draw, or with noise that belongs to the sample"
 )
 ZERO = (
-    "{name}: the gradient of each of {count} samples alone is zero: does the loss need the other samples of a batch "
-    "(in-batch negatives, batch statistics)? All scores of such a loss are zero; give a config['model_loss'] of one "
+    "{name}: the gradient of each of {count} samples alone is zero: the loss needs the other samples of a batch "
+    "(in-batch negatives, batch statistics), so that all scores would be zero; give a config['model_loss'] of one "
     "sample, e.g. against negatives that are fixed"
 )
 COMPANY = (
@@ -35,8 +35,9 @@ COMPANY = (
 )
 WEIGHTS = (
     "{name}: the loss of a batch is not the mean of its samples' losses alone. A mean that is divided by class "
-    "weights, or by a count of targets that are not ignored, divides them away where a sample is alone, so that each counts "
-    "the same; to keep the weights, leave the division out, e.g. torch.nn.CrossEntropyLoss(weight=w, reduction='sum')"
+    "weights, or by a count of targets that are not ignored, divides them away where a sample is alone, so that each "
+    "counts the same; to keep the weights, leave the division out, e.g. "
+    "torch.nn.CrossEntropyLoss(weight=w, reduction='sum')"
 )
 REFUSED = (
     "{name}: the model or loss refuses sample {index} alone, as a batch of one, and takes it with others ({reason}); "
@@ -111,13 +112,16 @@ def _works_in_company(objective: Objective, samples: Samples) -> bool:
 def warn_of_company(
     objective: Objective, samples: Samples, indices: Sequence[int], losses: Tensor, gradients: Tensor
 ) -> None:
-    """Warn where the loss of a batch as it comes is not made of its samples' losses [B] and gradients [B, P] alone."""
+    """Warn where the loss of a batch as it comes is not made of its samples' losses [B] alone.
+
+    Raises:
+        ValueError: no sample alone has a gradient [B, P], and the batch has a loss.
+    """
     whole = _whole_loss(objective, samples, indices)
-    if not bool(gradients.any()) or (_is_zero(gradients) and not _adds_up(whole, losses)):
-        warnings.warn(ZERO.format(name=samples.name, count=len(gradients)), ModelWarning, stacklevel=5)
-        return
     if _adds_up(whole, losses):
         return
+    if _is_zero(gradients):
+        raise ValueError(ZERO.format(name=samples.name, count=len(gradients)))
     if not objective.paths.rows or not _may_be_weighted(whole, losses):
         warnings.warn(COMPANY.format(name=samples.name), ModelWarning, stacklevel=5)
     elif samples.shapes is not None:
@@ -141,7 +145,9 @@ def _adds_up(whole: Tensor | None, losses: Tensor) -> bool:
     if whole is None:
         return True
     slack = _slack(losses)
-    return any(abs(float(whole - value)) <= slack for value in (losses.mean(), losses.sum()))
+    value, sums = float(whole), (float(losses.mean()), float(losses.sum()))
+    nearest: float = min(abs(value - total) for total in sums)
+    return nearest <= slack
 
 
 def _may_be_weighted(whole: Tensor | None, losses: Tensor) -> bool:

@@ -21,6 +21,9 @@ logger = logging.getLogger(__name__)
 MOST_PROBED = 8
 """Samples of the batch that a model is tried on: one batch, as the loader makes it, up to so many. Two would not tell a
 model that branches on the size of its batch from one that does not; more cost more than a short run."""
+LARGE = 64
+"""Samples of the larger batch in which the same samples are looked for again: a model may branch on the size of its
+batch beyond the loader's, and products take as many as fit."""
 LOOKED_AT = 32
 """Samples whose shapes are looked at, so that short and long sequences stand in the batch that a model is tried on."""
 
@@ -54,7 +57,7 @@ def probe(objective: Objective, samples: Samples) -> None:
             "the loss, lets them go together", samples.name,
         )  # fmt: skip
         return
-    _try_fast_paths(objective, batch, losses, truth)
+    _try_fast_paths(objective, batch, losses, truth, _large(samples, indices))
     slow = [name for name, allowed in objective.paths._asdict().items() if allowed is False]
     if slow:
         logger.info("the model does not allow %s; a slower way gives the same numbers", ", ".join(slow))
@@ -113,9 +116,23 @@ def _rows(objective: Objective, samples: Samples, indices: list[int], losses: Te
     return None
 
 
-def _try_fast_paths(objective: Objective, batch: Batch, losses: Tensor, truth: Tensor) -> None:
+def _large(samples: Samples, indices: list[int]) -> tuple[Batch, Tensor] | None:
+    """A batch as large as products take them, and where the samples of these indices stand in it."""
+    rows = sorted({*indices, *_spread(samples.n, min(samples.n, LARGE))})
+    large = samples.take(rows)
+    if not large.sliceable or len(rows) == len(indices):
+        return None
+    return large, torch.tensor([rows.index(i) for i in indices])
+
+
+def _try_fast_paths(
+    objective: Objective, batch: Batch, losses: Tensor, truth: Tensor, large: tuple[Batch, Tensor] | None
+) -> None:
     theta, v = objective.theta, truth.sum(0)
     two = torch.stack([v, 2 * v])
+
+    def twice(rows: Tensor) -> Tensor:
+        return rows if large is None else torch.cat([rows, rows])
 
     def attempt(path: str, value: Callable[[], Tensor], expected: Tensor) -> None:
         before = objective.paths
@@ -125,28 +142,39 @@ def _try_fast_paths(objective: Objective, batch: Batch, losses: Tensor, truth: T
             objective.paths = before
 
     def outputs() -> Tensor:
-        return _flat(objective.batch_outputs(theta, batch), batch.size)
+        return _both(lambda one: _flat(objective.batch_outputs(theta, one), one.size), batch, large)
+
+    def batched() -> Tensor:
+        return _both(lambda one: objective.losses(theta, one), batch, large)
 
     def losses_of_outputs() -> Tensor:
         return objective.output_losses(objective.outputs(theta, batch), batch)
 
     attempt("vmap", lambda: vmap_gradients(objective, batch), truth)
     if objective.model_loss is not None or objective.head is not None:
-        _try(lambda: attempt("outputs", outputs, _outputs_alone(objective, batch)))
+        _try(lambda: attempt("outputs", outputs, twice(_outputs_alone(objective, batch))))
         if objective.paths.outputs:
             attempt("loss", losses_of_outputs, losses)
-            attempt("batched", lambda: objective.losses(theta, batch), losses)
+            attempt("batched", batched, twice(losses))
     else:
         objective.paths = objective.paths._replace(outputs=True, loss=True)
-        attempt("batched", lambda: objective.losses(theta, batch), losses)
+        attempt("batched", batched, twice(losses))
         if not objective.paths.batched:
             objective.paths = objective.paths._replace(loss=False)
-            attempt("batched", lambda: objective.losses(theta, batch), losses)
+            attempt("batched", batched, twice(losses))
         if not objective.paths.batched:
             objective.paths = objective.paths._replace(outputs=False, loss=False)
             attempt("loss", losses_of_outputs, losses)
     attempt("forward", lambda: jvp(lambda t: objective.losses(t, batch), (theta,), (v,))[1], truth @ v)
     attempt("stacked", lambda: forward_products(objective, batch, two), two @ truth.T)
+
+
+def _both(value: Callable[[Batch], Tensor], batch: Batch, large: tuple[Batch, Tensor] | None) -> Tensor:
+    """The rows of a small batch, and those of the same samples in a large one below them."""
+    if large is None:
+        return value(batch)
+    rows, places = large
+    return torch.cat([value(batch), value(rows)[places.to(batch.leaves[0].device)]])
 
 
 def _outputs_alone(objective: Objective, batch: Batch) -> Tensor:
