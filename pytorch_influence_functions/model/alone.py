@@ -79,8 +79,7 @@ def first_look(objective: Objective, samples: Samples, one: Batch, index: int) -
 
 
 def _look(objective: Objective, batch: Batch) -> None:
-    with torch.no_grad():
-        objective.loss(objective.theta, batch)
+    objective.loss(objective.theta, batch)  # with gradients, which a loss may take of its own
 
 
 def _in_its_precision(objective: Objective, samples: Samples, one: Batch) -> bool:
@@ -110,12 +109,25 @@ def _works_in_company(objective: Objective, samples: Samples) -> bool:
 
 
 def warn_of_company(
-    objective: Objective, samples: Samples, indices: Sequence[int], losses: Tensor, gradients: Tensor
+    objective: Objective,
+    samples: Samples,
+    indices: Sequence[int],
+    losses: Tensor,
+    gradients: Tensor,
+    uniform: bool,
 ) -> None:
     """Warn where the loss of a batch as it comes is not made of its samples' losses [B] alone.
 
+    Args:
+        objective: of the model.
+        samples: the training set.
+        indices: of the samples [B].
+        losses: of each as a batch of one [B].
+        gradients: of these [B, P].
+        uniform: whether all samples have one shape: where they have not, a mean over positions is no mean over samples.
+
     Raises:
-        ValueError: no sample alone has a gradient [B, P], and the batch has a loss.
+        ValueError: no sample alone has a gradient, and the batch has a loss.
     """
     whole = _whole_loss(objective, samples, indices)
     if _adds_up(whole, losses):
@@ -124,7 +136,7 @@ def warn_of_company(
         raise ValueError(ZERO.format(name=samples.name, count=len(gradients)))
     if not objective.paths.rows or not _may_be_weighted(whole, losses):
         warnings.warn(COMPANY.format(name=samples.name), ModelWarning, stacklevel=5)
-    elif samples.shapes is not None:
+    elif uniform:
         logger.warning(WEIGHTS.format(name=samples.name))
 
 
@@ -137,7 +149,7 @@ def _whole_loss(objective: Objective, samples: Samples, indices: Sequence[int]) 
 
 
 def _is_zero(gradients: Tensor) -> bool:
-    return float(gradients.abs().max()) <= torch.finfo(gradients.dtype).eps ** 0.5 / 100
+    return bool(gradients.abs().max() <= torch.finfo(gradients.dtype).eps ** 0.5 / 100)
 
 
 def _adds_up(whole: Tensor | None, losses: Tensor) -> bool:
@@ -147,7 +159,7 @@ def _adds_up(whole: Tensor | None, losses: Tensor) -> bool:
     slack = _slack(losses)
     value, sums = float(whole), (float(losses.mean()), float(losses.sum()))
     nearest: float = min(abs(value - total) for total in sums)
-    return nearest <= slack
+    return bool(nearest <= slack)
 
 
 def _may_be_weighted(whole: Tensor | None, losses: Tensor) -> bool:
@@ -155,8 +167,11 @@ def _may_be_weighted(whole: Tensor | None, losses: Tensor) -> bool:
     if whole is None:
         return True
     slack = _slack(losses)
-    return float(losses.min()) - slack <= float(whole) <= float(losses.max()) + slack
+    value, least, most = (float(number) for number in (whole, losses.min(), losses.max()))
+    within: bool = least - slack <= value <= most + slack
+    return within
 
 
 def _slack(losses: Tensor) -> float:
-    return float(4 * torch.finfo(losses.dtype).eps ** 0.5 * losses.abs().max())
+    share: float = 4 * torch.finfo(losses.dtype).eps ** 0.5
+    return share * float(losses.abs().max())

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..data.batch import Batch
 from .gradients import agrees
 from .objective import Objective
-from .outputs import numbers_of
+from .outputs import attached, numbers_of
 
 logger = logging.getLogger(__name__)
 Rows = Callable[[Tensor], Tensor]
@@ -124,7 +124,7 @@ def _gradients_of(objective: Objective, layers: Sequence[Layer], batch: Batch) -
     rows = []
     for i, one in enumerate(batch.singles()):
         theta = objective.theta.detach().requires_grad_()
-        y, _ = numbers_of(objective.batch_outputs(theta, one))
+        y = attached(numbers_of(objective.batch_outputs(theta, one))[0], theta)
         cotangents = [part[i : i + 1] for part in e]
         rows.append(torch.autograd.grad(y, theta, cotangents, materialize_grads=True, allow_unused=True)[0])
     return _Tried(seen.raw, gradients, torch.stack(rows))
@@ -199,7 +199,7 @@ def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forw
     finally:
         for handle in handles:
             handle.remove()
-    return Forward(raw, outs, y, rebuild, theta)
+    return Forward(raw, outs, attached(y, theta), rebuild, theta)
 
 
 def layer_inputs(layers: Sequence[Layer], seen: Forward, size: int) -> list[Tensor]:

@@ -143,7 +143,7 @@ def likelihood(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batc
     if objective.refused is not None or objective.direct:
         raise NotImplementedError(objective.refused or PENALTY)
     product = loss_hessian_in_double(objective, y, rebuild, batch)
-    flat = torch.cat([part.detach().flatten(1) for part in y], 1)
+    flat = _joined([part.detach() for part in y])
     u = [draws.normal(0, range(len(part)), part[0].numel(), part.device, i) for i, part in enumerate(y)]
     Ru = _joined(product([number.view(part.shape) for number, part in zip(u, y, strict=True)]))
     known = _categorical(y, torch.cat(u, 1), Ru) or _independent(product, y, torch.cat(u, 1), Ru)
@@ -199,7 +199,7 @@ def loss_hessian_in_double(objective: Objective, y: Sequence[Tensor], rebuild: R
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.flatten(1) for part in parts], 1)
+    return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
 
 def _matches(found: Tensor, expected: Tensor) -> bool:
@@ -234,7 +234,7 @@ def _class_dimensions(y: Tensor) -> list[int]:
     Outputs of a sample that went through the model alone have a batch of one before them [B, 1, ...].
     """
     first = 2 if y.dim() > 2 and y.shape[1] == 1 else 1
-    return [dim for dim in dict.fromkeys((first, y.dim() - 1)) if dim < y.dim() and y.shape[dim] > 1]
+    return [dim for dim in dict.fromkeys((first, y.dim() - 1)) if 0 < dim < y.dim() and y.shape[dim] > 1]
 
 
 def _independent(product: Product, y: Sequence[Tensor], u: Tensor, Ru: Tensor) -> Independent | None:

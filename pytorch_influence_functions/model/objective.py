@@ -34,7 +34,7 @@ class Direct(NamedTuple):
     """Outputs of a model, and the parameters that the loss takes past them."""
 
     outputs: Any
-    theta: Tensor
+    theta: Theta
 
 
 class Objective:
@@ -147,7 +147,8 @@ class Objective:
         if batch.parts:
             return torch.cat([self.losses(theta, one) for one in batch.parts])
         if self.paths.batched:
-            return self.output_losses(self.outputs(theta, batch), batch)
+            outputs = self.outputs(theta, batch)
+            return self.output_losses(Direct(outputs, theta) if self.direct else outputs, batch)
         if self.paths.vmap:
             return vmap(lambda *leaves: self.sample_loss(theta, leaves, batch.rebuild))(*batch.leaves)
         return torch.cat([self.losses(theta, one) for one in batch.singles()])

@@ -26,6 +26,11 @@ def numbers_of(outputs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]],
     return [leaves[i] for i in places], again
 
 
+def attached(numbers: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
+    """Outputs that all have a graph, those that do not depend on theta [P] with a derivative of zero."""
+    return [part if part.requires_grad else part + 0 * theta[0].to(part) for part in numbers]
+
+
 class Head(NamedTuple):
     """A known loss of one of the tensors that the model returns and one of the batch's.
 

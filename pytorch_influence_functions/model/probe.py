@@ -47,16 +47,16 @@ def probe(objective: Objective, samples: Samples) -> None:
     require_finite(truth, indices, samples.name, "gradient")
     look_at_outputs(objective, alone[:2], truth[:2])
     batch = _rows(objective, samples, indices, losses)
-    samples.shapes = shapes_of(alone[0]) if uniform else None
-    warn_of_company(objective, samples, indices, losses, truth)
+    warn_of_company(objective, samples, indices, losses, truth, uniform)
     if batch is None:
-        samples.apart, samples.shapes = True, None
+        samples.apart = True
         logger.info(
             "%s: a sample collated with others is not what it is alone (padding, time first), so that samples go "
             "through the model one at a time, which is slow; a collate_fn that pads to a fixed length, or a mask in "
             "the loss, lets them go together", samples.name,
         )  # fmt: skip
         return
+    samples.shapes = shapes_of(alone[0]) if uniform else None
     _try_fast_paths(objective, batch, losses, truth, _large(samples, indices))
     slow = [name for name, allowed in objective.paths._asdict().items() if allowed is False]
     if slow:
@@ -151,7 +151,9 @@ def _try_fast_paths(
         return objective.output_losses(objective.outputs(theta, batch), batch)
 
     attempt("vmap", lambda: vmap_gradients(objective, batch), truth)
-    if objective.model_loss is not None or objective.head is not None:
+    if objective.refused is not None:
+        pass  # what the outputs say of the loss is not its gradient, or says nothing
+    elif objective.model_loss is not None or objective.head is not None:
         _try(lambda: attempt("outputs", outputs, twice(_outputs_alone(objective, batch))))
         if objective.paths.outputs:
             attempt("loss", losses_of_outputs, losses)
@@ -165,6 +167,8 @@ def _try_fast_paths(
         if not objective.paths.batched:
             objective.paths = objective.paths._replace(outputs=False, loss=False)
             attempt("loss", losses_of_outputs, losses)
+    if objective.paths.batched and not agrees(lambda: gradient(objective, batch), truth.mean(0)):
+        objective.paths = objective.paths._replace(outputs=False, loss=False, batched=False)
     attempt("forward", lambda: jvp(lambda t: objective.losses(t, batch), (theta,), (v,))[1], truth @ v)
     attempt("stacked", lambda: forward_products(objective, batch, two), two @ truth.T)
 
