@@ -20,7 +20,7 @@ from torch.func import grad, jvp, vjp, vmap
 from ..data.batch import Batch
 from .differences import along
 from .gradients import REUSED, activation_bytes, agrees, in_stacks, reuse
-from .likelihoods import loss_hessian_in_double
+from .likelihoods import loss_hessian, loss_hessian_in_double
 from .objective import Objective, Rebuild
 from .twice import differences_of_gradients, try_second_derivative
 
@@ -77,7 +77,7 @@ def _pulled_back(g: Tensor, theta: Tensor, vectors: Tensor) -> Tensor:
 
 def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
     """G v for each row v of `vectors` [K, P], G over the batch, `stack` of them at a time -> [K, P]."""
-    if min(len(vectors), stack) == 1 or not objective.paths.ggn:
+    if min(len(vectors), stack) == 1 or not (objective.paths.ggn and objective.paths.curved):
         return torch.stack([_gauss_newton_product(objective, batch, v) for v in vectors])
 
     def outputs(theta: Tensor) -> list[Tensor]:
@@ -99,7 +99,7 @@ def _gauss_newton_product(objective: Objective, batch: Batch, v: Tensor) -> Tens
     """G v for one vector [P]: the outputs and their derivative along v, the loss's Hessian, then back."""
     theta = objective.theta.detach().requires_grad_()
     y, u, rebuild = _outputs_along(objective, batch, theta, v)
-    w = _loss_hessian(objective, batch, [part.detach() for part in y], rebuild)(u)
+    w = _mean_loss_hessian(objective, batch, [part.detach() for part in y], rebuild)(u)
     reached = [(a, b) for a, b in zip(y, w, strict=True) if a.requires_grad]
     if not reached:
         return torch.zeros_like(v)
@@ -195,22 +195,21 @@ TANGENTS: dict[str, Tangent] = {
 def _loss_hessian(
     objective: Objective, batch: Batch, y: list[Tensor], rebuild: Rebuild
 ) -> Callable[[list[Tensor]], list[Tensor]]:
-    """u -> (Hessian of the mean loss in the outputs y) u, by double backward or by differences of gradients."""
+    """u -> (Hessian of the mean loss in the outputs y) u, under vmap."""
 
     def mean_loss(leaves: list[Tensor]) -> Tensor:
         return objective.output_losses(rebuild(leaves), batch).mean()
 
-    if not objective.paths.curved:
-        return _differences_in_double(objective, batch, y, rebuild)
     pullback = vjp(grad(mean_loss), y)[1]
     return lambda u: cast(list[Tensor], pullback(u)[0])
 
 
-def _differences_in_double(
+def _mean_loss_hessian(
     objective: Objective, batch: Batch, y: list[Tensor], rebuild: Rebuild
 ) -> Callable[[list[Tensor]], list[Tensor]]:
-    """`_loss_hessian` where autograd has none."""
-    product = loss_hessian_in_double(objective, y, rebuild, batch)
+    """The same without torch.func, which refuses a loss that takes gradients of its own; by differences if need be."""
+    by = loss_hessian if objective.paths.curved else loss_hessian_in_double
+    product = by(objective, y, rebuild, batch)
     return lambda u: [w.to(part) / batch.size for w, part in zip(product(u), y, strict=True)]
 
 

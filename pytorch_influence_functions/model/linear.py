@@ -8,11 +8,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.func import grad, vjp
 
 from ..data.batch import Batch, flatten_tree
 from .calls import recorded
@@ -153,7 +151,7 @@ def _is_linear(twin: Objective, one: Batch, objective: Objective) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     u = [torch.randn(part.shape, generator=generator).to(part) for part in y]
-    slopes = cast(list[Tensor], grad(loss)(y))
+    slopes = _slope(loss, y)
     try:
         Ru = _curvature_along(loss, y, u)
     except RuntimeError as error:
@@ -170,13 +168,29 @@ def _is_linear(twin: Objective, one: Batch, objective: Objective) -> bool:
 
 def _curvature_along(loss: Callable[[list[Tensor]], Tensor], y: list[Tensor], u: list[Tensor]) -> list[Tensor] | None:
     """Hessian of a loss in y times u by automatic differentiation, or None where that is not the derivative."""
-    slope = cast(Callable[[list[Tensor]], list[Tensor]], grad(loss))
-    found: list[Tensor] = cast(Any, vjp(slope, y)[1](u))[0]
-    expected, shorter = (along(slope, y, u, factor) for factor in (1.0, 3.0))
+    found = _twice(loss, y, u)
+    expected, shorter = (along(lambda parts: _slope(loss, parts), y, u, factor) for factor in (1.0, 3.0))
     if is_derivative(found, expected, shorter):
         return found
     warnings.warn(SILENT, ModelWarning, stacklevel=8)
     return None
+
+
+def _slope(loss: Callable[[list[Tensor]], Tensor], y: list[Tensor]) -> list[Tensor]:
+    """Gradient of a loss in y, without torch.func, which refuses a loss that takes gradients of its own."""
+    leaves = [part.detach().requires_grad_() for part in y]
+    return list(torch.autograd.grad(loss(leaves), leaves, materialize_grads=True))
+
+
+def _twice(loss: Callable[[list[Tensor]], Tensor], y: list[Tensor], u: list[Tensor]) -> list[Tensor]:
+    """Hessian of a loss in y times u by double backward."""
+    leaves = [part.detach().requires_grad_() for part in y]
+    slopes = torch.autograd.grad(loss(leaves), leaves, create_graph=True, materialize_grads=True)
+    curved = [(slope, part) for slope, part in zip(slopes, u, strict=True) if slope.requires_grad]
+    if not curved:
+        return [torch.zeros_like(part) for part in y]
+    along_u = [part for _, part in curved]
+    return list(torch.autograd.grad([slope for slope, _ in curved], leaves, along_u, materialize_grads=True))
 
 
 def is_derivative(found: list[Tensor], expected: list[Tensor], shorter: list[Tensor]) -> bool:
@@ -192,7 +206,7 @@ def is_derivative(found: list[Tensor], expected: list[Tensor], shorter: list[Ten
 def _slopes(objective: Objective, one: Batch) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of one sample, and the gradient of its loss in them."""
     y, loss = _loss_in_outputs(objective, one)
-    return y, cast(list[Tensor], grad(loss)(y))
+    return y, _slope(loss, y)
 
 
 def _loss_in_outputs(objective: Objective, one: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
