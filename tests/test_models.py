@@ -35,8 +35,9 @@ class Truth:
             self.gradients = self.slopes(model)
             self.G = sum(self.gauss_newton(model, sample) for sample in self.data) / N
             self.H = self.twice(model) if self.kind.surrogate else self.hessian(model)
-        lowest = float(torch.linalg.eigvalsh(self.H)[0])
-        self.damping = 1.0 + max(0.0, -2 * lowest)
+        eigenvalues = torch.linalg.eigvalsh(self.H)
+        # above what is negative, and a third of the largest, so that LiSSA contracts by a quarter in each step
+        self.damping = max(0.5, float(-2 * eigenvalues[0]), float(eigenvalues[-1] / 3))
 
     def model(self):
         torch.manual_seed(0)

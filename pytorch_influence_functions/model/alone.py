@@ -54,7 +54,7 @@ def losses_alone(objective: Objective, samples: Samples, alone: Sequence[Batch],
     """
     losses = torch.cat([objective.losses(objective.theta, one) for one in alone]).detach()
     again = torch.cat([objective.losses(objective.theta, one) for one in alone]).detach()
-    slack = torch.finfo(losses.dtype).eps ** 0.5 * (1e-3 + losses.abs())
+    slack = torch.finfo(objective.rounded or losses.dtype).eps ** 0.5 * (1e-3 + losses.abs())
     differ = ((losses - again).abs() > slack).nonzero()
     if len(differ):
         raise ValueError(RANDOM.format(name=samples.name, index=indices[int(differ[0])]))

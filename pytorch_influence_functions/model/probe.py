@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from torch.func import jvp
 from ..data.batch import Batch, flatten_tree
 from ..data.samples import Samples, shapes_of
 from .alone import first_look, losses_alone, warn_of_company
-from .gradients import agrees, forward_products, gradient, require_finite, vmap_gradients
-from .linear import look_at_outputs
+from .gradients import forward_products, gradient, require_finite, vmap_gradients
+from .linear import look_at_outputs, precision_of_loss, same
 from .objective import Objective, Paths
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def probe(objective: Objective, samples: Samples) -> None:
     _look_for_mutation(objective, alone[0], samples, indices[0])
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
     _choose_precision(objective, alone[0])
+    objective.rounded = precision_of_loss(objective, alone[0])
     losses = losses_alone(objective, samples, alone, indices)
     require_finite(losses, indices, samples.name, "loss")
     truth = torch.stack([gradient(objective, one) for one in alone])
@@ -64,8 +66,11 @@ def probe(objective: Objective, samples: Samples) -> None:
 
 
 def _spread(n: int, count: int) -> list[int]:
-    """Indices over the whole set, `count` of them (the first one again where there are fewer samples)."""
-    chosen = sorted({i * n // count for i in range(count)})
+    """Indices from the whole set, `count` of them (the first one again where there are fewer samples).
+
+    At random, with a fixed seed: labels often repeat with a period, and one class alone does not show its weight.
+    """
+    chosen = sorted(random.Random(0).sample(range(n), min(n, count)))
     return chosen if len(chosen) > 1 else [0, 0]
 
 
@@ -110,7 +115,7 @@ def _rows(objective: Objective, samples: Samples, indices: list[int], losses: Te
     """The samples collated together, if each row of that batch has the loss of the sample collated alone."""
     batch = samples.take(indices)
     objective.paths = objective.paths._replace(rows=True)
-    if batch.sliceable and agrees(lambda: objective.losses(objective.theta, batch), losses):
+    if batch.sliceable and same(objective, lambda: objective.losses(objective.theta, batch), losses):
         return batch
     objective.paths = objective.paths._replace(rows=False)
     return None
@@ -138,7 +143,7 @@ def _try_fast_paths(
         before = objective.paths
         chosen: dict[str, Any] = {path: True}
         objective.paths = before._replace(**chosen)
-        if not agrees(value, expected):
+        if not same(objective, value, expected):
             objective.paths = before
 
     def outputs() -> Tensor:
@@ -167,7 +172,7 @@ def _try_fast_paths(
         if not objective.paths.batched:
             objective.paths = objective.paths._replace(outputs=False, loss=False)
             attempt("loss", losses_of_outputs, losses)
-    if objective.paths.batched and not agrees(lambda: gradient(objective, batch), truth.mean(0)):
+    if objective.paths.batched and not same(objective, lambda: gradient(objective, batch), truth.mean(0)):
         objective.paths = objective.paths._replace(outputs=False, loss=False, batched=False)
     attempt("forward", lambda: jvp(lambda t: objective.losses(t, batch), (theta,), (v,))[1], truth @ v)
     attempt("stacked", lambda: forward_products(objective, batch, two), two @ truth.T)
