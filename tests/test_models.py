@@ -35,8 +35,9 @@ class Truth:
             self.gradients = self.slopes(model)
             self.G = sum(self.gauss_newton(model, sample) for sample in self.data) / N
             self.H = self.twice(model) if self.kind.surrogate else self.hessian(model)
-        lowest = float(torch.linalg.eigvalsh(self.H)[0])
-        self.damping = 1.0 + max(0.0, -2 * lowest)
+        eigenvalues = torch.linalg.eigvalsh(self.H)
+        # above what is negative, and as large as the largest, so that LiSSA contracts by a half in each step
+        self.damping = max(0.5, float(-2 * eigenvalues[0]), float(eigenvalues[-1]))
 
     def model(self):
         torch.manual_seed(0)
@@ -140,7 +141,7 @@ def options(solver, reference):
     given = {"solver": solver, "damping": reference.damping, "progress": False, **reference.kind.options}
     if solver == "lissa":
         largest = float(torch.linalg.eigvalsh(reference.H)[-1])
-        # H over a whole batch, so that the recursion has no noise and contracts by half and more in each step
+        # H over a whole batch, so that the recursion has no noise
         return {**given, "curvature": "hessian", "scale": largest + reference.damping, "recursion_depth": 400,
                 "tolerance": 1e-7}  # fmt: skip
     return {**given, "tolerance": 1e-9} if solver == "cg" else given

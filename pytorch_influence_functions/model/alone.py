@@ -49,7 +49,7 @@ REFUSED = (
 def require_repeatable(objective: Objective, name: str, alone: Sequence[Batch], losses: Tensor) -> None:
     """Raise `ValueError` where a sample as a batch of one has another loss than before, in `losses` [B]."""
     again = torch.cat([objective.losses(objective.theta, one).detach() for one in alone])
-    slack = torch.finfo(losses.dtype).eps ** 0.5 * (1e-3 + losses.abs())
+    slack = torch.finfo(objective.rounded or losses.dtype).eps ** 0.5 * (1e-3 + losses.abs())
     differ = ((losses - again).abs() > slack).nonzero()
     if len(differ):
         raise ValueError(RANDOM.format(name=name, index=alone[int(differ[0])].indices[0]))

@@ -73,12 +73,26 @@ def look_at_outputs(objective: Objective, alone: list[Batch], truth: Tensor) -> 
         return
     if linear and _find_head(objective, alone, truth):
         return
-    objective.direct = not agrees(lambda: _gradients_of_outputs(objective, alone), truth)
+    objective.direct = not same(objective, lambda: _gradients_of_outputs(objective, alone), truth)
     if objective.direct:
         _take_parameters_as_outputs(objective, alone, truth)
     elif linear:
         inside = all(_is_an_output(objective, one) for one in alone)
         objective.refused, objective.linear = (INSIDE, None) if inside else (None, LINEAR)
+
+
+def precision_of_loss(objective: Objective, one: Batch) -> torch.dtype:
+    """The precision in which the loss comes, if lower than that of the parameters (`logits.float()` in a model)."""
+    with objective._at(objective.theta) as model:
+        own = objective._raw_loss(model, objective._tree(one)).dtype
+    lower = own == torch.float32 and objective.dtype == torch.float64
+    return own if lower else objective.dtype
+
+
+def same(objective: Objective, value: Callable[[], Tensor], expected: Tensor) -> bool:
+    """`agrees`, in the precision that the values of the loss have."""
+    dtype = objective.rounded or expected.dtype
+    return agrees(lambda: value().to(dtype), expected.to(dtype))
 
 
 def _find_calls(objective: Objective, one: Batch) -> None:
@@ -96,7 +110,7 @@ def _find_head(objective: Objective, alone: list[Batch], truth: Tensor) -> bool:
     outputs = flatten_tree(objective.model_output(objective.theta, alone[0].tree))[0]
     for head in candidates(outputs, alone[0].leaves):
         objective.head = head
-        if agrees(lambda: _gradients_of_outputs(objective, alone), truth):
+        if same(objective, lambda: _gradients_of_outputs(objective, alone), truth):
             logger.info("the loss is the %s of one of the model's outputs; its curvature is taken there", head.name)
             return True
     objective.head = None
@@ -105,7 +119,7 @@ def _find_head(objective: Objective, alone: list[Batch], truth: Tensor) -> bool:
 
 def _take_parameters_as_outputs(objective: Objective, alone: list[Batch], truth: Tensor) -> None:
     """The loss takes parameters past the outputs (a penalty): it is a function of both, or of nothing that is seen."""
-    if agrees(lambda: _gradients_of_outputs(objective, alone), truth):
+    if same(objective, lambda: _gradients_of_outputs(objective, alone), truth):
         logger.info("the loss has a part in the parameters themselves (a penalty); its curvature counts, too")
         return
     objective.direct = False

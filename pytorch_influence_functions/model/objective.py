@@ -60,6 +60,7 @@ class Objective:
         direct: whether the loss takes parameters past the outputs too (a penalty), which then are outputs themselves.
         linear: what is said of a loss that is linear in the outputs, so that its Gauss-Newton matrix is zero.
         refused: why there is no Gauss-Newton matrix.
+        rounded: the precision that the values of the loss have, for comparing them.
         once: what is said of a loss that has no second derivative by automatic differentiation.
 
     Raises:
@@ -88,6 +89,7 @@ class Objective:
         self.linear: str | None = None
         self.refused: str | None = None
         self.once: str | None = None
+        self.rounded: torch.dtype | None = None
         with LOCK:  # another thread may have its own parameters in the model's places
             self._take_parameters(parameters, device)
 
@@ -275,17 +277,21 @@ class Objective:
             return self._user_loss(model, tree)
 
     def _user_loss(self, model: nn.Module, tree: Any) -> Tensor:
+        return self._raw_loss(model, tree).reshape(()).to(self.dtype)
+
+    def _raw_loss(self, model: nn.Module, tree: Any) -> Tensor:
         if self.model_loss is not None:
-            loss = self.model_loss(model, tree)
-        else:
-            x, t = self._pair(tree)
-            loss = self.loss_func(model(x), t)
-        return self._scalar(loss)
+            return self._one_number(self.model_loss(model, tree))
+        x, t = self._pair(tree)
+        return self._one_number(self.loss_func(model(x), t))
 
     def _scalar(self, loss: Any) -> Tensor:
         """What the user's loss gave, as a number of this precision."""
+        return self._one_number(loss).reshape(()).to(self.dtype)
+
+    def _one_number(self, loss: Any) -> Tensor:
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
-            return loss.reshape(()).to(self.dtype)
+            return loss
         found = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
         raise TypeError(
             f"config[{self.loss_key!r}]: expected the mean loss of the batch, one number as a floating-point tensor, "

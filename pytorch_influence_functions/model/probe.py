@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,8 @@ from ..data.batch import Batch, flatten_tree
 from ..data.samples import Samples, shapes_of
 from .alone import first_look, require_repeatable, warn_of_company
 from .door import first_gradients, first_losses, require_dependence
-from .gradients import agrees, forward_products, gradient, vmap_gradients
-from .linear import look_at_outputs
+from .gradients import forward_products, gradient, vmap_gradients
+from .linear import look_at_outputs, precision_of_loss, same
 from .objective import Objective, Paths
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,7 @@ def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> No
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
     _choose_precision(objective, alone[0])
     losses = first_losses(objective, alone, samples.name)
+    objective.rounded = precision_of_loss(objective, alone[0])
     require_repeatable(objective, samples.name, alone, losses)
     require_dependence(objective, samples)
     truth = first_gradients(objective, alone, samples.name)
@@ -68,8 +70,11 @@ def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> No
 
 
 def _spread(n: int, count: int) -> list[int]:
-    """Indices over the whole set, `count` of them (the first one again where there are fewer samples)."""
-    chosen = sorted({i * n // count for i in range(count)})
+    """Indices from the whole set, `count` of them (the first one again where there are fewer samples).
+
+    At random, with a fixed seed: labels often repeat with a period, and one class alone does not show its weight.
+    """
+    chosen = sorted(random.Random(0).sample(range(n), min(n, count)))
     return chosen if len(chosen) > 1 else [0, 0]
 
 
@@ -115,7 +120,7 @@ def _rows(objective: Objective, samples: Samples, indices: list[int], losses: Te
     """The samples collated together, if each row of that batch has the loss of the sample collated alone."""
     batch = samples.take(indices)
     objective.paths = objective.paths._replace(rows=True)
-    if batch.sliceable and agrees(lambda: objective.losses(objective.theta, batch), losses):
+    if batch.sliceable and same(objective, lambda: objective.losses(objective.theta, batch), losses):
         return batch
     objective.paths = objective.paths._replace(rows=False)
     return None
@@ -143,7 +148,7 @@ def _try_fast_paths(
         before = objective.paths
         chosen: dict[str, Any] = {path: True}
         objective.paths = before._replace(**chosen)
-        if not agrees(value, expected):
+        if not same(objective, value, expected):
             objective.paths = before
 
     def outputs() -> Tensor:
@@ -172,7 +177,7 @@ def _try_fast_paths(
         if not objective.paths.batched:
             objective.paths = objective.paths._replace(outputs=False, loss=False)
             attempt("loss", losses_of_outputs, losses)
-    if objective.paths.batched and not agrees(lambda: gradient(objective, batch), truth.mean(0)):
+    if objective.paths.batched and not same(objective, lambda: gradient(objective, batch), truth.mean(0)):
         objective.paths = objective.paths._replace(outputs=False, loss=False, batched=False)
     attempt("forward", lambda: jvp(lambda t: objective.losses(t, batch), (theta,), (v,))[1], truth @ v)
     attempt("stacked", lambda: forward_products(objective, batch, two), two @ truth.T)
