@@ -1,7 +1,8 @@
 """Peak memory of every solver over `max_memory`, each in a process of its own with one thread.
 
-The peak is the resident set above the interpreter with torch, the package, the model and the data in memory and one
-forward and backward pass done. 64 MiB of it are not counted: code that is loaded late and the allocator's slack.
+The peak is the resident set above the interpreter with torch, the package (which imports torch._dynamo, that torch.func
+needs), the model and the data in memory and one forward and backward pass done. 64 MiB of it are not counted: code that
+is loaded late and the allocator's slack.
 Prints a Markdown table and fails where a peak is above 1.2 times `max_memory`; a solver may refuse a budget.
 """
 
@@ -99,21 +100,19 @@ def made(name):
     return model, DataLoader(TensorDataset(x[TESTS:], t[TESTS:]), batch_size=BATCH), (x[:TESTS], t[:TESTS])
 
 
-def warm_up(model, batch, loaded=False):
-    """One forward and backward pass; `loaded`: also what torch.func imports at its first call (torch._dynamo)."""
+def warm_up(model, batch):
+    """One forward and backward pass."""
     x, t = batch
     F.cross_entropy(model(x), t).backward()
     model.zero_grad()
-    if loaded:
-        torch.func.grad(torch.sin)(torch.zeros(()))
 
 
-def measure(name, solver, budget, loaded=False):
+def measure(name, solver, budget):
     """What came of one run, and its peak in MiB and seconds."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     model, loader, tests = made(name)
-    warm_up(model, next(iter(loader)), loaded)
+    warm_up(model, next(iter(loader)))
     told = ""
     base, begin = start_of_peak(), time.perf_counter()
     try:
@@ -154,9 +153,6 @@ def main():
     parser.add_argument("--quick", action="store_true", help=f"only max_memory {QUICK}")
     parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--solvers", nargs="*", choices=SOLVERS, default=list(SOLVERS))
-    parser.add_argument(
-        "--loaded", action="store_true", help="count from where torch.func is loaded too (about 90 MiB)"
-    )
     parser.add_argument("--limit", type=int, default=600, help="seconds a run may take")
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -170,7 +166,7 @@ def main():
     print("| model | solver | max_memory, MiB | peak, MiB | (peak - 64) / max_memory | | seconds | |")
     print("|---|---|---:|---:|---:|---|---:|---|")
     for model, solver, budget in cases:
-        row = in_a_process((model, solver, budget, arguments.loaded), arguments.limit)
+        row = in_a_process((model, solver, budget), arguments.limit)
         ratio, said = verdict(row, budget)
         rows.append({"model": model, "solver": solver, "max_memory": budget, "verdict": said, **row})
         peak = "" if row["peak"] is None else f"{row['peak']:.0f}"

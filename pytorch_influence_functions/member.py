@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.solution import Solution
 from .solve.solvers import Solver, row_of
+from .utils import warn
 
 logger = logging.getLogger(__name__)
 
@@ -215,13 +215,13 @@ class Member:
     def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
         """Loss gradients of these samples -> [K, P]."""
         with self.problem.guard(tests):
-            batches = tests.ordered(self.problem.scoring_batch, indices)
+            batches = tests.ordered(self.problem.gradient_batch, indices)
             return torch.cat([self.gradients(batch, tests.name) for batch in batches])
 
     def gradient_rows(self, indices: Sequence[int], text: str | None = None) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Loss gradients of training samples, a block at a time: indices, [B, P]."""
         with self.problem.guard():
-            for batch in self.samples.ordered(self.problem.scoring_batch, indices, text=text):
+            for batch in self.samples.ordered(self.problem.gradient_batch, indices, text=text):
                 yield batch.indices, self.gradients(batch, self.samples.name)
 
     def gradients(self, batch: Batch, name: str) -> Tensor:
@@ -306,11 +306,10 @@ class Member:
         if worst <= tolerance:
             return
         self._warned = True
-        warnings.warn(
+        warn(
             f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
             f"{self.solver.row.advice}",
             ToleranceWarning,
-            stacklevel=4,
         )
 
 

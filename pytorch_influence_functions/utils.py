@@ -10,6 +10,7 @@ import os
 import random
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,19 @@ def _add_handler(log: logging.Logger, handler: logging.Handler) -> logging.Handl
     handler.setFormatter(logging.Formatter(_FORMAT))
     log.addHandler(handler)
     return handler
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line of the user's code that called the package, whatever lies between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _is_ours(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
+
+
+def _is_ours(filename: str) -> bool:
+    """Whether a file is of this package, or of the standard library's context managers and generators between."""
+    return Path(filename).parent.is_relative_to(Path(__file__).parent) or filename == contextlib.__file__
 
 
 def display_progress(

@@ -147,10 +147,7 @@ def slow_loss(model, loader, indices, options):
     losses = []
     for i in indices:
         batch = loader.collate_fn([loader.dataset[i]])
-        if "model_loss" in options:
-            losses.append(options["model_loss"](model, batch))
-        else:
-            losses.append(options.get("loss_func", F.cross_entropy)(model(batch[0]), batch[1]))
+        losses.append(loss_by(model, batch, options))
     return torch.stack(losses).mean()
 
 
@@ -194,15 +191,30 @@ def dense_gauss_newton(model, loader, indices, options):
     theta = torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
     total = 0
     for i in indices:
-        x, t = loader.collate_fn([loader.dataset[i]])
+        batch = loader.collate_fn([loader.dataset[i]])
 
-        def output(flat, x=x):
+        def output(flat, batch=batch):
             parts = [p.view(s) for p, s in zip(flat.split([s.numel() for s in shapes]), shapes, strict=True)]
-            return functional_call(model, dict(zip(names, parts, strict=True)), (x,))
+            own, outputs = dict(zip(names, parts, strict=True)), []
+
+            def called(*args, **kwargs):
+                outputs.append(functional_call(model, own, args, kwargs))
+                return outputs[-1]
+
+            loss_by(called, batch, options)
+            return outputs[0]
 
         y = output(theta)
         J = jacrev(lambda flat: output(flat).reshape(-1))(theta)
-        loss = options.get("loss_func", F.cross_entropy)
-        H = hessian(lambda flat, y=y, t=t, loss=loss: loss(flat.view(y.shape), t))(y.reshape(-1).detach())
+        H = hessian(lambda flat, y=y, batch=batch: loss_by(lambda *_, **__: flat.view(y.shape), batch, options))(
+            y.reshape(-1).detach()
+        )
         total = total + J.T @ H @ J / len(indices)
     return total.detach()
+
+
+def loss_by(call, batch, options):
+    """Loss of a batch, `call` standing for the model."""
+    if "model_loss" in options:
+        return options["model_loss"](call, batch)
+    return options.get("loss_func", F.cross_entropy)(call(batch[0]), batch[1])

@@ -71,7 +71,8 @@ CONFIGS = [
     ({"gpu": -2}, ValueError, "config['gpu']: expected a CUDA device id"),
     ({"preconditioner": "ekfac", "solver": "exact"}, ValueError, "is for lissa and cg, not for 'exact'"),
     ({"solver": "ekfac", "curvature": "hessian"}, ValueError, "EKFAC approximates the Gauss-Newton matrix"),
-    ({"solver": "exact", "max_memory": 0.001}, ValueError, "a dense ggn of 15 parameters needs about"),
+    ({"solver": "exact", "max_memory": 0.01}, ValueError, "a dense ggn of 15 parameters needs about"),
+    ({"max_memory": 1e-4}, ValueError, "config['max_memory']: one vector of the 15 parameters"),
 ]  # fmt: skip
 
 

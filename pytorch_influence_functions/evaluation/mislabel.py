@@ -107,7 +107,7 @@ def label_baselines(
     problem = make_problem(model, train_loader, Config.of(config, **options), "ggn", or_hessian=True)
     objective, samples, losses, norms = problem.objective, problem.samples, [], []
     with problem.guard():
-        for batch in samples.ordered(problem.scoring_batch, text="Loss and gradient norm"):
+        for batch in samples.ordered(problem.gradient_batch, text="Loss and gradient norm"):
             losses.append(objective.losses(objective.theta, batch).detach().cpu())
             rows = per_sample_gradients(objective, batch, problem.max_bytes)
             require_finite(rows, batch.indices, samples.name, "gradient")

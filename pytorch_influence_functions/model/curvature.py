@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -18,6 +17,8 @@ from torch.autograd import forward_ad
 from torch.func import grad, jvp, vjp, vmap
 
 from ..data.batch import Batch
+from ..utils import warn
+from .budget import STACK, product_stack
 from .gradients import REUSED, activation_bytes, agrees, in_stacks, reuse
 from .linear import INSIDE
 from .objective import Objective, Rebuild
@@ -25,12 +26,8 @@ from .outputs import numbers_of
 
 logger = logging.getLogger(__name__)
 Product = Callable[..., Tensor]
-STACK = 32
-"""Vectors that go through the model together, where their size does not decide."""
 MANY = 16
 """From so many vectors on `torch.func` costs less than batched double backward also where parameters are used once."""
-LEAST_STACK, STACK_BYTES = 8, 64 * 2**20
-"""So many vectors at least, and so large a stack: a larger one leaves the caches."""
 
 
 def hessian_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
@@ -171,7 +168,7 @@ class Curvature:
         if kind == "ggn" and objective.linear == INSIDE:
             raise ValueError(INSIDE)
         if kind == "ggn" and objective.linear is not None:
-            warnings.warn(objective.linear, stacklevel=4)
+            warn(objective.linear)
         self.objective, self.kind, self.max_bytes = objective, kind, max_bytes
         self._product = PRODUCTS[kind]
 
@@ -204,50 +201,67 @@ class Curvature:
 
     def stack(self, batch: Batch) -> int:
         """How many vectors go through the model together on this batch."""
-        kept, row = batch.size * activation_bytes(self.objective, batch), self.objective.theta.nbytes
-        good = max(LEAST_STACK, STACK_BYTES / (kept + row))
-        return max(1, int(min(good, self.max_bytes / (6 * kept + 4 * row))))
+        kept = batch.size * activation_bytes(self.objective, batch)
+        return product_stack(kept, self.objective.theta.nbytes, self.max_bytes)
 
 
 class Spectrum(NamedTuple):
-    """Extreme eigenvalues of a symmetric map, and the vector of the smallest."""
+    """Extreme eigenvalues of a symmetric map, and what gives the vector [P] of the smallest."""
 
     largest: float
     smallest: float
-    lowest: Tensor
+    lowest: Callable[[], Tensor]
 
 
 def extreme_eigenvalues(
     product: Callable[[Tensor], Tensor], start: Tensor, steps: int = 12, change: float = 0.02
 ) -> Spectrum:
-    """Largest and smallest Ritz value of a symmetric map by Lanczos with full reorthogonalisation.
+    """Largest and smallest Ritz value of a symmetric map by Lanczos, with the last two vectors of the basis alone.
+
+    The basis loses its orthogonality only along a Ritz vector that has converged (Paige 1976), which makes copies of
+    that value but no false end. To hold the basis would take `steps` vectors; the vector of the smallest value, which
+    is rarely asked for, comes from a second run over the same products.
 
     Args:
-        product: [1, P] -> [1, P].
+        product: [1, P] -> [1, P], the same each time.
         start: a random vector [P].
         steps: at most this many products.
         change: stop once neither end moves by more than this fraction of the largest.
     """
-    basis = [start / start.norm()]
     alphas: list[float] = []
     betas: list[float] = []
     ends = (0.0, 0.0)
-    for step in range(min(steps, len(start))):
-        w = product(basis[-1].unsqueeze(0))[0]
-        alphas.append(float(w @ basis[-1]))
-        Q = torch.stack(basis)
-        for _ in range(2):
-            w = w - (Q @ w) @ Q
+    for step, (alpha, beta, _) in enumerate(_lanczos(product, start, min(steps, len(start)))):
+        alphas.append(alpha)
         ritz, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
         last, ends = ends, (float(ritz[0]), float(ritz[-1]))
         size = max(abs(ends[0]), abs(ends[1]), 1e-30)
-        beta = float(w.norm())
         settled = step > 3 and max(abs(a - b) for a, b in zip(last, ends, strict=True)) < change * size
         if settled or beta <= 1e-6 * size:
             break
         betas.append(beta)
-        basis.append(w / beta)
-    return Spectrum(ends[1], ends[0], vectors[:, 0].to(Q) @ Q)
+    weights = vectors[:, 0].tolist()
+
+    def lowest() -> Tensor:
+        total = torch.zeros_like(start)
+        for weight, (_, _, q) in zip(weights, _lanczos(product, start, len(weights)), strict=True):
+            total.add_(q, alpha=weight)
+        return total
+
+    return Spectrum(ends[1], ends[0], lowest)
+
+
+def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Iterator[tuple[float, float, Tensor]]:
+    """The entries on and beside the diagonal of the tridiagonal matrix, and the vector of the basis, step by step."""
+    q, before = start / start.norm(), torch.zeros_like(start)
+    beta = 0.0
+    for _ in range(steps):
+        w = product(q.unsqueeze(0))[0].sub(before, alpha=beta)
+        alpha = float(w @ q)
+        w.sub_(q, alpha=alpha)
+        beta = float(w.norm())
+        yield alpha, beta, q
+        q, before = w.div_(beta), q
 
 
 def _tridiagonal(alphas: Sequence[float], betas: Sequence[float]) -> Tensor:

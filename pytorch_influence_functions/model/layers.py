@@ -1,4 +1,4 @@
-r"""Layers whose gradient is a sum of outer products over their positions: one rule a layer, trusted where it is true.
+r"""The layers of a model whose gradient is a sum of outer products over their positions, trusted where that is true.
 
 Of a layer with inputs a_t and output gradients g_t the weight gradient of one sample is \sum_t g_t a_t^T, t over
 sequence or image positions.
@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..data.batch import Batch
 from .gradients import agrees
+from .layer_rules import Products, Sums, parts_of
 from .objective import Objective
+from .outer_products import outer_products
 from .outputs import numbers_of
 
 logger = logging.getLogger(__name__)
-Rows = Callable[[Tensor], Tensor]
-"""A layer's input or output gradient [..., d] -> [positions with samples among them..., groups, d]."""
 Layout = Callable[[Tensor, int], Tensor]
 """[..., groups, d], number of samples B -> [B, T, groups, d]."""
 
@@ -52,20 +51,44 @@ class Layer(NamedTuple):
 
     name: str
     module: nn.Module
-    weight: slice
+    weight: slice | None
+    """Place in theta; None where there is no weight, or a frozen one."""
     bias: slice | None
-    groups: int
-    input_rows: Rows
-    output_rows: Rows
+    rule: Products | Sums
     layout: Layout = _samples_first
+    copied: bool = False
+    """Whether the model gets a copy of its output, which it changes in place."""
+
+    @property
+    def places(self) -> list[slice]:
+        """Where its parameters lie in theta."""
+        return [place for place in (self.weight, self.bias) if place is not None]
+
+    @property
+    def classes(self) -> int | None:
+        """Of one-hot inputs."""
+        return None if isinstance(self.rule, Sums) else self.rule.classes
 
     def inputs(self, x: Tensor, size: int) -> Tensor:
-        """Input as the module gets it, batch size -> [B, T, groups, in (+ 1)]."""
-        return self.layout(self.input_rows(x), size)
+        """Input as the module gets it, batch size -> [B, T, groups, in (+ 1)]; one-hot ones as their places."""
+        if isinstance(self.rule, Sums):
+            return x.new_ones(size, 1, 1, 1)
+        rows = self.rule.inputs(x)
+        if self.bias is not None:
+            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
+        return self.layout(rows, size)
 
-    def outputs(self, g: Tensor, size: int) -> Tensor:
-        """Gradient of its output, batch size -> [B, T, groups, out]."""
-        return self.layout(self.output_rows(g), size)
+    def outputs(self, g: Tensor, x: Tensor, size: int) -> Tensor:
+        """Gradient of its output, its input, batch size -> [B, T, groups, out]."""
+        if isinstance(self.rule, Products):
+            return self.layout(self.rule.outputs(g), size)
+        sums = [self.layout(rows, size).sum(1, keepdim=True) for rows in self.rule.gradients(g, x)]
+        return joined(sums, -1)
+
+
+def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
+    """`torch.cat` that does not copy a single part."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 # ---- which layers
@@ -78,8 +101,8 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
     """
     places = parameter_places(objective)
     named = objective.model.named_modules()
-    layers = [layer for name, module in named if (layer := _layer(name, module, places))]
-    layers = _called(objective, layers, batch)
+    layers = [layer for name, module in named for layer in _layers(name, module, places)]
+    layers = _seen(objective, layers, batch)
     if not layers:
         return []
     try:
@@ -99,7 +122,7 @@ def _true(objective: Objective, layers: list[Layer], batch: Batch) -> list[Layer
         tried = (layer._replace(layout=layout) for layout in LAYOUTS)
         right = next((option for option in tried if _is_right(option, i, seen)), None)
         if right is None:
-            logger.info("EKFAC: %s is left out, its gradient is no sum of outer products by sample", layer.name)
+            _left_out(layer.name, "its gradient is no sum of outer products by sample")
         else:
             usable.append(right)
     return usable
@@ -135,25 +158,60 @@ def _is_right(layer: Layer, i: int, tried: Sequence[_Tried]) -> bool:
 
     def found(one: _Tried) -> Tensor:
         size = len(one.truth)
+        # in the model's own precision, which the truth is rounded to as well
         a = torch.cat([layer.inputs(x, size) for x in one.inputs[i]], 1)
-        g = torch.cat([layer.outputs(x, size) for x in one.gradients[i]], 1)
-        return torch.einsum("btgo,btgi->bgoi", g, a).flatten(1)
+        pairs = zip(one.gradients[i], one.inputs[i], strict=True)
+        g = torch.cat([layer.outputs(g, x, size) for g, x in pairs], 1)
+        return outer_products(g.transpose(1, 2), a.transpose(1, 2), layer.classes).flatten(1)
 
     return all(agrees(lambda one=one: found(one), gather(layer, one.truth).flatten(1)) for one in tried)  # type: ignore[misc]
 
 
-def _called(objective: Objective, layers: Sequence[Layer], batch: Batch) -> list[Layer]:
-    """The layers that the model calls."""
-    called: set[str] = set()
+def _layers(name: str, module: nn.Module, places: dict[str, slice]) -> list[Layer]:
+    """A module's parameters that are trained: one layer, or its weight and its bias apart."""
+    prefix = f"{name}." if name else ""
+    weight, bias = places.get(f"{prefix}weight"), places.get(f"{prefix}bias")
+    try:
+        parts = parts_of(module, weight is not None, bias is not None)
+    except NotImplementedError as error:
+        _left_out(name, str(error))
+        return []
+    layers = []
+    for part in parts:
+        own = name if len(parts) == 1 else f"{prefix}{'weight' if part.weight else 'bias'}"
+        layers.append(Layer(own, module, weight if part.weight else None, bias if part.bias else None, part.rule))
+    return layers
+
+
+def _seen(objective: Objective, layers: Sequence[Layer], batch: Batch) -> list[Layer]:
+    """The layers that the model calls, and whether it changes what they return in place."""
+    outputs: dict[str, list[tuple[Any, int]]] = {layer.name: [] for layer in layers}
+
+    def keep(name: str, output: Any) -> None:
+        outputs[name].append((output, getattr(output, "_version", 0)))
+
     handles = [
-        layer.module.register_forward_hook(lambda _m, _i, _o, name=layer.name: called.add(name)) for layer in layers
+        layer.module.register_forward_hook(lambda _m, _i, output, name=layer.name: keep(name, output))
+        for layer in layers
     ]
     try:
-        objective.batch_outputs(objective.theta, next(batch.singles()))
+        objective.batch_outputs(objective.theta.detach().requires_grad_(), next(batch.singles()))
     finally:
         for handle in handles:
             handle.remove()
-    return [layer for layer in layers if layer.name in called]
+    result = []
+    for layer in layers:
+        calls = outputs[layer.name]
+        if not all(isinstance(output, Tensor) and output.requires_grad for output, _ in calls):
+            _left_out(layer.name, "what it returns is no tensor with a gradient")
+        elif calls:
+            changed = any(output._version != version for output, version in calls)
+            result.append(layer._replace(copied=changed))
+    return result
+
+
+def _left_out(name: str, why: str) -> None:
+    logger.info("EKFAC: %s is left out, %s", name, why)
 
 
 def parameter_places(objective: Objective) -> dict[str, slice]:
@@ -185,14 +243,16 @@ def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forw
     raw: list[list[Tensor]] = [[] for _ in layers]
     outs: list[list[Tensor]] = [[] for _ in layers]
 
-    def hook(i: int) -> Callable[..., None]:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            raw[i].append(inputs[0].detach())
+    def hook(i: int) -> Callable[..., Tensor | None]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor | None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            raw[i].append(x.detach())
             outs[i].append(output)
+            return output.clone() if layers[i].copied else None
 
         return keep
 
-    handles = [layer.module.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    handles = [layer.module.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
         theta = objective.theta.detach().requires_grad_()
         y, rebuild = numbers_of(objective.batch_outputs(theta, batch))
@@ -205,7 +265,12 @@ def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forw
 def layer_inputs(layers: Sequence[Layer], seen: Forward, size: int) -> list[Tensor]:
     """Inputs of each layer [B, T, groups, in], all of its calls one after the other, in the precision of theta."""
     pairs = zip(layers, seen.raw, strict=True)
-    return [torch.cat([layer.inputs(x.to(seen.theta), size) for x in xs], 1) for layer, xs in pairs]
+    return [joined([layer.inputs(_precise(x, seen.theta), size) for x in xs], 1) for layer, xs in pairs]
+
+
+def _precise(x: Tensor, theta: Tensor) -> Tensor:
+    """In the precision of theta; the places of one-hot inputs as they are."""
+    return x.to(theta) if x.is_floating_point() else x
 
 
 def backward(
@@ -217,69 +282,10 @@ def backward(
     grads = torch.autograd.grad(seen.y, targets, e, retain_graph=True, allow_unused=True, materialize_grads=True)
     each = iter(grads)
     g = []
-    for layer, parts in zip(layers, seen.outs, strict=True):
-        g.append(torch.cat([layer.outputs(next(each).to(seen.theta), size) for _ in parts], 1))
+    for layer, xs in zip(layers, seen.raw, strict=True):
+        calls = [layer.outputs(next(each).to(seen.theta), _precise(x, seen.theta), size) for x in xs]
+        g.append(joined(calls, 1))
     return g, next(each, None)
-
-
-# ---- one rule a layer
-
-
-def _layer(name: str, module: nn.Module, places: dict[str, slice]) -> Layer | None:
-    prefix = f"{name}." if name else ""
-    weight, bias = places.get(f"{prefix}weight"), places.get(f"{prefix}bias")
-    if weight is None or isinstance(module, nn.modules.lazy.LazyModuleMixin):
-        return None
-    for kind, rule in RULES.items():
-        if isinstance(module, kind):
-            groups, inputs, outputs = rule(module, bias is not None)
-            return Layer(name, module, weight, bias, groups, inputs, outputs)
-    return None
-
-
-def _with_one(a: Tensor, bias: bool) -> Tensor:
-    return torch.cat([a, torch.ones_like(a[..., :1])], -1) if bias else a
-
-
-def _linear(_: nn.Module, bias: bool) -> tuple[int, Rows, Rows]:
-    return 1, lambda x: _with_one(x, bias).unsqueeze(-2), lambda g: g.unsqueeze(-2)
-
-
-def _convolution(module: nn.Module, bias: bool) -> tuple[int, Rows, Rows]:
-    conv = cast(nn.Conv2d, module)
-
-    def inputs(x: Tensor) -> Tensor:
-        patches = _patches(conv, x)
-        per_group = patches.view(len(patches), conv.groups, -1, patches.shape[-1])
-        return _with_one(per_group.permute(0, 3, 1, 2), bias)
-
-    def outputs(g: Tensor) -> Tensor:
-        return g.reshape(len(g), conv.groups, g.shape[1] // conv.groups, -1).permute(0, 3, 1, 2)
-
-    return conv.groups, inputs, outputs
-
-
-RULES: dict[type[nn.Module], Callable[[nn.Module, bool], tuple[int, Rows, Rows]]] = {
-    nn.Linear: _linear,
-    nn.Conv1d: _convolution,
-    nn.Conv2d: _convolution,
-}
-
-
-def _patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
-    """What each output position of a convolution sees, [B, in * kernel, T]."""
-    two = x if x.dim() == 4 else x.unsqueeze(2)
-    flat = isinstance(conv, nn.Conv1d)
-    kernel, dilation, stride = ((1, *t) if flat else t for t in (conv.kernel_size, conv.dilation, conv.stride))
-    if isinstance(conv.padding, str):
-        total = [d * (k - 1) if conv.padding == "same" else 0 for k, d in zip(kernel, dilation, strict=True)]
-        sides = [(t // 2, t - t // 2) for t in total]
-    else:
-        sides = [(p, p) for p in ((0, *conv.padding) if flat else conv.padding)]
-    padding = [p for side in reversed(sides) for p in side]
-    if any(padding):
-        two = F.pad(two, padding, mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode)
-    return F.unfold(two, kernel, dilation=dilation, stride=stride)
 
 
 # ---- how a layer's parameters lie in theta
@@ -287,17 +293,27 @@ def _patches(conv: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
 
 def gather(layer: Layer, v: Tensor) -> Tensor:
     """The layer's part of v [K, P] -> [K, groups, out, in (+ 1 for the bias)]."""
-    weight = cast(Tensor, layer.module.weight)
-    out = weight.shape[0] // layer.groups
-    W = v[:, layer.weight].reshape(len(v), layer.groups, out, -1)
-    if layer.bias is None:
-        return W
-    return torch.cat([W, v[:, layer.bias].reshape(len(v), layer.groups, out, 1)], -1)
+    rule, parts = layer.rule, [v[:, place] for place in layer.places]
+    if isinstance(rule, Sums):
+        return joined(parts, 1)[:, None, :, None]
+    W = parts[0]
+    if rule.inputs_first:
+        W = W.reshape(len(v), rule.groups, -1, rule.out).mT
+    else:
+        W = W.reshape(len(v), rule.groups, rule.out, -1)
+    biases = [b.reshape(len(v), rule.groups, rule.out, 1) for b in parts[1:]]
+    return joined([W, *biases], -1)
 
 
 def scatter(layer: Layer, W: Tensor, v: Tensor) -> None:
     """The inverse of `gather`, into v."""
-    if layer.bias is not None:
-        v[:, layer.bias] = W[..., -1].reshape(len(v), -1)
-        W = W[..., :-1]
-    v[:, layer.weight] = W.reshape(len(v), -1)
+    if isinstance(layer.rule, Sums):
+        parts = W.flatten(1).split([place.stop - place.start for place in layer.places], 1)
+    elif layer.bias is None:
+        parts = (W,)
+    else:
+        parts = (W[..., :-1], W[..., -1])
+    if isinstance(layer.rule, Products) and layer.rule.inputs_first:
+        parts = (parts[0].mT, *parts[1:])
+    for place, part in zip(layer.places, parts, strict=True):
+        v[:, place] = part.reshape(len(v), -1)

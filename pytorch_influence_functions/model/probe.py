@@ -24,15 +24,17 @@ LOOKED_AT = 32
 """Samples whose shapes are looked at, so that short and long sequences stand in the batch that a model is tried on."""
 
 
-def probe(objective: Objective, samples: Samples) -> None:
+def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> None:
     """Find which ways of computing give the model's true values, and set `objective.paths` and `samples.apart`.
+
+    Tried on at most `most` samples.
 
     Raises:
         NonFiniteError: a loss or gradient of these samples is NaN or infinite.
         TypeError, ValueError: the loss cannot take the batch.
     """
     objective.paths, samples.apart, samples.shapes = Paths(), False, None
-    indices, uniform = _different(samples, max(2, min(samples.batch_size, MOST_PROBED)))
+    indices, uniform = _different(samples, max(2, min(samples.batch_size, most)))
     alone = [samples.sample(i) for i in indices]
     _look_for_mutation(objective, alone[0], samples)
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone

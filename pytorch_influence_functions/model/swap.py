@@ -132,6 +132,7 @@ def differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(_no_fast_attention())
         stack.enter_context(_no_checkpoints())
+        stack.enter_context(_no_sparse_gradients(model))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN's recurrent kernels have no second derivative, nor a first one in evaluation mode
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -158,6 +159,19 @@ def _no_fast_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _no_sparse_gradients(model: nn.Module) -> Iterator[None]:
+    """Those of embeddings do not go back into one vector of all parameters."""
+    sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
+    try:
+        for module in sparse:
+            module.sparse = False
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True
 
 
 @contextlib.contextmanager

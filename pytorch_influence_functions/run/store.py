@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
-from ..solve.lissa import MOST_CHAINS
+from ..solve.problem import MOST_CHAINS
 from ..utils import save_json
 
 SAMPLED_PLACES, SAMPLED_BYTES = 64, 4096

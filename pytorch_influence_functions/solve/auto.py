@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..model.gradients import NonFiniteError
+from ..model.gradients import NonFiniteError, per_sample_gradients
 from .cg import conjugate_gradient
 from .ekfac import build, by_gradients, solver
 from .exact import dense_form, exact
@@ -49,7 +49,7 @@ FEWEST_ROWS = 32
 STEPPED = 400
 """Up to this many test samples in all take the step."""
 LINE_SEARCHES = 8
-"""Test samples whose line search decides the length of the step; they agree within a few percent."""
+"""Training samples whose line search decides the length of the step; they agree within a few percent."""
 FASTER_ON_CUDA = 50
 """So many times the work is done in the same time there."""
 Way = Callable[[Problem, Damping | None], Prepared | None]
@@ -89,7 +89,7 @@ def _exact(problem: Problem, damping: Damping | None) -> Prepared | None:
     """`exact`, where it costs little."""
     size, need = dense_form(problem)
     work = _dense_work(problem)
-    if size > EXACT_SIZE or work > EXACT_WORK or need > problem.max_bytes:
+    if size > EXACT_SIZE or work > EXACT_WORK or need > problem.budget.held_ways:
         return None
     if damping is None:
         damping = damping_by_low_rank(problem) if _has_gauss_newton(problem) else damping_by_steps(problem)
@@ -117,7 +117,7 @@ def _ekfac(problem: Problem, damping: Damping | None) -> Prepared | None:
     factors = build(problem)
     if damping is None:
         damping = damping_by_ekfac(problem, factors)
-    memory = f"the {problem.max_bytes / 2**20:.0f} MiB or the work there is"
+    memory = f"the {problem.budget.held_ways / 2**20:.0f} MiB or the work there is"
     why = f"{FEWEST_ROWS} rows of {problem.objective.P} parameters do not fit {memory}"
     return _because(solver(problem, factors, damping), "ekfac", f"{why}; raise config['max_memory'] for better")
 
@@ -161,11 +161,9 @@ def _dense_work(problem: Problem) -> float:
 
 def affordable_rows(problem: Problem) -> int:
     """How many rows of G the memory and the work allow, at most `ROWS`."""
-    P, item = problem.objective.P, problem.objective.theta.element_size()
-    held = problem.max_bytes / (4 * P * item)
     faster = FASTER_ON_CUDA if problem.objective.device.type == "cuda" else 1
-    worth = (faster * WORK / P) ** 0.5
-    return int(min(ROWS, held, worth))
+    worth = (faster * WORK / problem.objective.P) ** 0.5
+    return int(min(ROWS, problem.budget.rows(problem.row), worth))
 
 
 # ---- the low-rank form as a solver
@@ -176,6 +174,7 @@ def _by_low_rank(problem: Problem, basis: LowRank, damping: Damping) -> Prepared
     system = System(problem, damping.value)
     product = heavy_product(problem, basis)
     inverses: dict[int | None, Woodbury] = {}
+    lengths: list[float] = []
 
     def inverse(rows: int | None) -> Woodbury:
         if rows not in inverses:
@@ -190,7 +189,13 @@ def _by_low_rank(problem: Problem, basis: LowRank, damping: Damping) -> Prepared
         stepping = tests <= STEPPED and work <= WORK
         M = inverse(ROWS_WITH_STEP if stepping else None)
         s = M(v)
-        length = _step(damped, v, s, M) if stepping else 0.0
+        length = 0.0
+        if stepping:
+            if not lengths:
+                lengths.append(_step_length(problem, damped, M))
+            length = lengths[0]
+        if length:
+            s.add_(M(v - damped(s)), alpha=length)
         most = f"{tests} test samples (at most {STEPPED})"
         reason = f"{most}, {work:.1e} operations for a product each (at most {WORK:.0e})"
         logger.debug("%d exact rows, a step of %.3g: %s", len(M.J), length, reason)
@@ -202,14 +207,16 @@ def _by_low_rank(problem: Problem, basis: LowRank, damping: Damping) -> Prepared
     return Prepared(system, solve, damping.report, self_products=self_products)
 
 
-def _step(product: Callable[[Tensor], Tensor], v: Tensor, s: Tensor, M: Woodbury) -> float:
-    """Move s along d = M (v - (G + lambda I) s), as far as the line search of a few rows says; return how far."""
-    r = v - product(s)
+def _step_length(problem: Problem, product: Callable[[Tensor], Tensor], M: Woodbury) -> float:
+    """How far to go along d = M (v - (G + lambda I) M v): the median of exact line searches, 0 where they fail.
+
+    They are those of a few training samples' gradients, so that a test sample's score does not depend on its group.
+    """
+    n = problem.samples.n
+    few = sorted({i * n // LINE_SEARCHES for i in range(LINE_SEARCHES)})
+    batches = problem.samples.ordered(problem.gradient_batch, few)
+    v = torch.cat([per_sample_gradients(problem.objective, batch, problem.max_bytes) for batch in batches])
+    r = v - product(M(v))
     d = M(r)
-    few = slice(0, LINE_SEARCHES)
-    curved = (d[few] * product(d[few])).sum(1)
-    length = float(((r[few] * d[few]).sum(1) / curved).median())
-    if not (0 < length < 10) or not bool(torch.isfinite(d).all()):
-        return 0.0
-    s.add_(d, alpha=length)
-    return length
+    length = float(((r * d).sum(1) / (d * product(d)).sum(1)).median())
+    return length if 0 < length < 10 else 0.0

@@ -92,10 +92,12 @@ def iterate(
     """
     size = torch.frexp(v.abs().amax(1, keepdim=True))[1]
     v = torch.ldexp(v, -size)  # by a power of two, without rounding, so that squares of small numbers stay numbers
-    solved, rest = torch.zeros_like(v), v.clone()
+    solved, rest = torch.zeros_like(v), torch.zeros_like(v)
     steps = torch.zeros(len(v), dtype=torch.long)
     goal = tolerance * v.norm(dim=1)
-    rows = _start(v, v.norm(dim=1) > goal, M)
+    wanted = v.norm(dim=1) > goal
+    rest[~wanted] = v[~wanted]
+    rows = _start(v, wanted, M)
     step = 0
     while step < limit and len(rows.places):
         step += 1

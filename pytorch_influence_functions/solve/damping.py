@@ -131,13 +131,8 @@ def choose_damping(
             "config['damping'] = 'auto': the Gauss-Newton matrix of this model is zero (its loss does not depend on "
             "its output, or is linear in it), so no damping can be chosen from it; give config['damping'] a number"
         )
-    rule = _Rule(problem)
-    gradients = rule.gradients()
-
-    def error(damping: float) -> float:
-        return rule.error(shift(gradients, damping))
-
-    damping, curve = search(error, start, target)
+    rule = _Rule(problem, shift)
+    damping, curve = search(rule.error, start, target)
     reached = dict(curve)[damping]
     _tell(damping, reached, target, curve)
     chosen = {
@@ -165,22 +160,30 @@ def _tell(damping: float, error: float, target: float, curve: list[Point]) -> No
 
 def error_curve(problem: Problem, shift: Callable[[Tensor, float], Tensor], dampings: Sequence[float]) -> list[float]:
     """The prediction error at each of these dampings, by which `choose_damping` chooses; arguments as there."""
-    rule = _Rule(problem)
-    gradients = rule.gradients()
-    return [rule.error(shift(gradients, damping)) for damping in dampings]
+    rule = _Rule(problem, shift)
+    return [rule.error(damping) for damping in dampings]
 
 
 class _Rule:
-    """The halves, the samples, and their losses in double precision."""
+    """The halves, the samples, and their losses in double precision.
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, n = problem, problem.samples.n
+    Args:
+        problem: the model and its training set.
+        shift: ([K, P], lambda) -> (G + lambda I)^-1 of each row.
+    """
+
+    def __init__(self, problem: Problem, shift: Callable[[Tensor, float], Tensor]) -> None:
+        self.problem, self.shift, n = problem, shift, problem.samples.n
         generator = torch.Generator().manual_seed(problem.config.seed)
         halves = [torch.randperm(n, generator=generator)[: max(1, n // 2)] for _ in range(HALVES)]
         self.halves = torch.stack([torch.zeros(n).index_fill(0, half, 1) for half in halves])
         chosen: list[int] = torch.randperm(n, generator=generator)[:SAMPLES].sort().values.tolist()
-        self.batches = list(problem.samples.ordered(problem.scoring_batch, chosen))
+        size = problem.budget.precise_batch(problem.activations)
+        self.batches = list(problem.samples.ordered(size, chosen))
         self.objective, self.losses = self._precise(problem.objective)
+        together = problem.budget.halves(problem.row, HALVES)
+        self._parts = self.halves.split(together)
+        self._gradients = self.gradients(self.halves) if len(self._parts) == 1 else None
 
     def _precise(self, own: Objective) -> tuple[Objective, Tensor]:
         """The objective in double precision and its losses; in its own where the model runs in no other."""
@@ -191,15 +194,15 @@ class _Rule:
             logger.info("changes of the loss are computed in %s: %s", own.dtype, str(error).splitlines()[0])
             return own, self._losses(own)
 
-    def gradients(self) -> Tensor:
-        """(1/n) of the summed gradients of each half -> [halves, P]."""
+    def gradients(self, halves: Tensor) -> Tensor:
+        """(1/n) of the summed gradients of each of these halves [h, n] -> [h, P]."""
         problem, objective = self.problem, self.problem.objective
-        total = torch.zeros(HALVES, objective.P, dtype=objective.dtype, device=objective.device)
-        size = max(1, min(problem.scoring_batch, int(problem.max_bytes / (2 * HALVES * problem.activations))))
+        total = torch.zeros(len(halves), objective.P, dtype=objective.dtype, device=objective.device)
+        size = max(1, min(problem.scoring_batch, int(problem.budget.product / (2 * len(halves) * problem.activations))))
         for batch in problem.samples.ordered(size, text="Damping: gradients"):
             theta = objective.theta.detach().requires_grad_()
             losses = objective.losses(theta, batch)
-            weights = self.halves[:, torch.as_tensor(batch.indices)].to(losses)
+            weights = halves[:, torch.as_tensor(batch.indices)].to(losses)
             if objective.paths.vmap:
                 total += torch.autograd.grad(losses, theta, weights, is_grads_batched=True)[0]
             else:
@@ -207,13 +210,24 @@ class _Rule:
                 total += torch.stack(each)
         return total / problem.samples.n
 
-    def error(self, shifts: Tensor) -> float:
-        """The prediction error of these shifts [halves, P]."""
-        problem = self.problem
-        predicted = [gradient_products(problem.objective, b, shifts, problem.max_bytes) for b in self.batches]
-        changes = [self._losses(self.objective, shift) - self.losses for shift in shifts]
-        actual = torch.stack(changes)
-        return prediction_error(actual, torch.cat(predicted, 1).to(actual))
+    def error(self, damping: float) -> float:
+        """The prediction error at this damping; as many halves at a time as the memory holds."""
+        actual, predicted = [], []
+        for halves in self._parts:
+            gradients = self.gradients(halves) if self._gradients is None else self._gradients
+            shifts = self.shift(gradients, damping)
+            actual.append(self._changes(shifts))
+            predicted.append(self._predicted(shifts).to(actual[-1]))
+        return prediction_error(torch.cat(actual), torch.cat(predicted))
+
+    def _changes(self, shifts: Tensor) -> Tensor:
+        """Actual changes of the samples' losses at the parameters plus each shift [h, P] -> [h, samples]."""
+        return torch.stack([self._losses(self.objective, shift) - self.losses for shift in shifts])
+
+    def _predicted(self, shifts: Tensor) -> Tensor:
+        """The same to first order."""
+        objective, max_bytes = self.problem.objective, self.problem.budget.product
+        return torch.cat([gradient_products(objective, batch, shifts, max_bytes) for batch in self.batches], 1)
 
     def _losses(self, objective: Objective, shift: Tensor | None = None) -> Tensor:
         """Loss of each of the samples at the parameters, shifted by `shift` [P]."""

@@ -11,15 +11,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..model.budget import outer_block
 from ..model.gradients import per_sample_gradients
 from ..model.layers import Layer, backward, forward, gather, layer_inputs, scatter
 from ..model.objective import Objective
+from ..model.outer_products import (
+    is_one_hot,
+    one_hot_squares,
+    one_hot_weighted_squares,
+    outer_products,
+    rotated,
+    second_moment,
+)
 from .damping import choose_damping
 from .passes import Passes, Seen, batch_size, output_rows
 from .problem import Problem
@@ -34,13 +43,27 @@ CERTIFIED = 256
 
 
 class Block(NamedTuple):
-    """Eigenvectors of the two factors of a layer's groups."""
+    """Eigenvectors of the two factors of a layer's groups; None are the axes."""
 
     layer: Layer
-    Q_in: Tensor
+    Q_in: Tensor | None
     """[groups, in, in]"""
-    Q_out: Tensor
+    Q_out: Tensor | None
     """[groups, out, out]"""
+
+    def rotated(self, g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer sees, in the eigenbasis: [..., T, groups, out], [B, T, groups, in] -> [..., groups, T, .]."""
+        return rotated(g, self.Q_out), rotated(a, self.Q_in)
+
+    def to_eigenbasis(self, W: Tensor) -> Tensor:
+        """[K, groups, out, in] -> the same shape."""
+        W = W if self.Q_out is None else self.Q_out.mT @ W
+        return W if self.Q_in is None else W @ self.Q_in
+
+    def from_eigenbasis(self, W: Tensor) -> Tensor:
+        """The inverse of `to_eigenbasis`."""
+        W = W if self.Q_out is None else self.Q_out @ W
+        return W if self.Q_in is None else W @ self.Q_in.mT
 
 
 class Ekfac:
@@ -59,14 +82,14 @@ class Ekfac:
         """Each row of v [K, P] in the eigenbasis -> [K, P]."""
         result = v.clone()
         for block in self.blocks:
-            scatter(block.layer, block.Q_out.mT @ gather(block.layer, v) @ block.Q_in, result)
+            scatter(block.layer, block.to_eigenbasis(gather(block.layer, v)), result)
         return result
 
     def from_eigenbasis(self, v: Tensor) -> Tensor:
         """The inverse of `to_eigenbasis`."""
         result = v.clone()
         for block in self.blocks:
-            scatter(block.layer, block.Q_out @ gather(block.layer, v) @ block.Q_in.mT, result)
+            scatter(block.layer, block.from_eigenbasis(gather(block.layer, v)), result)
         return result
 
     def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
@@ -148,12 +171,14 @@ def _by_layers(problem: Problem, factors: Ekfac, damping: float) -> Tensor:
     result = torch.zeros(problem.samples.n, dtype=problem.objective.dtype)
     for batch in problem.samples.ordered(batch_size(problem, layers), text="Self-influence"):
         for one in batch.parts or (batch,):
-            found = _quadratic_by_layers(problem.objective, factors, weights, one)
+            found = _quadratic_by_layers(problem.objective, factors, weights, one, problem.budget.product)
             result[torch.as_tensor(one.indices)] = found.detach().cpu()
     return result
 
 
-def _quadratic_by_layers(objective: Objective, factors: Ekfac, weights: Tensor, batch: Batch) -> Tensor:
+def _quadratic_by_layers(
+    objective: Objective, factors: Ekfac, weights: Tensor, batch: Batch, max_bytes: float
+) -> Tensor:
     """The quadratic form with `weights` [1, P] in the eigenbasis of each sample's gradient -> [B]."""
     layers = [block.layer for block in factors.blocks]
     seen = forward(objective, layers, batch)
@@ -163,17 +188,19 @@ def _quadratic_by_layers(objective: Objective, factors: Ekfac, weights: Tensor, 
     g, _ = backward(layers, seen, e, batch.size)
     total = objective.theta.new_zeros(batch.size)
     for block, x, d in zip(factors.blocks, layer_inputs(layers, seen, batch.size), g, strict=True):
-        left, right = d.transpose(1, 2) @ block.Q_out, x.transpose(1, 2) @ block.Q_in
-        total = total + _weighted_squares(left, right, gather(block.layer, weights)[0])
+        left, right = block.rotated(d, x)
+        total = total + _weighted_squares(left, right, gather(block.layer, weights)[0], max_bytes)
     return total
 
 
-def _weighted_squares(g: Tensor, a: Tensor, w: Tensor) -> Tensor:
+def _weighted_squares(g: Tensor, a: Tensor, w: Tensor, max_bytes: float) -> Tensor:
     """Sum of w (sum_t g_t a_t^T)^2 of each sample; g [B, groups, T, out], a [B, groups, T, in] -> [B]."""
+    if is_one_hot(a):
+        return one_hot_weighted_squares(g, a, w)
     if g.shape[2] == 1:
         once = g[:, :, 0].square().unsqueeze(2) @ w
         return (once.squeeze(2) * a[:, :, 0].square()).sum((1, 2))
-    size = _few(g, a)
+    size = _few(g, a, max_bytes)
     pairs = zip(g.split(size), a.split(size), strict=True)
     return torch.cat([((p.mT @ q).square() * w).sum((1, 2, 3)) for p, q in pairs])
 
@@ -181,7 +208,7 @@ def _weighted_squares(g: Tensor, a: Tensor, w: Tensor) -> Tensor:
 def by_gradients(problem: Problem, quadratic: Callable[[Tensor], Tensor]) -> Tensor:
     """The quadratic form [K, P] -> [K] of the gradient of each training sample -> [n], on the CPU."""
     result = torch.zeros(problem.samples.n, dtype=problem.objective.dtype)
-    for batch in problem.samples.ordered(problem.scoring_batch, text="Self-influence"):
+    for batch in problem.samples.ordered(problem.gradient_batch, text="Self-influence"):
         gradients = per_sample_gradients(problem.objective, batch, problem.max_bytes)
         result[torch.as_tensor(batch.indices)] = quadratic(gradients).detach().cpu()
     return result
@@ -198,30 +225,35 @@ def build(problem: Problem) -> Ekfac:
 def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
     """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
     layers, n = passes.layers, passes.problem.samples.n
-    A: list[Any] = [0] * len(layers)
-    S: list[Any] = [0] * len(layers)
-    diagonal: Any = 0
+    theta, max_bytes = passes.problem.objective.theta, passes.problem.budget.product
+    eigenvalues = torch.zeros_like(theta).unsqueeze(0)
+    A: dict[int, Tensor] = {}
+    S: dict[int, Tensor] = {}
     for seen in passes:
-        diagonal = diagonal + seen.outside / n
+        eigenvalues[0, passes.outside] += seen.outside / n
         for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
-            A[i] = A[i] + _second_moment(x) / n
-            S[i] = S[i] + _second_moment(g.flatten(0, 1)) / n
-    blocks = [
-        Block(layer, torch.linalg.eigh(a)[1], torch.linalg.eigh(s)[1]) for layer, a, s in zip(layers, A, S, strict=True)
-    ]
-    squares: list[Any] = [0] * len(layers)
+            if (i, "in") not in passes.axes:
+                _add(A, i, second_moment(x))
+            if (i, "out") not in passes.axes:
+                _add(S, i, second_moment(g.flatten(0, 1)))
+    # each factor is let go once its eigenvectors are there
+    blocks = [Block(layer, _eigenvectors(A, i, n), _eigenvectors(S, i, n)) for i, layer in enumerate(layers)]
+    squares: dict[int, Tensor] = {}
     for seen in passes:
         for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
-            left, right = g.transpose(2, 3) @ blocks[i].Q_out, x.transpose(1, 2) @ blocks[i].Q_in
-            squares[i] = squares[i] + _squares(left, right) / n
-    objective = passes.problem.objective
-    eigenvalues = torch.zeros(1, objective.P, dtype=objective.dtype, device=objective.device)
-    outside = passes.outside.nonzero().squeeze(1).to(objective.device)
-    if len(outside):
-        eigenvalues[0, outside] = diagonal[outside]
-    for layer, square in zip(layers, squares, strict=True):
-        scatter(layer, square.unsqueeze(0), eigenvalues)
-    return Ekfac(blocks, eigenvalues[0], outside)
+            left, right = blocks[i].rotated(g, x)
+            _add(squares, i, _squares(left, right, layers[i].classes, max_bytes))
+    for i, layer in enumerate(layers):
+        scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
+    return Ekfac(blocks, eigenvalues[0], passes.outside)
+
+
+def _add(sums: dict[int, Tensor], i: int, part: Tensor) -> None:
+    """Add to the i-th sum."""
+    if i in sums:
+        sums[i].add_(part)
+    else:
+        sums[i] = part
 
 
 def _kept(seen: Seen, keep: Tensor | None) -> list[Tensor]:
@@ -232,32 +264,36 @@ def _kept(seen: Seen, keep: Tensor | None) -> list[Tensor]:
     return [g * mask.to(g).view(*mask.shape, 1, 1, 1) for g in seen.gradients]
 
 
-def _second_moment(x: Tensor) -> Tensor:
-    """Sum of x x^T over samples and positions, x [B, T, groups, in] -> [groups, in, in]."""
-    flat = x.flatten(0, 1).transpose(0, 1)
-    return flat.mT @ flat
+def _eigenvectors(sums: dict[int, Tensor], i: int, n: int) -> Tensor | None:
+    """Those of the i-th sum over n samples, which is let go; None where the axes stand for them."""
+    return torch.linalg.eigh(sums.pop(i).div_(n))[1] if i in sums else None
 
 
-def _squares(g: Tensor, a: Tensor) -> Tensor:
+def _squares(g: Tensor, a: Tensor, classes: int | None, max_bytes: float) -> Tensor:
     """Sum over draws and samples of (sum_t g_t a_t^T)^2; g [D, B, groups, T, out], a [B, groups, T, in]."""
+    if classes is not None:
+        return one_hot_squares(g, a, classes)
     if g.shape[3] == 1:
         return g[:, :, :, 0].square().sum(0).permute(1, 2, 0) @ a[:, :, 0].square().transpose(0, 1)
-    size = _few(g[0], a)
-    pairs = ((x, y) for draw in g for x, y in zip(draw.split(size), a.split(size), strict=True))
-    return torch.stack([(x.mT @ y).square().sum(0) for x, y in pairs]).sum(0)
+    size = _few(g[0], a, max_bytes)
+    total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
+    for draw in g:
+        for x, y in zip(draw.split(size), a.split(size), strict=True):
+            total += (x.mT @ y).square_().sum(0)
+    return total
 
 
-def _few(g: Tensor, a: Tensor) -> int:
-    """How many samples' gradients of a layer to hold at once."""
-    return max(1, int(2**24 / (g.shape[1] * g.shape[3] * a.shape[3])))
+def _few(g: Tensor, a: Tensor, max_bytes: float) -> int:
+    """How many samples' gradients of a layer to hold at once; g [B, groups, T, out], a [B, groups, T, in]."""
+    return outer_block(g.shape[1] * g.shape[3] * a.shape[3] * a.element_size(), max_bytes)
 
 
 def eigenbasis_rows(objective: Objective, factors: Ekfac, seen: Seen, draws: Tensor, places: Tensor) -> Tensor:
     """The gradients J_i^T e_ik of these (draw, place in the batch) pairs, in the eigenbasis -> [len(draws), P]."""
     rows = torch.zeros(len(draws), objective.P, dtype=objective.dtype, device=objective.device)
     for block, x, g in zip(factors.blocks, seen.inputs, seen.gradients, strict=True):
-        left = g[draws, places].transpose(1, 2) @ block.Q_out
-        scatter(block.layer, left.mT @ (x[places].transpose(1, 2) @ block.Q_in), rows)
+        left, right = block.rotated(g[draws, places], x[places])
+        scatter(block.layer, outer_products(left, right, block.layer.classes), rows)
     if len(factors.outside):
         batch = seen.batch
         e = [part[draws, places] for part in seen.cotangents]

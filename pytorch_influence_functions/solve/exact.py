@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from ..data.batch import Batch
+from ..model.budget import MIB
 from ..model.likelihoods import likelihood, roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
@@ -24,8 +25,6 @@ from .solution import Damping, Prepared, Solution
 from .system import Residual, System
 
 logger = logging.getLogger(__name__)
-ROW_BLOCK = 64
-"""Training samples whose rows are computed together."""
 
 
 def exact(problem: Problem, damping: Damping) -> Prepared:
@@ -36,11 +35,11 @@ def exact(problem: Problem, damping: Damping) -> Prepared:
     """
     P = problem.objective.P
     size, need = dense_form(problem)
-    if need > problem.max_bytes:
+    if need > problem.budget.held_ways:
         raise ValueError(
             f"config['solver'] = 'exact': a dense {problem.curvature.kind} of {P} parameters needs about "
-            f"{need / 2**20:.0f} MiB of the {problem.max_bytes / 2**20:.0f} MiB there are; use config['solver'] = 'cg' "
-            "or 'ekfac', fewer config['parameters'], or a larger config['max_memory']"
+            f"{need / MIB:.0f} MiB of the {problem.budget.held_ways / MIB:.0f} MiB there are; use config['solver'] = "
+            "'cg' or 'ekfac', fewer config['parameters'], or a larger config['max_memory']"
         )
     dual = size < P and damping.value > 0
     inverse = _dual(problem, damping.value) if dual else _primal(problem, damping.value)
@@ -62,8 +61,7 @@ def dense_form(problem: Problem) -> tuple[int, float]:
     if rows is None or rows >= P:
         matrices = 3 * P**2  # H, its damped copy, its factor
         return P, double * matrices
-    stacked = 2 * rows * P  # A, and the blocks it is joined from
-    return rows, double * (2 * rows**2 + stacked)
+    return rows, double * (2 * rows**2 + rows * P)  # A, its products and their factor
 
 
 Inverse = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -91,10 +89,7 @@ def _with_residual(s: Tensor, v: Tensor, damped: Tensor) -> tuple[Tensor, Tensor
 
 
 def _dual(problem: Problem, damping: float) -> Inverse:
-    batches = problem.samples.ordered(ROW_BLOCK)
-    rows = [gauss_newton_rows(problem.objective, batch) for batch in batches]
-    A = torch.cat(rows).double()
-    A /= problem.samples.n**0.5
+    A = _all_rows(problem)
     gram = A @ A.T
     gram.diagonal().add_(damping)
     L = torch.linalg.cholesky(gram)
@@ -105,6 +100,19 @@ def _dual(problem: Problem, damping: float) -> Inverse:
         return s, v - (s @ A.T) @ A - damping * s
 
     return inverse
+
+
+def _all_rows(problem: Problem) -> Tensor:
+    """A [n C, P]."""
+    objective = problem.objective
+    count, done = dual_rows(problem) or 0, 0
+    A = torch.zeros(count, objective.P, dtype=torch.float64, device=objective.device)
+    one_sample = count / problem.samples.n * objective.P * A.element_size()
+    for batch in problem.samples.ordered(problem.budget.row_block(one_sample)):
+        rows = gauss_newton_rows(objective, batch)
+        A[done : done + len(rows)] = rows
+        done += len(rows)
+    return A.div_(problem.samples.n**0.5)
 
 
 def dense_curvature(problem: Problem) -> Tensor:

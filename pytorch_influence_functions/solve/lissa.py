@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..model.gradients import gradient_products
 from .ekfac import build
-from .problem import Problem
+from .problem import MOST_CHAINS, Problem
 from .recursion import CHECK_COST, Recursion
 from .repeats import Row, resolved
 from .scale import Step, choose_scale
@@ -32,8 +32,6 @@ from .system import System
 
 LEAST_CERTIFIED = 2048
 """Training samples that the last residual is measured on, at least."""
-MOST_CHAINS = 8
-"""Bound for r="auto": the standard error falls with the root of their number."""
 STABLE, SAMPLED_SCORES = 0.9, 512
 """r="auto" ends when this fraction of the top of the list would stay, judged on so many training samples."""
 

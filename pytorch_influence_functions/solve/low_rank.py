@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..model.gradients import activation_bytes, reuse
+from ..model.outer_products import is_one_hot, one_hot_norms
 from .cg import iterate
 from .damping import HALVES, choose_damping, error_curve
 from .ekfac import DAMPING_TARGET, Ekfac, eigenbasis_rows, fit
@@ -136,6 +137,8 @@ def _norms(seen: Seen) -> Tensor:
 def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
     r"""\|\sum_t g_t a_t^T\|^2 of each sample and all groups; a [B, T, groups, in], g [B, T, groups, out] -> [B]."""
     a, g = a.transpose(1, 2), g.transpose(1, 2)
+    if is_one_hot(a):
+        return one_hot_norms(g, a)
     if a.shape[2] == 1:
         return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
     if a.shape[2] ** 2 < a.shape[3] * g.shape[3]:

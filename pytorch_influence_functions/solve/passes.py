@@ -16,7 +16,8 @@ from torch.func import vjp, vmap
 
 from ..data.batch import Batch
 from ..model import draws
-from ..model.layers import Forward, Layer, backward, forward, layer_inputs, parameter_places, usable_layers
+from ..model.budget import DIAGONAL_BLOCK, MIB
+from ..model.layers import Forward, Layer, backward, forward, gather, layer_inputs, parameter_places, usable_layers
 from ..model.likelihoods import DENSE_OUTPUTS, likelihood, roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
@@ -25,6 +26,9 @@ from .problem import Problem
 logger = logging.getLogger(__name__)
 FEW_OUTPUTS = 16
 """Up to this many outputs of a sample the expectation over g is a sum over all of them; beyond it, g is drawn."""
+LARGEST_FACTOR = 2**13
+"""Inputs or outputs of a group beyond which the axes stand for the factor's eigenvectors, which then take more than a
+minute of one core (measured: 1.0 s for 2048, with the third power of the size) and half a gigabyte."""
 SIGNS = 1
 """The stream of random signs, apart from that of the draws."""
 
@@ -40,7 +44,7 @@ class Seen(NamedTuple):
     gradients: list[Tensor]
     """Those of each layer's outputs [D, B, T, groups, out]."""
     outside: Tensor
-    """Estimate of the summed squares of all gradients [P]; [1] where no parameter is outside the layers."""
+    """Estimate of the summed squares of the gradients outside the layers, of the blocks that end here."""
 
     @property
     def bytes(self) -> int:
@@ -55,18 +59,24 @@ class Passes:
     Args:
         problem: the model and its training set.
         top: directions of the loss's Hessian that are taken one by one; None: all where they are few, else none.
+
+    Attributes:
+        layers: those that can be seen.
+        axes: their factors that are not built, as (place of the layer, "in" or "out").
+        outside: places in theta of the parameters outside the layers.
     """
 
     def __init__(self, problem: Problem, top: int | None = None) -> None:
         self.problem, self.top, objective = problem, top, problem.objective
         self.layers = usable_layers(objective, problem.samples.take([0, problem.samples.n // 2]))
-        self.outside = torch.ones(objective.P, dtype=torch.bool)
+        self.axes = _axes(problem, self.layers)
+        outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:
-            for place in (layer.weight, layer.bias):
-                if place is not None:
-                    self.outside[place] = False
+            for place in layer.places:
+                outside[place] = False
+        self.outside = outside.nonzero().squeeze(1).to(objective.device)
         self._kept: list[Seen] | None = None
-        _tell(objective, self.outside)
+        _tell(objective, outside)
 
     def __iter__(self) -> Iterator[Seen]:
         if self._kept is not None:
@@ -82,23 +92,47 @@ class Passes:
         self._kept = kept
 
     def _read(self) -> Iterator[Seen]:
-        size = batch_size(self.problem, self.layers)
+        size, block = self._sizes()
+        total: Tensor | float = 0.0
         for batch in self.problem.samples.ordered(size, text="EKFAC"):
             for one in batch.parts or (batch,):
-                yield self._seen(one)
-
-    def _seen(self, batch: Batch) -> Seen:
-        problem, whole = self.problem, bool(self.outside.any())
-        one = forward(problem.objective, self.layers, batch)
-        es = pseudo_gradients(problem.objective, one, batch, problem.config.seed, self.top)
-        gradients, squares = [], problem.objective.theta.new_zeros(1)
-        for e in es:
-            g, of_all = backward(self.layers, one, e, batch.size, whole)
-            gradients.append(g)
-            if of_all is not None:
+                seen, sums = seen_by_layers(self.problem, self.layers, one, self.top, self.outside)
+                total = total + sums
+                end = one.indices[-1] + 1
+                if end % block and end < self.problem.samples.n:
+                    yield seen
+                    continue
                 # draws are independent over the samples: the square of the sum has the sum of squares as its mean
-                squares = squares + of_all.square()
-        return Seen(batch, layer_inputs(self.layers, one, batch.size), _stacked(es), _stacked(gradients), squares)
+                yield seen._replace(outside=total.square().sum(0))
+                total = 0.0
+
+    def _sizes(self) -> tuple[int, int]:
+        """Training samples at a time, and those whose gradients outside the layers are summed."""
+        size = batch_size(self.problem, self.layers, self.top)
+        if not len(self.outside):
+            return size, 1
+        if not together(self.problem):
+            return 1, 1
+        while DIAGONAL_BLOCK % size:
+            size -= 1
+        return size, DIAGONAL_BLOCK
+
+
+def seen_by_layers(
+    problem: Problem, layers: Sequence[Layer], batch: Batch, top: int | None, outside: Tensor
+) -> tuple[Seen, Tensor]:
+    """What the layers see of a batch, and for each draw the summed gradients outside them [D, outside]."""
+    objective = problem.objective
+    one = forward(objective, layers, batch)
+    inputs = layer_inputs(layers, one, batch.size)
+    es = pseudo_gradients(objective, one, batch, problem.config.seed, top)
+    gradients, sums = [], []
+    for e in es:
+        g, of_all = backward(layers, one, e, batch.size, len(outside) > 0)
+        gradients.append(g)
+        sums.append(objective.theta.new_zeros(0) if of_all is None else of_all[outside])
+    none = objective.theta.new_zeros(len(outside))
+    return Seen(batch, inputs, _stacked(es), _stacked(gradients), none), torch.stack(sums)
 
 
 def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -106,14 +140,59 @@ def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
 
 
-def batch_size(problem: Problem, layers: Sequence[Layer]) -> int:
-    """Training samples in one pass of the layers."""
-    if not (problem.objective.paths.rows and problem.objective.paths.outputs):
+def together(problem: Problem) -> bool:
+    """Whether several samples go through the layers together."""
+    return problem.objective.paths.rows and problem.objective.paths.outputs
+
+
+def batch_size(problem: Problem, layers: Sequence[Layer], top: int | None = None) -> int:
+    """Training samples in one pass of the layers, by what they see of the first one."""
+    if not together(problem):
         return 1
-    covered = sum(layer.weight.stop - layer.weight.start for layer in layers)
-    # with much outside the layers small batches keep the noise of its diagonal low
-    most = 1024 if covered > 0.5 * problem.objective.P else 32
-    return max(1, min(most, int(problem.max_bytes / (8 * problem.activations))))
+    one = problem.samples.take([0])
+    seen, _ = seen_by_layers(problem, layers, one, top, problem.objective.theta.new_zeros(0).long())
+    count = sum(part[0, 0].numel() for part in seen.cotangents)
+    # the loss's Hessian in the outputs, its eigenvectors and what they are computed in, all in double precision
+    dense = 5 * 8 * count**2 if len(seen.cotangents[0]) > 1 else 0
+    return problem.budget.layer_batch(seen.bytes, problem.activations, dense)
+
+
+class Side(NamedTuple):
+    """One factor of a layer's block."""
+
+    place: tuple[int, str]
+    """Which layer, and whether of its inputs ("in") or its output gradients ("out")."""
+    size: int
+    numbers: int
+    """Entries of its matrices."""
+
+
+def _axes(problem: Problem, layers: Sequence[Layer]) -> set[tuple[int, str]]:
+    """Factors that are not built: the axes stand for their eigenvectors.
+
+    Of one-hot inputs they are the eigenvectors, since no two of them are one together. Otherwise it is an
+    approximation, for the largest factors, until the others fit the memory.
+    """
+    theta, item = problem.objective.theta, problem.objective.theta.element_size()
+    one_hot = {(i, "in") for i, layer in enumerate(layers) if layer.classes is not None}
+    sides = [side for i, layer in enumerate(layers) for side in _sides(i, layer, theta) if side.place not in one_hot]
+    sides.sort(key=lambda side: side.numbers)
+    left_out = [side for side in sides if side.size > LARGEST_FACTOR]
+    sides = [side for side in sides if side.size <= LARGEST_FACTOR]
+    # the eigenvectors of one factor are computed beside all factors and those that are done
+    while sides and item * (sum(side.numbers for side in sides) + 3 * sides[-1].numbers) > problem.budget.held_ways:
+        left_out.append(sides.pop())
+    for (i, which), size, numbers in left_out:
+        logger.info(
+            "EKFAC: the factor of %s (%s, %d, %.0f MiB) is too large, for the work or for config['max_memory']; a "
+            "diagonal stands for it", layers[i].name, which, size, item * numbers / MIB,
+        )  # fmt: skip
+    return one_hot | {side.place for side in left_out}
+
+
+def _sides(i: int, layer: Layer, theta: Tensor) -> list[Side]:
+    _, groups, outputs, inputs = gather(layer, theta.unsqueeze(0)).shape
+    return [Side((i, "in"), inputs, groups * inputs**2), Side((i, "out"), outputs, groups * outputs**2)]
 
 
 # ---- one batch

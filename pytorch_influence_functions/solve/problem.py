@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,21 +14,21 @@ from torch.utils.data import DataLoader
 
 from ..config import Config
 from ..data.samples import Samples, varying_sample
-from ..model.curvature import STACK, Curvature
+from ..model.budget import Budget
+from ..model.curvature import Curvature
 from ..model.door import explain
 from ..model.gradients import activation_bytes
 from ..model.linear import INSIDE
 from ..model.objective import Objective
-from ..model.probe import probe
-from ..utils import random_state
+from ..model.probe import MOST_PROBED, probe
+from ..utils import random_state, warn
 from .errors import CurvatureWarning, DeviceWarning, NegativeCurvatureError, VaryingDataWarning
 
 logger = logging.getLogger(__name__)
-MIB = 2**20
 MOST_TOGETHER = 64
 """Test samples in one group at most, so that finished ones are on disk early."""
-CURVATURE_BYTES = 256 * MIB
-"""About this much is in work in one curvature product of a full stack."""
+MOST_CHAINS = 8
+"""Bound for r="auto": the standard error falls with the root of their number."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,14 +40,24 @@ class Problem:
         samples: the training set.
         curvature: H, the Hessian or the Gauss-Newton matrix.
         config: the options.
-        max_bytes: for the working tensors of one product; as much again is for the stacks of vectors.
+        budget: how much memory there is, from which every size comes.
     """
 
     objective: Objective
     samples: Samples
     curvature: Curvature
     config: Config
-    max_bytes: float
+    budget: Budget
+
+    @property
+    def max_bytes(self) -> float:
+        """For the working tensors of one product."""
+        return self.budget.product
+
+    @property
+    def row(self) -> int:
+        """Bytes of one vector [P]."""
+        return self.objective.theta.nbytes
 
     @contextlib.contextmanager
     def guard(self, *others: Samples) -> Iterator[None]:
@@ -83,16 +91,15 @@ class Problem:
         """The same problem with the Gauss-Newton matrix as its curvature."""
         if self.curvature.kind == "ggn":
             return self
-        curvature = Curvature(self.objective, "ggn", self.max_bytes)
+        curvature = Curvature(self.objective, "ggn", self.budget.product)
         return dataclasses.replace(self, curvature=curvature)
 
     def instead_of_hessian(self, reason: str) -> Problem:
         """`with_gauss_newton`, said in a warning, where the user left the choice open."""
-        warnings.warn(
+        warn(
             f"{reason}; the Gauss-Newton curvature is used instead of the Hessian. Name config['curvature'] = 'ggn' to "
             "choose it yourself, or a larger config['damping'] to keep the Hessian",
             CurvatureWarning,
-            stacklevel=2,
         )
         return self.with_gauss_newton()
 
@@ -108,8 +115,7 @@ class Problem:
         """Training samples at a time in a product over the whole set."""
         if not self.objective.paths.rows:
             return self.samples.batch_size
-        fitting = int(CURVATURE_BYTES / (6 * STACK * self.activations))
-        return max(16, min(512, fitting))
+        return self.budget.curvature_batch(self.activations)
 
     @property
     def scoring_batch(self) -> int:
@@ -118,17 +124,18 @@ class Problem:
             return 1
         if self.config.batch_size is not None:
             return self.config.batch_size
-        fitting = int(self.max_bytes / (4 * self.activations))
-        return max(1, min(256, fitting))
+        return self.budget.scoring_batch(self.activations)
 
-    def group_size(self, most: int) -> int:
-        """How many test samples are solved together: what the memory holds, at most `most`."""
-        r = 8 if self.config.r == "auto" else int(self.config.r)
-        item = self.objective.theta.element_size()
-        vectors = (10 + r) * self.objective.P * item
-        scores = (2 + r) * self.samples.n * item
-        fitting = int(self.max_bytes / (vectors + scores))
-        return max(1, min(most, fitting))
+    @property
+    def gradient_batch(self) -> int:
+        """Samples at a time whose gradients are held."""
+        return min(self.scoring_batch, self.budget.gradient_batch(self.activations, self.row))
+
+    def group_size(self, most: int, held: int) -> int:
+        """How many test samples are solved together: what the memory holds, at most `most`, `held` vectors each."""
+        r = MOST_CHAINS if self.config.r == "auto" else int(self.config.r)
+        scores = (2 + r) * self.samples.n * self.objective.theta.element_size()
+        return self.budget.group(held + r, self.row, scores, most)
 
 
 def make_problem(
@@ -159,16 +166,17 @@ def make_problem(
         parameters=config.parameters,
         device=device,
     )
+    budget = Budget.of(config.max_memory, device)
+    budget.require(objective.P, objective.theta.nbytes)
     with random_state(config.seed), objective.active():
         samples = Samples(train_loader, device=device, name="train_loader", progress=config.progress)
         warn_if_varying(samples)
-        probe(objective, samples)
-    budget = config.max_memory * MIB if config.max_memory is not None else free_bytes(device) / 4
+        probe(objective, samples, budget.probed(objective.theta.nbytes, MOST_PROBED))
     if or_hessian and objective.linear == INSIDE:
         logger.info("the curvature is the Hessian: %s", INSIDE)
         curvature = "hessian"
-    kind = Curvature(objective, config.curvature or curvature, budget / 2)
-    return Problem(objective, samples, kind, config, budget / 2)
+    kind = Curvature(objective, config.curvature or curvature, budget.product)
+    return Problem(objective, samples, kind, config, budget)
 
 
 def warn_if_varying(samples: Samples) -> None:
@@ -176,11 +184,10 @@ def warn_if_varying(samples: Samples) -> None:
     index = varying_sample(samples)
     if index is None:
         return
-    warnings.warn(
+    warn(
         f"{samples.name}: sample {index} of its dataset is not the same when it is read twice (random "
         "augmentation?), so its gradient is not one number; pass a loader over the data without augmentation",
         VaryingDataWarning,
-        stacklevel=5,
     )
 
 
@@ -192,11 +199,10 @@ def choose_device(gpu: int, model: nn.Module) -> torch.device:
     """
     if gpu < 0:
         if isinstance(model, nn.Module) and any(p.is_cuda for p in model.parameters()):
-            warnings.warn(
+            warn(
                 "the model is on a CUDA device, but config['gpu'] = -1 computes on the CPU; set config['gpu'] to the "
                 "device's id to use it",
                 DeviceWarning,
-                stacklevel=3,
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -208,13 +214,3 @@ def choose_device(gpu: int, model: nn.Module) -> torch.device:
             "or -1 for the CPU"
         )
     return torch.device("cuda", gpu)
-
-
-def free_bytes(device: torch.device) -> float:
-    """Memory that is free on a device now."""
-    if device.type == "cuda":
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    except (ValueError, OSError, AttributeError):
-        return 4 * 2.0**30

@@ -9,13 +9,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import warnings
 
 import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..utils import progress_bar
+from ..utils import progress_bar, warn
 from .errors import CurvatureWarning, DivergenceError, NegativeCurvatureError
 from .scale import Step, rayleigh
 from .system import Residual, System, row_norms
@@ -245,7 +244,7 @@ class Recursion:
             f"lambda = {self.system.damping:g} is kept"
         )
         if self.restarts == 0:
-            warnings.warn(message, CurvatureWarning, stacklevel=2)
+            warn(message, CurvatureWarning)
         logger.info(message)
 
     # ---- is it done?

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.curvature import Spectrum, extreme_eigenvalues
+from ..utils import warn
 from .ekfac import Ekfac
 from .errors import CurvatureWarning, NegativeCurvatureError
 from .system import System, row_norms, take
@@ -47,7 +47,7 @@ def choose_scale(system: System, factors: Ekfac | None = None) -> tuple[System, 
 
 
 def _without_negative_curvature(system: System, spectrum: Spectrum) -> System:
-    along = float(rayleigh(system, spectrum.lowest.unsqueeze(0)))
+    along = float(rayleigh(system, spectrum.lowest().unsqueeze(0)))
     message = f"the Hessian has a negative eigenvalue (at most {along:.3g}) beyond the damping {system.damping:.3g}"
     if system.config.curvature == "hessian":
         raise NegativeCurvatureError(
@@ -67,11 +67,10 @@ def _automatic(system: System, eigenvalue: float) -> float:
         return float(asked)
     scale = MARGIN * least
     what = "curvature" if least == eigenvalue else "curvature and the damping"
-    warnings.warn(
+    warn(
         f"config['scale'] = {asked:g} is below the largest eigenvalue {least:.3g} of a minibatch's {what}; "
         f"scale {scale:.3g} is used, lambda = {system.damping:g} is kept (damp = {system.damping / scale:.3g})",
         CurvatureWarning,
-        stacklevel=2,
     )
     return scale
 
@@ -104,7 +103,7 @@ def negative(system: System, spectrum: Spectrum) -> bool:
     """Whether the curvature along the lowest Ritz vector is below -lambda, on samples that did not choose it too."""
     if spectrum.smallest >= -system.damping:
         return False
-    return float(rayleigh(system, spectrum.lowest.unsqueeze(0))) < -system.damping
+    return float(rayleigh(system, spectrum.lowest().unsqueeze(0))) < -system.damping
 
 
 def rayleigh(system: System, u: Tensor) -> Tensor:

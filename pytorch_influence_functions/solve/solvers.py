@@ -38,6 +38,8 @@ class Row(NamedTuple):
     """The curvature where the user names none."""
     together: int = MOST_TOGETHER
     """Test samples in one group at most."""
+    held: int = 10
+    """Vectors [P] that are held for each test sample at the worst moment, beside the chains."""
     chooses_damping: bool = False
     """Whether it chooses an automatic damping itself, from what it builds anyway."""
     preconditioned: bool = False
@@ -111,7 +113,7 @@ class Solver:
     @property
     def group_size(self) -> int:
         """How many test samples are solved together."""
-        return self.problem.group_size(self.row.together)
+        return self.problem.group_size(self.row.together, self.row.held)
 
     def prepared(self) -> Prepared:
         """The solver, set up now if it is not yet."""

@@ -162,7 +162,7 @@ def test_extreme_eigenvalues_of_a_dense_matrix():
     values = torch.linalg.eigvalsh(A)
     found = extreme_eigenvalues(lambda v: v @ A, torch.randn(40), steps=40, change=0)
     assert_close(torch.tensor([found.smallest, found.largest]), values[[0, -1]])
-    assert_close(found.lowest @ A @ found.lowest, values[0])
+    assert_close(found.lowest() @ A @ found.lowest(), values[0])
 
 
 def test_a_weighted_sum_loss_keeps_its_weights():

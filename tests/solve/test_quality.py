@@ -213,7 +213,7 @@ def test_extreme_eigenvalues_of_a_matrix(decay):
     found = extreme_eigenvalues(lambda V: V @ (Q * values) @ Q.T, torch.randn(200, generator=generator), 16)
     assert_close(found.largest, 50.0, rtol=0.1, atol=0)
     assert_close(found.smallest, -20.0, rtol=0.1, atol=0)
-    assert abs(float(found.lowest @ Q[:, -1])) > 0.9
+    assert abs(float(found.lowest() @ Q[:, -1])) > 0.9
 
 
 @pytest.mark.parametrize("scale", [0.02, "auto", 100])

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from cases import dense_gauss_newton, slow_hessian
+from definition import by_definition
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -18,16 +19,18 @@ N = 23
 
 
 class Pooled(nn.Module):
-    """Embedding, norm and layers that are shared over the positions of a sequence."""
+    """Embedding, norm and layers that are shared over the positions of a sequence, and what no layer holds."""
 
     def __init__(self):
         super().__init__()
         self.embedding, self.first, self.norm, self.out = (
             nn.Embedding(6, 4), nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3),
         )  # fmt: skip
+        self.position = nn.Parameter(torch.randn(4, 4) / 4)
 
     def forward(self, x):
-        return self.out(torch.tanh(self.norm(self.first(self.embedding(x))))).mean(1)
+        h = self.embedding(x) + self.position
+        return self.out(torch.tanh(self.norm(self.first(h)))).mean(1)
 
 
 def convolutions():
@@ -131,59 +134,15 @@ def gradients(name, count):
 # ---- EKFAC by hand
 
 
+@functools.lru_cache
 def factored_by_hand(name):
     """The EKFAC approximation of G as a dense matrix [P, P], one sample and one output at a time."""
-    model, loader = ready(name)
-    x, _ = next(iter(loader))
-    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    seen, handles = {}, []
-    for key, module in layers:
-        handles.append(module.register_forward_hook(lambda _m, i, o, key=key: seen.__setitem__(key, (i[0], o))))
-    groups = {key: getattr(module, "groups", 1) for key, module in layers}
-    A = {key: [0.0] * groups[key] for key in groups}
-    S = {key: [0.0] * groups[key] for key in groups}
-    for i in range(N):
-        logits = model(x[i : i + 1])[0]
-        p = logits.detach().softmax(0)
-        values, vectors = torch.linalg.eigh(torch.diag(p) - torch.outer(p, p))
-        for key, module in layers:
-            inputs, outputs = seen[key]
-            for k, a in enumerate(columns(module, inputs.detach())):
-                A[key][k] = A[key][k] + a @ a.T / N
-            for value, vector in zip(values.clamp_min(0), vectors.T, strict=True):
-                (g,) = torch.autograd.grad(logits, outputs, value.sqrt() * vector, retain_graph=True)
-                g = g[0].flatten(1) if isinstance(module, nn.Conv2d) else g.reshape(-1, g.shape[-1]).T
-                for k, part in enumerate(g.chunk(groups[key])):
-                    S[key][k] = S[key][k] + part @ part.T / N
-    for handle in handles:
-        handle.remove()
-    G, names = dense(name, "ggn"), [n for n, _ in model.named_parameters()]
-    ends = torch.tensor([p.numel() for p in model.parameters()]).cumsum(0).tolist()
-    place = {n: torch.arange(end - p.numel(), end) for n, p, end in zip(names, model.parameters(), ends, strict=True)}
-    result = torch.diag(G.diagonal())
-    for key, module in layers:
-        W = place[f"{key}.weight"].view(groups[key], module.weight.shape[0] // groups[key], -1)
-        b = place[f"{key}.bias"].view(groups[key], -1, 1) if module.bias is not None else W[..., :0]
-        for k, index in enumerate(torch.cat([W, b], -1)):
-            Q = torch.kron(torch.linalg.eigh(S[key][k])[1], torch.linalg.eigh(A[key][k])[1])
-            rows = index.flatten()
-            block = G[rows][:, rows]
-            result[rows[:, None], rows] = Q @ torch.diag((Q.T @ block @ Q).diagonal()) @ Q.T
-    return result
-
-
-def columns(module, x):
-    """What each output position of a layer sees, with a one for the bias: [in, T] for each of its groups."""
-    if isinstance(module, nn.Linear):
-        a = [x.reshape(-1, x.shape[-1]).T]
-    else:
-        a = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)[0].chunk(module.groups)
-    return [torch.cat([part, torch.ones_like(part[:1])]) if module.bias is not None else part for part in a]
+    return by_definition(*ready(name))[0]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ekfac_is_that_built_by_hand(name, monkeypatch):
-    monkeypatch.setattr(passes, "batch_size", lambda *_: 1)  # then no draw is in the diagonal outside the layers
+    monkeypatch.setattr(passes, "DIAGONAL_BLOCK", 1)  # then no draw is in the diagonal outside the layers
     problem = influence_of(name, solver="ekfac", damping=0.1).problem
     with problem.guard():
         factors = ekfac.build(problem)
@@ -197,7 +156,7 @@ def test_ekfac_is_that_built_by_hand(name, monkeypatch):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_ekfac_scores_are_those_by_hand(name, monkeypatch):
-    monkeypatch.setattr(passes, "batch_size", lambda *_: 1)
+    monkeypatch.setattr(passes, "DIAGONAL_BLOCK", 1)
     influence = influence_of(name, solver="ekfac", damping=0.1)
     g = gradients(name, N)
     expected = g @ torch.linalg.solve(factored_by_hand(name) + 0.1 * torch.eye(g.shape[1]), g.T) / N
