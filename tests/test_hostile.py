@@ -5,10 +5,12 @@ and what its message must hold.
 """
 
 import copy
+import errno
 import io
 import json
 import logging
 import math
+import os
 import re
 import threading
 import warnings
@@ -34,6 +36,7 @@ from torch.utils.data import (
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions import calc_influence_function as old
 from pytorch_influence_functions.data.samples import Samples
+from pytorch_influence_functions.run.store import RowWriter
 
 N, OPTIONS = 12, {"progress": False, "damping": 0.5, "solver": "cg", "tolerance": 1e-6}
 RANDOM = torch.Generator().manual_seed(0)
@@ -267,6 +270,31 @@ LABELS = {
 def test_labels(name):
     dataset, expected = LABELS[name]
     assert Samples(DataLoader(dataset, batch_size=5), progress=False).labels() == expected
+
+
+def test_labels_that_are_known_are_compared_on_a_few_samples():
+    read = []
+
+    def get(i):
+        read.append(i)
+        return X[i % N], i % 7
+
+    dataset = Data(get, 1000, targets=[i % 7 for i in range(1000)])
+    samples = Samples(DataLoader(dataset, batch_size=5), progress=False)
+    assert samples.labels() == dataset.targets
+    assert 20 <= len(read) <= 32
+
+
+def test_labels_of_a_run_are_those_that_were_read(tmp_path):
+    """Also where the few that are compared agree, and only the samples of the run do not."""
+    wrong = Data(lambda i: (X[i % N], 2 if i == 1 else 0), 1000, targets=[0] * 1000)
+    test = DataLoader(wrong, batch_size=500)
+    given = {**OPTIONS, "outdir": tmp_path, "test_sample_num": 2, "solver": "exact"}
+    with pytest.raises(ValueError, match="class 2 has 1 samples, but 2"):
+        ptif.calc_img_wise(given, net(), loader(), test)
+    result = ptif.calc_img_wise({**given, "test_sample_num": 1}, net(), loader(), test)
+    chosen = [(entry["num_in_dataset"], entry["label"]) for entry in result.influences.values()]
+    assert chosen == [(0, 0)]
 
 
 def test_bool_labels_have_classes(tmp_path):
@@ -597,6 +625,23 @@ def as_file(folder):
 @pytest.mark.parametrize("name", FILES)
 def test_files(name, tmp_path):
     check(*FILES[name], tmp_path)
+
+
+def test_a_disk_that_is_full_is_told_before_the_work(tmp_path, monkeypatch):
+    def full(file, start, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
+    with pytest.raises(OSError, match=r"the array takes .* MiB, and the disk has .*No space left") as caught:
+        ptif.calc_grad_z(net(), loader(), tmp_path, progress=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system reserves no space")
+def test_the_space_of_an_array_is_taken_before_it_is_written(tmp_path):
+    with RowWriter(tmp_path, "grad_z", (1000, 100), torch.float32, {}) as writer:
+        assert writer.partial.stat().st_blocks * 512 >= 400_000
 
 
 # ---- 10. losses and data of another precision

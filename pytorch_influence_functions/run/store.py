@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
 import tempfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -47,6 +49,11 @@ class RowWriter:
         self.path, self.partial = folder / f"{name}.npy", _own_file(folder, name)
         self.manifest = manifest
         self.array: Any = open_memmap(self.partial, mode="w+", dtype=_numpy_dtype(dtype), shape=tuple(shape))
+        try:
+            _reserve(self.partial)
+        except OSError:
+            self.__exit__(None, None, None)
+            raise
 
     def __enter__(self) -> RowWriter:
         return self
@@ -92,6 +99,32 @@ def _own_file(folder: Path, name: str) -> Path:
     os.close(handle)
     Path(path).unlink()  # what NumPy creates in its place has the permissions that the user's umask gives
     return Path(path)
+
+
+def _reserve(path: Path) -> None:
+    """Take a file's space on the disk before anything is computed.
+
+    Writing to the map of a file with holes ends the interpreter with a bus error where the disk is full.
+
+    Raises:
+        OSError: the disk has less.
+    """
+    size = path.stat().st_size
+    try:
+        if hasattr(os, "posix_fallocate"):
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
+        elif shutil.disk_usage(path.parent).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return  # a file system that cannot reserve
+        raise OSError(
+            error.errno,
+            f"{path.parent}: the array takes {size / 2**20:.0f} MiB, and the disk has "
+            f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB ({error.strerror}); give a folder on a larger one, "
+            "fewer config['parameters'], or calc_img_wise, which stores no gradients",
+        ) from error
 
 
 def _identity(path: Path) -> dict[str, Any]:
