@@ -23,6 +23,7 @@ from .parameters import require_module, select_parameters, unwrapped, widest
 from .paths import Paths
 from .state import forgotten
 from .swap import LOCK, differentiable, find_slots, swapped
+from .user_loss import input_and_target, one_number
 
 __all__ = ["IGNORED_CLASS", "Objective", "Paths", "Rebuild", "Theta", "calc_loss"]
 Rebuild = Callable[[Sequence[Tensor]], Any]
@@ -128,7 +129,7 @@ class Objective:
         if not batch.parts and not (self.paths.rows and batch.sliceable):
             return self._call(theta, self._tree(batch))
         if self._is_cross_entropy and self.paths.batched:
-            y, t = self.outputs(theta, batch), self._pair(self._tree(batch))[1]
+            y, t = self.outputs(theta, batch), input_and_target(self._tree(batch))[1]
             if y.dim() == 2:
                 return cross_entropy_of(y, t, "sum").to(self.dtype) / batch.size
         return self.losses(theta, batch).mean()
@@ -195,7 +196,7 @@ class Objective:
             with self._at(outputs.theta):
                 return self.output_losses(outputs.outputs, batch)
         if self._is_cross_entropy and not self._apart:
-            return cross_entropies(outputs, self._pair(self._tree(batch))[1]).to(self.dtype)
+            return cross_entropies(outputs, input_and_target(self._tree(batch))[1]).to(self.dtype)
         rows, rebuild = flatten_tree(outputs)
 
         def one(data: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor:
@@ -281,22 +282,13 @@ class Objective:
 
     def _raw_loss(self, model: nn.Module, tree: Any) -> Tensor:
         if self.model_loss is not None:
-            return self._one_number(self.model_loss(model, tree))
-        x, t = self._pair(tree)
-        return self._one_number(self.loss_func(model(x), t))
+            return one_number(self.model_loss(model, tree), self.loss_key)
+        x, t = input_and_target(tree)
+        return one_number(self.loss_func(model(x), t), self.loss_key)
 
     def _scalar(self, loss: Any) -> Tensor:
         """What the user's loss gave, as a number of this precision."""
-        return self._one_number(loss).reshape(()).to(self.dtype)
-
-    def _one_number(self, loss: Any) -> Tensor:
-        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
-            return loss
-        found = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(
-            f"config[{self.loss_key!r}]: expected the mean loss of the batch, one number as a floating-point tensor, "
-            f"got {found}"
-        )
+        return one_number(loss, self.loss_key).reshape(()).to(self.dtype)
 
     @property
     def loss_key(self) -> str:
@@ -327,7 +319,7 @@ class Objective:
         """All that the model returns for a batch; of a `model_loss` what each of its calls returns."""
         with self._at(theta) as model:
             if self.model_loss is None:
-                return model(self._pair(tree)[0])
+                return model(input_and_target(tree)[0])
             with recorded(model, self.parts) as seen:
                 self.model_loss(model, tree)
         return seen.outputs
@@ -344,7 +336,7 @@ class Objective:
             with replayed(self.model, rebuild_output(output), self.parts):
                 return self._scalar(self.model_loss(self.model, tree))
         y = rebuild_output(output if self._apart else [t.unsqueeze(0) for t in output])
-        return self._scalar(self.loss_func(y, self._pair(tree)[1]))
+        return self._scalar(self.loss_func(y, input_and_target(tree)[1]))
 
     def _tree(self, batch: Batch) -> Any:
         return batch.rebuild([self._given(t) for t in batch.leaves])
@@ -354,13 +346,3 @@ class Objective:
         if self.cast is not None and t.is_floating_point():
             t = t.to(self.cast)
         return t.clone() if self.mutates else t
-
-    @staticmethod
-    def _pair(tree: Any) -> tuple[Any, Any]:
-        if not isinstance(tree, list | tuple) or len(tree) != 2:
-            what = f"{type(tree).__name__} of length {len(tree)}" if hasattr(tree, "__len__") else type(tree).__name__
-            raise TypeError(
-                f"expected an (input, target) batch, got a {what}; "
-                "pass config['model_loss'] = (model, batch) -> mean loss for batches of another structure"
-            )
-        return tree[0], tree[1]
