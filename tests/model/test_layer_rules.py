@@ -366,6 +366,15 @@ def test_layers_that_all_samples_share(first):
     }  # fmt: skip
 
 
+def test_a_shared_layer_that_is_used_elsewhere_is_left_out():
+    class Twice(Positions):
+        def forward(self, x):
+            return super().forward(x) + self.position.weight.square().sum()
+
+    torch.manual_seed(0)
+    assert [layer.name for layer in layers_of(Twice(), TOKENS)] == ["embedding", "angle", "out"]
+
+
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
