@@ -58,6 +58,8 @@ class Layer(NamedTuple):
     layout: Layout = _samples_first
     copied: bool = False
     """Whether the model gets a copy of its output, which it changes in place."""
+    shared: bool = False
+    """Whether all samples share its input, as they do their positions; the model gets its output once for each."""
 
     @property
     def places(self) -> list[slice]:
@@ -121,11 +123,24 @@ def _true(objective: Objective, layers: list[Layer], batch: Batch) -> list[Layer
     for i, layer in enumerate(layers):
         tried = (layer._replace(layout=layout) for layout in LAYOUTS)
         right = next((option for option in tried if _is_right(option, i, seen)), None)
+        if right is None and len(together) == 1:
+            right = _shared(objective, layer, batch)
         if right is None:
             _left_out(layer.name, "its gradient is no sum of outer products by sample")
         else:
             usable.append(right)
     return usable
+
+
+def _shared(objective: Objective, layer: Layer, batch: Batch) -> Layer | None:
+    """The layer with its output repeated for each sample, where that gives the right gradients."""
+    option = layer._replace(shared=True)
+    try:
+        seen = [_gradients_of(objective, [option], batch)]
+    except (RuntimeError, IndexError, ValueError) as error:
+        logger.debug("%s is not shared by the samples: %s", layer.name, str(error).splitlines()[0])
+        return None
+    return option if _is_right(option, 0, seen) else None
 
 
 class _Tried(NamedTuple):
@@ -243,12 +258,14 @@ def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forw
     raw: list[list[Tensor]] = [[] for _ in layers]
     outs: list[list[Tensor]] = [[] for _ in layers]
 
-    def hook(i: int) -> Callable[..., Tensor | None]:
-        def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor | None:
+    def hook(i: int) -> Callable[..., Tensor]:
+        def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
+            if layers[i].shared:
+                x, output = _repeated(x, batch.size), _repeated(output, batch.size)
             raw[i].append(x.detach())
             outs[i].append(output)
-            return output.clone() if layers[i].copied else None
+            return output.clone() if layers[i].copied else output
 
         return keep
 
@@ -260,6 +277,12 @@ def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forw
         for handle in handles:
             handle.remove()
     return Forward(raw, outs, attached(y, theta), rebuild, theta)
+
+
+def _repeated(x: Tensor, size: int) -> Tensor:
+    """[T, ...] or [1, T, ...] -> [B, T, ...]."""
+    x = x if x.shape[:1] == (1,) else x.unsqueeze(0)
+    return x.expand(size, *x.shape[1:])
 
 
 def layer_inputs(layers: Sequence[Layer], seen: Forward, size: int) -> list[Tensor]:

@@ -4,7 +4,8 @@ Of a layer with inputs a_t and output gradients g_t (t over sequence or image po
 \sum_t g_t a_t^T. Martens & Grosse 2015 take S \otimes A, A = E[a a^T], S = E[g g^T], for its block; George et al.
 2018 keep the eigenvectors Q_S \otimes Q_A and replace the eigenvalues by E[(Q_S^T \sum_t g_t a_t^T Q_A)^2]. The g are
 drawn so that E[g g^T] is the Gauss-Newton matrix itself (for cross-entropy and Gaussian losses the true Fisher matrix),
-or summed over all outputs where there are few. Parameters outside such layers have a diagonal block.
+or summed over all outputs where there are few. The scale and shift of a norm, and a bias alone, are outputs of a single
+input that is one: their block is exact. Parameters outside such layers have a diagonal block.
 """
 
 from __future__ import annotations

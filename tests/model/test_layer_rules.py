@@ -341,6 +341,40 @@ def tokens():
     return Sequence("second", padding_idx=2)
 
 
+class Positions(nn.Module):
+    """Layers that see the positions once for all samples, with a first dimension of their own or without one."""
+
+    def __init__(self, first=False):
+        super().__init__()
+        self.embedding, self.position, self.angle = nn.Embedding(5, 4), nn.Embedding(4, 4), nn.Linear(2, 4)
+        self.out, self.first = nn.Linear(4, 3), first
+        self.register_buffer("grid", torch.randn(4, 2))
+
+    def forward(self, x):
+        t = torch.arange(x.shape[1])
+        t, grid = (t[None], self.grid[None]) if self.first else (t, self.grid)
+        h = self.embedding(x) + self.position(t) + torch.tanh(self.angle(grid))
+        return self.out(torch.tanh(h.mul_(2)).mean(1))
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_layers_that_all_samples_share(first):
+    torch.manual_seed(0)
+    layers = check_gradients(Positions(first), TOKENS)
+    assert {layer.name: layer.shared for layer in layers} == {
+        "embedding": False, "position": True, "angle": True, "out": False
+    }  # fmt: skip
+
+
+def test_a_shared_layer_that_is_used_elsewhere_is_left_out():
+    class Twice(Positions):
+        def forward(self, x):
+            return super().forward(x) + self.position.weight.square().sum()
+
+    torch.manual_seed(0)
+    assert [layer.name for layer in layers_of(Twice(), TOKENS)] == ["embedding", "angle", "out"]
+
+
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
@@ -353,6 +387,7 @@ class Encoder(nn.Module):
 
 MODELS = {
     "encoder": (Encoder, lambda: TOKENS),
+    "positions": (Positions, lambda: TOKENS),
     "convolutions": (convolutions, lambda: torch.randn(N, 2, 3, 3)),
     "only biases": (only_biases, lambda: torch.randn(N, 2, 3, 3)),
     "tokens": (tokens, lambda: TOKENS),
