@@ -2,7 +2,6 @@
 
 import functools
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -215,7 +214,15 @@ def test_the_model_is_as_it_was(name):
     assert any(not torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.parametrize("name", ["penalty", "heads", "triplet", "hooked output"])
+def test_it_goes_through_the_model_in_batches(name):
+    reference = truth(name)
+    influence = ptif.InfluenceFunction(
+        reference.model(), loader(reference.kind, reference.data), **options("cg", reference)
+    )
+    assert influence.objective.paths.batched
+
+
 def test_the_table_is_large():
     assert len(KINDS) >= 60
     assert all(isinstance(kind.model(), nn.Module) for kind in KINDS.values())
-    warnings.resetwarnings()
