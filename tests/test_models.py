@@ -2,7 +2,6 @@
 
 import functools
 import pickle
-import warnings
 
 import pytest
 import torch
@@ -207,7 +206,7 @@ def test_the_model_is_as_it_was(name):
         assert vars(module).keys() == kept[path].keys(), path
     assert all(p.grad is None for p in model.parameters())
     if not any(callable(value) and not isinstance(value, type) for m in model.modules() for value in vars(m).values()):
-        pickle.loads(pickle.dumps(model)) if not name.startswith(("hooks", "spectral", "weight")) else None
+        pickle.loads(pickle.dumps(model)) if not name.startswith(("hook", "spectral", "weight")) else None
     batch = reference.batch(model, reference.data[0])
     model.eval()
     kind.of(kind.y(model, batch), batch).backward()
@@ -215,7 +214,15 @@ def test_the_model_is_as_it_was(name):
     assert any(not torch.equal(model.state_dict()[key], value) for key, value in before.items())
 
 
+@pytest.mark.parametrize("name", ["penalty", "heads", "triplet", "hooked output"])
+def test_it_goes_through_the_model_in_batches(name):
+    reference = truth(name)
+    influence = ptif.InfluenceFunction(
+        reference.model(), loader(reference.kind, reference.data), **options("cg", reference)
+    )
+    assert influence.objective.paths.batched
+
+
 def test_the_table_is_large():
     assert len(KINDS) >= 60
     assert all(isinstance(kind.model(), nn.Module) for kind in KINDS.values())
-    warnings.resetwarnings()

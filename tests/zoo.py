@@ -312,6 +312,12 @@ def _hooked():
     return model
 
 
+def _doubled():
+    model = mlp()
+    model.register_forward_hook(lambda _m, _i, y: 2 * y)
+    return model
+
+
 # ---- losses
 
 
@@ -563,5 +569,6 @@ KINDS: dict[str, Kind] = {
         lambda: Checkpointed(True), vectors, {}, lambda m, b: m.b(torch.tanh(m.a(b[0]))), cross),
     "keeps tensors": simple(Keeps, vectors),
     "hooks": simple(_hooked, vectors),
+    "hooked output": called(_doubled, vectors, first, cross),
     "in place": simple(lambda: nn.Sequential(nn.Hardtanh(inplace=True), *mlp()), vectors),
 }  # fmt: skip
