@@ -25,6 +25,7 @@ from .evaluation import (
 )
 from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
+from .model.doubts import ModelWarning
 from .model.gradients import NonFiniteError
 from .show.results import InfluenceResult
 from .solve.errors import (
@@ -55,7 +56,7 @@ __all__ = [
     "label_baselines",
     # what can go wrong
     "NonFiniteError", "DivergenceError", "NegativeCurvatureError",
-    "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning",
+    "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning", "ModelWarning",
     # logs and files
     "init_logging", "display_progress", "save_json",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 
 class Batch(NamedTuple):
@@ -134,8 +135,10 @@ def _visit(tree: Any, fn: Callable[[Any], Any]) -> Any:
         return fn(tree)
     if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
         new = copy.copy(tree)
+        # one that is a dict too (ModelOutput) keeps both in step itself; a frozen one has no way of its own
+        put = setattr if isinstance(tree, Mapping) else object.__setattr__
         for field in dataclasses.fields(tree):
-            object.__setattr__(new, field.name, _visit(getattr(tree, field.name), fn))
+            put(new, field.name, _visit(getattr(tree, field.name), fn))
         return new
     if isinstance(tree, Mapping):
         items = {key: _visit(value, fn) for key, value in tree.items()}
@@ -148,4 +151,15 @@ def _visit(tree: Any, fn: Callable[[Any], Any]) -> Any:
         return type(tree)(*(_visit(value, fn) for value in tree))
     if isinstance(tree, list | tuple):
         return type(tree)(_visit(value, fn) for value in tree)
+    if _is_record(tree):
+        new = copy.copy(tree)
+        vars(new).update({name: _visit(value, fn) for name, value in vars(tree).items()})
+        return new
     return tree
+
+
+def _is_record(tree: Any) -> bool:
+    """Whether an object of a class of the user's holds tensors as plain attributes (a batch of graphs, say)."""
+    if isinstance(tree, type | Module) or callable(tree) or not hasattr(tree, "__dict__"):
+        return False
+    return any(isinstance(value, Tensor | _Slot) for value in vars(tree).values())

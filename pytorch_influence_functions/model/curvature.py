@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,10 +19,11 @@ from torch.func import grad, jvp, vjp, vmap
 from ..data.batch import Batch
 from ..utils import warn
 from .budget import STACK, product_stack
+from .differences import along
 from .gradients import REUSED, activation_bytes, agrees, in_stacks, reuse
-from .linear import INSIDE
+from .likelihoods import loss_hessian, loss_hessian_in_double
 from .objective import Objective, Rebuild
-from .outputs import numbers_of
+from .twice import differences_of_gradients, try_second_derivative
 
 logger = logging.getLogger(__name__)
 Product = Callable[..., Tensor]
@@ -32,6 +33,8 @@ MANY = 16
 
 def hessian_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
     """H v for each row v of `vectors` [K, P], H over the batch, `stack` of them at a time -> [K, P]."""
+    if objective.paths.twice is False:
+        return differences_of_gradients(objective, batch, vectors)
     together = min(len(vectors), stack) > 1 and objective.paths.hessian
     if together and (len(vectors) >= MANY or reuse(objective, batch) >= REUSED):
         slope: Callable[[Tensor], Tensor] = grad(lambda theta: objective.loss(theta, batch))
@@ -71,11 +74,11 @@ def _pulled_back(g: Tensor, theta: Tensor, vectors: Tensor) -> Tensor:
 
 def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
     """G v for each row v of `vectors` [K, P], G over the batch, `stack` of them at a time -> [K, P]."""
-    if min(len(vectors), stack) == 1 or not objective.paths.ggn:
+    if min(len(vectors), stack) == 1 or not (objective.paths.ggn and objective.paths.curved):
         return torch.stack([_gauss_newton_product(objective, batch, v) for v in vectors])
 
     def outputs(theta: Tensor) -> list[Tensor]:
-        leaves, rebuild = numbers_of(objective.outputs(theta, batch))
+        leaves, rebuild = objective.all_outputs(theta, batch)
         rebuilders.append(rebuild)
         return leaves
 
@@ -93,7 +96,7 @@ def _gauss_newton_product(objective: Objective, batch: Batch, v: Tensor) -> Tens
     """G v for one vector [P]: the outputs and their derivative along v, the loss's Hessian, then back."""
     theta = objective.theta.detach().requires_grad_()
     y, u, rebuild = _outputs_along(objective, batch, theta, v)
-    w = _loss_hessian(objective, batch, [part.detach() for part in y], rebuild)(u)
+    w = _mean_loss_hessian(objective, batch, [part.detach() for part in y], rebuild)(u)
     reached = [(a, b) for a, b in zip(y, w, strict=True) if a.requires_grad]
     if not reached:
         return torch.zeros_like(v)
@@ -104,15 +107,40 @@ def _outputs_along(
     objective: Objective, batch: Batch, theta: Tensor, v: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Rebuild]:
     """Outputs y at theta [P] with their graph, J v, and how to build what the model returned from y."""
-    if objective.paths.dual is not False:
+    if objective.paths.tangent is None:
+        way = _true_tangent(objective, batch, theta.detach().requires_grad_(), v)
+        objective.paths = objective.paths._replace(tangent=way)
+    return TANGENTS[objective.paths.tangent or ""](objective, batch, theta, v)
+
+
+def _true_tangent(objective: Objective, batch: Batch, theta: Tensor, v: Tensor) -> str:
+    """The first way to J v that exists and is true: w . (J v) = (J^T w) . v for some w."""
+    for name, tangent in TANGENTS.items():
         try:
-            return _dual_outputs(objective, batch, theta, v)
+            true = _is_adjoint(tangent(objective, batch, theta, v), theta, v)
+            reason = "it is not what the backward pass says"
         except (NotImplementedError, RuntimeError) as error:
-            if isinstance(error, torch.OutOfMemoryError) or objective.paths.dual:
+            if isinstance(error, torch.OutOfMemoryError):
                 raise
-            logger.info("J v comes from two backward passes: %s", str(error).splitlines()[0])
-            objective.paths = objective.paths._replace(dual=False)
-    return _twice_backward(objective, batch, theta, v)
+            true, reason = False, str(error).splitlines()[0]
+        if true:
+            return name
+        logger.info("the model's outputs have no derivative by %s: %s", name, reason)
+    raise NotImplementedError(NO_TANGENT)
+
+
+def _is_adjoint(found: tuple[list[Tensor], list[Tensor], Rebuild], theta: Tensor, v: Tensor) -> bool:
+    y, u, _ = found
+    generator = torch.Generator().manual_seed(0)
+    w = [torch.randn(part.shape, generator=generator).to(part) for part in y]
+    reached = [i for i, part in enumerate(y) if part.requires_grad]
+    if not reached:
+        return True
+    (pulled,) = torch.autograd.grad([y[i] for i in reached], theta, [w[i] for i in reached], materialize_grads=True)
+    products = torch.stack([(a * b).sum() for a, b in zip(w, u, strict=True)])
+    size = sum(float(a.norm() * b.norm()) for a, b in zip(w, u, strict=True)) + float(pulled.norm() * v.norm())
+    slack: float = 64 * torch.finfo(theta.dtype).eps ** 0.5 * size
+    return abs(float(products.sum()) - float(pulled @ v)) <= slack
 
 
 def _dual_outputs(
@@ -120,7 +148,7 @@ def _dual_outputs(
 ) -> tuple[list[Tensor], list[Tensor], Rebuild]:
     """J v by forward mode, in the pass that computes y."""
     with forward_ad.dual_level():
-        leaves, rebuild = numbers_of(objective.outputs(forward_ad.make_dual(theta, v), batch))
+        leaves, rebuild = objective.all_outputs(forward_ad.make_dual(theta, v), batch)
         duals = [forward_ad.unpack_dual(leaf) for leaf in leaves]
     y = [dual.primal for dual in duals]
     u = [torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent.detach() for dual in duals]
@@ -131,7 +159,7 @@ def _twice_backward(
     objective: Objective, batch: Batch, theta: Tensor, v: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Rebuild]:
     """J v as the derivative in w of (J^T w) . v, for layers that have no forward mode (LSTM, grid_sample)."""
-    y, rebuild = numbers_of(objective.outputs(theta, batch))
+    y, rebuild = objective.all_outputs(theta, batch)
     reached = [part for part in y if part.requires_grad]
     w = [torch.zeros_like(part).requires_grad_() for part in reached]
     (pulled,) = torch.autograd.grad(reached, theta, w, create_graph=True, materialize_grads=True)
@@ -140,10 +168,31 @@ def _twice_backward(
     return y, u, rebuild
 
 
+def _differences_of_outputs(
+    objective: Objective, batch: Batch, theta: Tensor, v: Tensor
+) -> tuple[list[Tensor], list[Tensor], Rebuild]:
+    """J v from the outputs at two places, for backward passes that leave the graph."""
+
+    def values(at: list[Tensor]) -> list[Tensor]:
+        return [part.detach() for part in objective.all_outputs(at[0], batch)[0]]
+
+    y, rebuild = objective.all_outputs(theta, batch)
+    return y, along(values, [theta.detach()], [v]), rebuild
+
+
+Tangent = Callable[[Objective, Batch, Tensor, Tensor], tuple[list[Tensor], list[Tensor], Rebuild]]
+TANGENTS: dict[str, Tangent] = {
+    "forward mode": _dual_outputs,
+    "two backward passes": _twice_backward,
+    "differences": _differences_of_outputs,
+}
+"""Outputs at theta, their derivative along v and the way to build them again; the cheapest first."""
+
+
 def _loss_hessian(
     objective: Objective, batch: Batch, y: list[Tensor], rebuild: Rebuild
 ) -> Callable[[list[Tensor]], list[Tensor]]:
-    """u -> (Hessian of the mean loss in the outputs y) u, by double backward, which every loss has."""
+    """u -> (Hessian of the mean loss in the outputs y) u, under vmap."""
 
     def mean_loss(leaves: list[Tensor]) -> Tensor:
         return objective.output_losses(rebuild(leaves), batch).mean()
@@ -152,6 +201,20 @@ def _loss_hessian(
     return lambda u: cast(list[Tensor], pullback(u)[0])
 
 
+def _mean_loss_hessian(
+    objective: Objective, batch: Batch, y: list[Tensor], rebuild: Rebuild
+) -> Callable[[list[Tensor]], list[Tensor]]:
+    """The same without torch.func, which refuses a loss that takes gradients of its own; by differences if need be."""
+    by = loss_hessian if objective.paths.curved else loss_hessian_in_double
+    product = by(objective, y, rebuild, batch)
+    return lambda u: [w.to(part) / batch.size for w, part in zip(product(u), y, strict=True)]
+
+
+NO_TANGENT = (
+    "the derivative of the model's outputs along a vector is not that of its backward pass: a part of the model (a "
+    "torch.autograd.Function) has a backward pass that is not the derivative of what it computes and leaves the graph, "
+    "so that there are no Gauss-Newton products; write its backward pass with differentiable operations"
+)
 PRODUCTS: dict[str, Product] = {"hessian": hessian_products, "ggn": gauss_newton_products}
 
 
@@ -165,8 +228,8 @@ class Curvature:
     """
 
     def __init__(self, objective: Objective, kind: str, max_bytes: float = math.inf) -> None:
-        if kind == "ggn" and objective.linear == INSIDE:
-            raise ValueError(INSIDE)
+        if kind == "ggn" and objective.refused is not None:
+            raise ValueError(objective.refused)
         if kind == "ggn" and objective.linear is not None:
             warn(objective.linear)
         self.objective, self.kind, self.max_bytes = objective, kind, max_bytes
@@ -176,6 +239,8 @@ class Curvature:
         """Curvature over one batch times each row of `vectors` [K, P] -> [K, P]."""
         if batch.parts:
             return self.over(batch.parts, vectors)
+        if self.kind == "hessian" and self.objective.paths.twice is None:
+            try_second_derivative(self.objective, self._few(batch), vectors[0], self._product)
         if len(vectors) > 1 and getattr(self.objective.paths, self.kind) is None:
             self._try_stack(batch, vectors[:2])
         return self._product(self.objective, batch, vectors, self.stack(batch))
@@ -183,12 +248,18 @@ class Curvature:
     def _try_stack(self, batch: Batch, two: Tensor) -> None:
         """Find whether products of a stack are those of its vectors [2, P], on a few samples."""
         objective = self.objective
-        few = batch.rows(0, 2) if objective.paths.rows else batch
+        few = self._few(batch)
         expected = torch.cat([self._product(objective, few, v.unsqueeze(0)) for v in two])
-        objective.paths = objective.paths._replace(**{self.kind: True})
+        allowed: dict[str, Any] = {self.kind: True}
+        objective.paths = objective.paths._replace(**allowed)
         if not agrees(lambda: self._product(objective, few, two), expected):
-            objective.paths = objective.paths._replace(**{self.kind: False})
+            allowed[self.kind] = False
+            objective.paths = objective.paths._replace(**allowed)
             logger.info("the model does not allow stacks of %s products; one at a time gives the same", self.kind)
+
+    def _few(self, batch: Batch) -> Batch:
+        """Two samples of a batch that can be cut."""
+        return batch.rows(0, 2) if self.objective.paths.rows else batch
 
     def over(self, batches: Iterable[Batch], vectors: Tensor) -> Tensor:
         """Curvature over all samples of `batches`, each batch by its size, times `vectors` [K, P] -> [K, P]."""

@@ -27,8 +27,8 @@ def first_losses(objective: Objective, samples: Sequence[Batch], name: str) -> T
         TypeError, ValueError: the model or the loss cannot take one.
         NonFiniteError: a parameter or a loss is NaN or infinite.
     """
-    with torch.no_grad():
-        losses = torch.cat([_loss(objective, objective.theta, one, name) for one in samples])
+    # with gradients, which a loss may take of its own
+    losses = torch.cat([_loss(objective, objective.theta, one, name).detach() for one in samples])
     _require_finite_parameters(objective)
     require_finite(losses, [one.indices[0] for one in samples], name, "loss")
     return losses
@@ -60,17 +60,15 @@ def check_losses(objective: Objective, batches: Iterable[Batch], name: str) -> N
         TypeError, ValueError: the model or the loss cannot take a sample; the first one is named.
         NonFiniteError: its loss is NaN or infinite.
     """
-    with torch.no_grad():
-        for batch in batches:
-            losses = _losses(objective, batch, name)
-            require_finite(losses, batch.indices, name, "loss")
+    for batch in batches:
+        losses = _losses(objective, batch, name).detach()
+        require_finite(losses, batch.indices, name, "loss")
 
 
 def check_mean(objective: Objective, batch: Batch, name: str) -> None:
     """The mean loss of a batch that is taken as a whole; errors as of `check_losses`."""
     try:
-        with torch.no_grad():
-            loss = objective.loss(objective.theta, batch)
+        loss = objective.loss(objective.theta, batch).detach()
     except OUT_OF_MEMORY:
         raise
     except Exception as error:

@@ -186,7 +186,12 @@ def _cost(objective: Objective, batch: Batch) -> tuple[float, int]:
                 kept[t.data_ptr()] = t.nbytes
             return t.detach()  # the tensor itself would keep its own graph alive
 
-        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            objective.losses(theta, one)
+        counter = FlopCounterMode(display=False)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            try:
+                with counter:
+                    objective.losses(theta, one)
+            except RuntimeError:  # the counter's hooks refuse a loss that takes gradients of its own
+                objective.losses(theta, one)
         objective.cost = (counter.get_total_flops() / (2 * objective.P), max(sum(kept.values()), 1024))
     return objective.cost

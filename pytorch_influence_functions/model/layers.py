@@ -18,7 +18,7 @@ from .gradients import agrees
 from .layer_rules import Products, Sums, parts_of
 from .objective import Objective
 from .outer_products import outer_products
-from .outputs import numbers_of
+from .outputs import attached, numbers_of
 
 logger = logging.getLogger(__name__)
 Layout = Callable[[Tensor, int], Tensor]
@@ -147,7 +147,7 @@ def _gradients_of(objective: Objective, layers: Sequence[Layer], batch: Batch) -
     rows = []
     for i, one in enumerate(batch.singles()):
         theta = objective.theta.detach().requires_grad_()
-        y, _ = numbers_of(objective.batch_outputs(theta, one))
+        y = attached(numbers_of(objective.batch_outputs(theta, one))[0], theta)
         cotangents = [part[i : i + 1] for part in e]
         rows.append(torch.autograd.grad(y, theta, cotangents, materialize_grads=True, allow_unused=True)[0])
     return _Tried(seen.raw, gradients, torch.stack(rows))
@@ -259,7 +259,7 @@ def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forw
     finally:
         for handle in handles:
             handle.remove()
-    return Forward(raw, outs, y, rebuild, theta)
+    return Forward(raw, outs, attached(y, theta), rebuild, theta)
 
 
 def layer_inputs(layers: Sequence[Layer], seen: Forward, size: int) -> list[Tensor]:
@@ -279,6 +279,8 @@ def backward(
     """Output gradients of each layer [B, T, groups, out] for output gradients e; the parameters' [P] where `whole`."""
     flat = [out for parts in seen.outs for out in parts]
     targets = [*flat, seen.theta] if whole else flat
+    if not targets:
+        return [], None
     grads = torch.autograd.grad(seen.y, targets, e, retain_graph=True, allow_unused=True, materialize_grads=True)
     each = iter(grads)
     g = []

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
+from ..utils import warn
 from . import draws
+from .differences import along
+from .doubts import ModelWarning
 from .objective import Objective, Rebuild
 
 DENSE_OUTPUTS = 512
@@ -26,6 +29,19 @@ ROUNDING = 1e4
 """Units in the last place within which a form counts as recognised, on the scale of a sample's largest product: double
 backward through a logarithm of a sum of exponentials loses up to two digits."""
 Product = Callable[[list[Tensor]], list[Tensor]]
+
+
+NOT_CONVEX = (
+    "the loss is not convex in the model's outputs, so that its Gauss-Newton matrix has negative parts, which EKFAC "
+    "and low rank leave out; config['solver'] = 'cg' or 'exact' solve the system itself"
+)
+
+
+PENALTY = (
+    "the loss has a part in the parameters themselves (a penalty), which EKFAC and low rank do not see; use "
+    "config['solver'] = 'cg' or 'exact', or leave that part out of the loss and add its second derivative to "
+    "config['damping']"
+)
 
 
 class Likelihood(Protocol):
@@ -98,20 +114,36 @@ class Dense(NamedTuple):
 
 
 def roots(R: Tensor) -> Tensor:
-    r"""W with W^T W = R, rows \sqrt{value} times eigenvector, the largest first; [B, C, C] -> [B, C, C]."""
+    r"""W with W^T W = R, rows \sqrt{value} times eigenvector, the largest first; [B, C, C] -> [B, C, C].
+
+    Negative eigenvalues, of a loss that is not convex in the outputs, are left out with a warning.
+    """
+    W, signs = signed_roots(R)
+    if bool((signs < 0).any()):
+        warn(NOT_CONVEX, ModelWarning)
+    return W * (signs > 0).to(W).unsqueeze(-1)
+
+
+def signed_roots(R: Tensor) -> tuple[Tensor, Tensor]:
+    r"""W and signs S with W^T diag(S) W = R, the largest value first; [B, C, C] -> [B, C, C], [B, C] of 1 and -1."""
     values, vectors = torch.linalg.eigh(R.double())
-    rows: Tensor = values.clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
-    return rows.flip(1).to(R)
+    rounding = 1e-7 * values.abs().amax(-1, keepdim=True)
+    signs = torch.where(values < -rounding, -1.0, 1.0)
+    rows: Tensor = (values * signs).clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
+    return rows.flip(1).to(R), signs.flip(1).to(R)
 
 
 def likelihood(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Likelihood:
     """The likelihood of a batch at the outputs y, tensors of one row per sample.
 
     Raises:
-        NotImplementedError: more than `DENSE_OUTPUTS` outputs a sample that the loss couples in no known way.
+        NotImplementedError: more than `DENSE_OUTPUTS` outputs a sample that the loss couples in no known way, or a loss
+            that is no function of the outputs alone.
     """
-    product = _in_double(objective, y, rebuild, batch)
-    flat = torch.cat([part.detach().flatten(1) for part in y], 1)
+    if objective.refused is not None or objective.direct:
+        raise NotImplementedError(objective.refused or PENALTY)
+    product = loss_hessian_in_double(objective, y, rebuild, batch)
+    flat = _joined([part.detach() for part in y])
     u = [draws.normal(0, range(len(part)), part[0].numel(), part.device, i) for i, part in enumerate(y)]
     Ru = _joined(product([number.view(part.shape) for number, part in zip(u, y, strict=True)]))
     known = _categorical(y, torch.cat(u, 1), Ru) or _independent(product, y, torch.cat(u, 1), Ru)
@@ -127,31 +159,54 @@ def likelihood(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batc
 
 
 def loss_hessian(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
-    """u -> R u for all samples at once, by double backward through the loss alone; tensors like y."""
+    """u -> R u for all samples at once, from derivatives of the loss alone; tensors like y."""
+    if objective.paths.curved:
+        return _by_double_backward(objective, y, rebuild, batch)
+
+    def slope(parts: list[Tensor]) -> Sequence[Tensor]:
+        leaves = [part.detach().requires_grad_() for part in parts]
+        total = objective.output_losses(rebuild(leaves), batch).sum()
+        return _slopes(total, leaves)
+
+    at = [part.detach() for part in y]
+    return lambda u: along(slope, at, [part.to(a) for part, a in zip(u, at, strict=True)])
+
+
+def _by_double_backward(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
     leaves = [part.detach().requires_grad_() for part in y]
     total = objective.output_losses(rebuild(leaves), batch).sum()
-    slopes = torch.autograd.grad(total, leaves, create_graph=True, materialize_grads=True)
+    slopes = _slopes(total, leaves, create_graph=True)
     curved = [slope for slope in slopes if slope.requires_grad]
 
     def product(u: list[Tensor]) -> list[Tensor]:
         if not curved:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        along = [part.to(slope) for part, slope in zip(u, slopes, strict=True) if slope.requires_grad]
-        return list(torch.autograd.grad(curved, leaves, along, retain_graph=True, materialize_grads=True))
+        directions = [part.to(slope) for part, slope in zip(u, slopes, strict=True) if slope.requires_grad]
+        return list(torch.autograd.grad(curved, leaves, directions, retain_graph=True, materialize_grads=True))
 
     return product
 
 
-def _in_double(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
+def _slopes(total: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor]:
+    """Gradients of a loss; zero where it is no function of the outputs, as of a sample that is masked out."""
+    if not total.requires_grad:
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(total, leaves, create_graph=create_graph, materialize_grads=True, allow_unused=True)
+
+
+def loss_hessian_in_double(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
     """`loss_hessian` in double precision, where the loss runs in it: the curvature of well-fitted samples is small."""
+    own = list(y)
     try:
-        return loss_hessian(objective.double(), [part.double() for part in y], rebuild, batch)
+        product = loss_hessian(objective.double(), [part.double() for part in y], rebuild, batch)
+        product([torch.zeros_like(part, dtype=torch.float64) for part in own])
+        return product
     except (RuntimeError, TypeError):  # constants of another precision inside the loss
-        return loss_hessian(objective, y, rebuild, batch)
+        return loss_hessian(objective, own, rebuild, batch)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat([part.flatten(1) for part in parts], 1)
+    return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
 
 def _matches(found: Tensor, expected: Tensor) -> bool:
@@ -186,7 +241,7 @@ def _class_dimensions(y: Tensor) -> list[int]:
     Outputs of a sample that went through the model alone have a batch of one before them [B, 1, ...].
     """
     first = 2 if y.dim() > 2 and y.shape[1] == 1 else 1
-    return [dim for dim in dict.fromkeys((first, y.dim() - 1)) if dim < y.dim() and y.shape[dim] > 1]
+    return [dim for dim in dict.fromkeys((first, y.dim() - 1)) if 0 < dim < y.dim() and y.shape[dim] > 1]
 
 
 def _independent(product: Product, y: Sequence[Tensor], u: Tensor, Ru: Tensor) -> Independent | None:

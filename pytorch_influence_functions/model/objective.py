@@ -16,10 +16,14 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from ..data.batch import Batch, flatten_tree
+from .calls import recorded, replayed
 from .cross_entropy import IGNORED_CLASS, calc_loss, cross_entropies, cross_entropy_of
-from .outputs import Head, recorded, replayed
+from .outputs import Head, numbers_of
 from .parameters import require_module, select_parameters, unwrapped, widest
-from .swap import LOCK, differentiable, find_attributes, find_slots, put_back, swapped
+from .paths import Paths
+from .state import forgotten
+from .swap import LOCK, differentiable, find_slots, swapped
+from .user_loss import input_and_target, one_number
 
 __all__ = ["IGNORED_CLASS", "Objective", "Paths", "Rebuild", "Theta", "calc_loss"]
 Rebuild = Callable[[Sequence[Tensor]], Any]
@@ -27,29 +31,11 @@ Theta = Tensor | Sequence[Tensor]
 """The parameters as one vector [P], or as tensors of their shapes."""
 
 
-class Paths(NamedTuple):
-    """What a model allows; found by `probe` on a few samples, the slow way round until then."""
+class Direct(NamedTuple):
+    """Outputs of a model, and the parameters that the loss takes past them."""
 
-    rows: bool = False
-    """A row of a collated batch is that sample: batches can be cut apart."""
-    outputs: bool = False
-    """One call of the model gives one row of outputs for each sample."""
-    loss: bool = False
-    """`torch.func.vmap` over samples of the loss alone."""
-    batched: bool = False
-    """One call of the model gives each sample's loss."""
-    vmap: bool = False
-    """`torch.func.vmap` over samples."""
-    forward: bool = False
-    """Forward-mode derivatives of the losses."""
-    stacked: bool = False
-    """`vmap` over forward-mode derivatives."""
-    dual: bool | None = None
-    """Forward-mode derivatives of the outputs; None is not tried yet."""
-    hessian: bool | None = None
-    """`vmap` over Hessian-vector products; None is not tried yet."""
-    ggn: bool | None = None
-    """`vmap` over Gauss-Newton products; None is not tried yet."""
+    outputs: Any
+    theta: Theta
 
 
 class Objective:
@@ -71,7 +57,12 @@ class Objective:
         cast: the precision that the model and its inputs are computed in; None is their own.
         mutates: whether the model changes its inputs in place, so that it gets copies.
         head: what stands for a loss that is linear in what the model returns.
-        linear: why the Gauss-Newton matrix is zero, where the loss is linear in the outputs and no head was found.
+        parts: whether `model_loss` calls parts of the model, or differentiates; else only calls of the model count.
+        direct: whether the loss takes parameters past the outputs too (a penalty), which then are outputs themselves.
+        linear: what is said of a loss that is linear in the outputs, so that its Gauss-Newton matrix is zero.
+        refused: why there is no Gauss-Newton matrix.
+        rounded: the precision that the values of the loss have, for comparing them.
+        once: what is said of a loss that has no second derivative by automatic differentiation.
 
     Raises:
         ValueError: no parameter is left to differentiate.
@@ -95,7 +86,11 @@ class Objective:
         self.cast: torch.dtype | None = None
         self.mutates = False
         self.head: Head | None = None
+        self.parts = self.direct = False
         self.linear: str | None = None
+        self.refused: str | None = None
+        self.once: str | None = None
+        self.rounded: torch.dtype | None = None
         with LOCK:  # another thread may have its own parameters in the model's places
             self._take_parameters(parameters, device)
 
@@ -115,7 +110,10 @@ class Objective:
             self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
             self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
             self.leaves = [part.requires_grad_() for part in self.unflatten(self.theta.detach())]
-        self._slots, self._attributes = find_slots(self.model), find_attributes(self.model)
+        self._find_places()
+
+    def _find_places(self) -> None:
+        self._slots, self._modules = find_slots(self.model), list(self.model.modules())
 
     @property
     def P(self) -> int:
@@ -131,10 +129,14 @@ class Objective:
         if not batch.parts and not (self.paths.rows and batch.sliceable):
             return self._call(theta, self._tree(batch))
         if self._is_cross_entropy and self.paths.batched:
-            y, t = self.outputs(theta, batch), self._pair(self._tree(batch))[1]
+            y, t = self.outputs(theta, batch), input_and_target(self._tree(batch))[1]
             if y.dim() == 2:
                 return cross_entropy_of(y, t, "sum").to(self.dtype) / batch.size
         return self.losses(theta, batch).mean()
+
+    def whole_loss(self, theta: Theta, batch: Batch) -> Tensor:
+        """What the user's loss says of a batch as it is -> scalar."""
+        return self._call(theta, self._tree(batch))
 
     def losses(self, theta: Theta, batch: Batch) -> Tensor:
         """Loss of each sample of a batch at theta [P] -> [B]."""
@@ -143,7 +145,8 @@ class Objective:
         if batch.parts:
             return torch.cat([self.losses(theta, one) for one in batch.parts])
         if self.paths.batched:
-            return self.output_losses(self.outputs(theta, batch), batch)
+            outputs = self.outputs(theta, batch)
+            return self.output_losses(Direct(outputs, theta) if self.direct else outputs, batch)
         if self.paths.vmap:
             return vmap(lambda *leaves: self.sample_loss(theta, leaves, batch.rebuild))(*batch.leaves)
         return torch.cat([self.losses(theta, one) for one in batch.singles()])
@@ -177,10 +180,23 @@ class Objective:
             )
         return rebuild([leaf.unsqueeze(1) for leaf in leaves])
 
+    def all_outputs(self, theta: Tensor, batch: Batch) -> tuple[list[Tensor], Rebuild]:
+        """The numbers that the loss is a function of, and what `output_losses` takes from others in their place.
+
+        They are the model's outputs, and theta [P] itself where the loss takes it `direct`ly.
+        """
+        leaves, rebuild = numbers_of(self.outputs(theta, batch))
+        if not self.direct:
+            return leaves, rebuild
+        return [*leaves, theta], lambda parts: Direct(rebuild(parts[:-1]), parts[-1])
+
     def output_losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Loss of each sample of a batch from the model's outputs -> [B]."""
+        if isinstance(outputs, Direct):
+            with self._at(outputs.theta):
+                return self.output_losses(outputs.outputs, batch)
         if self._is_cross_entropy and not self._apart:
-            return cross_entropies(outputs, self._pair(self._tree(batch))[1]).to(self.dtype)
+            return cross_entropies(outputs, input_and_target(self._tree(batch))[1]).to(self.dtype)
         rows, rebuild = flatten_tree(outputs)
 
         def one(data: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor:
@@ -200,6 +216,13 @@ class Objective:
         twin.theta = self.theta.to(dtype)
         twin.leaves = [part.requires_grad_() for part in twin.unflatten(twin.theta.detach())]
         twin._fixed = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self._fixed.items()}
+        return twin
+
+    def at(self, theta: Tensor) -> Objective:
+        """The same objective at other parameters [P]."""
+        twin = copy.copy(self)
+        twin.theta = theta.detach()
+        twin.leaves = [part.requires_grad_() for part in twin.unflatten(twin.theta)]
         return twin
 
     def double(self) -> Objective:
@@ -234,7 +257,7 @@ class Objective:
     def active(self) -> Iterator[None]:
         """Inside: the model in evaluation mode, and every operation one that can be differentiated twice."""
         with differentiable(self.model, self.device):
-            self._slots, self._attributes = find_slots(self.model), find_attributes(self.model)
+            self._find_places()
             yield
 
     # ---- inside
@@ -246,11 +269,8 @@ class Objective:
         state = dict(self._fixed)
         for name, t, dtype in zip(self.names, parts, self.dtypes, strict=True):
             state[name] = t if t.dtype == dtype else t.to(dtype)
-        try:
-            with swapped(self._slots, state):
-                yield self.model
-        finally:
-            put_back(self._attributes)
+        with forgotten(self._modules), swapped(self._slots, state):
+            yield self.model
 
     def _call(self, theta: Theta, tree: Any) -> Tensor:
         """Mean loss of a batch by the user's loss."""
@@ -258,22 +278,17 @@ class Objective:
             return self._user_loss(model, tree)
 
     def _user_loss(self, model: nn.Module, tree: Any) -> Tensor:
+        return self._raw_loss(model, tree).reshape(()).to(self.dtype)
+
+    def _raw_loss(self, model: nn.Module, tree: Any) -> Tensor:
         if self.model_loss is not None:
-            loss = self.model_loss(model, tree)
-        else:
-            x, t = self._pair(tree)
-            loss = self.loss_func(model(x), t)
-        return self._scalar(loss)
+            return one_number(self.model_loss(model, tree), self.loss_key)
+        x, t = input_and_target(tree)
+        return one_number(self.loss_func(model(x), t), self.loss_key)
 
     def _scalar(self, loss: Any) -> Tensor:
         """What the user's loss gave, as a number of this precision."""
-        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
-            return loss.reshape(()).to(self.dtype)
-        found = f"{tuple(loss.shape)} {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise TypeError(
-            f"config[{self.loss_key!r}]: expected the mean loss of the batch, one number as a floating-point tensor, "
-            f"got {found}"
-        )
+        return one_number(loss, self.loss_key).reshape(()).to(self.dtype)
 
     @property
     def loss_key(self) -> str:
@@ -301,19 +316,13 @@ class Objective:
         return flatten_tree(output)[0][self.head.output]
 
     def model_output(self, theta: Theta, tree: Any) -> Any:
-        """All that the model returns for a batch."""
+        """All that the model returns for a batch; of a `model_loss` what each of its calls returns."""
         with self._at(theta) as model:
             if self.model_loss is None:
-                return model(self._pair(tree)[0])
-            outputs: list[Any] = []
-            with recorded(model, outputs):
+                return model(input_and_target(tree)[0])
+            with recorded(model, self.parts) as seen:
                 self.model_loss(model, tree)
-        if len(outputs) != 1:
-            raise NotImplementedError(
-                f"model_loss calls the model {len(outputs)} times; the Gauss-Newton product needs one call: "
-                "use config['curvature'] = 'hessian'"
-            )
-        return outputs[0]
+        return seen.outputs
 
     def _loss_of_output(
         self, leaves: Sequence[Tensor], rebuild: Rebuild, output: list[Tensor], rebuild_output: Rebuild
@@ -324,10 +333,10 @@ class Objective:
             return self.head.loss(output[0], given[self.head.target]).to(self.dtype)
         tree = rebuild(given)
         if self.model_loss is not None:
-            with replayed(self.model, rebuild_output(output)):
+            with replayed(self.model, rebuild_output(output), self.parts):
                 return self._scalar(self.model_loss(self.model, tree))
         y = rebuild_output(output if self._apart else [t.unsqueeze(0) for t in output])
-        return self._scalar(self.loss_func(y, self._pair(tree)[1]))
+        return self._scalar(self.loss_func(y, input_and_target(tree)[1]))
 
     def _tree(self, batch: Batch) -> Any:
         return batch.rebuild([self._given(t) for t in batch.leaves])
@@ -337,13 +346,3 @@ class Objective:
         if self.cast is not None and t.is_floating_point():
             t = t.to(self.cast)
         return t.clone() if self.mutates else t
-
-    @staticmethod
-    def _pair(tree: Any) -> tuple[Any, Any]:
-        if not isinstance(tree, list | tuple) or len(tree) != 2:
-            what = f"{type(tree).__name__} of length {len(tree)}" if hasattr(tree, "__len__") else type(tree).__name__
-            raise TypeError(
-                f"expected an (input, target) batch, got a {what}; "
-                "pass config['model_loss'] = (model, batch) -> mean loss for batches of another structure"
-            )
-        return tree[0], tree[1]

@@ -1,12 +1,11 @@
-"""What a model returns inside a loss: seen while it is called, put in its place, and read as a known loss."""
+"""What a model returns, as numbers, and read as a known loss."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.batch import flatten_tree
@@ -27,27 +26,9 @@ def numbers_of(outputs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]],
     return [leaves[i] for i in places], again
 
 
-@contextlib.contextmanager
-def recorded(model: nn.Module, outputs: list[Any]) -> Iterator[None]:
-    """Inside: what each call of the model returns is appended to `outputs`."""
-    handle = model.register_forward_hook(lambda _module, _inputs, output: outputs.append(output))
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextlib.contextmanager
-def replayed(model: nn.Module, output: Any) -> Iterator[None]:
-    """Inside: a call of the model returns this `output`."""
-    own = vars(model).get("forward")
-    vars(model)["forward"] = lambda *_args, **_kwargs: output
-    try:
-        yield
-    finally:
-        del vars(model)["forward"]
-        if own is not None:
-            vars(model)["forward"] = own
+def attached(numbers: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
+    """Outputs that all have a graph, those that do not depend on theta [P] with a derivative of zero."""
+    return [part if part.requires_grad else part + 0 * theta[0].to(part) for part in numbers]
 
 
 class Head(NamedTuple):

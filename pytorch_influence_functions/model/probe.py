@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +13,19 @@ from torch.func import jvp
 
 from ..data.batch import Batch, flatten_tree
 from ..data.samples import Samples, shapes_of
+from .alone import first_look, require_repeatable, warn_of_company
 from .door import first_gradients, first_losses, require_dependence
-from .gradients import agrees, forward_products, vmap_gradients
-from .linear import find_head
+from .gradients import forward_products, gradient, vmap_gradients
+from .linear import look_at_outputs, precision_of_loss, same
 from .objective import Objective, Paths
 
 logger = logging.getLogger(__name__)
 MOST_PROBED = 8
 """Samples of the batch that a model is tried on: one batch, as the loader makes it, up to so many. Two would not tell a
 model that branches on the size of its batch from one that does not; more cost more than a short run."""
+LARGE = 64
+"""Samples of the larger batch in which the same samples are looked for again: a model may branch on the size of its
+batch beyond the loader's, and products take as many as fit."""
 LOOKED_AT = 32
 """Samples whose shapes are looked at, so that short and long sequences stand in the batch that a model is tried on."""
 
@@ -31,19 +37,23 @@ def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> No
 
     Raises:
         NonFiniteError: a loss or gradient of these samples is NaN or infinite.
-        TypeError, ValueError: the loss cannot take the batch.
+        TypeError, ValueError: the loss cannot take the batch, or is not the same when it is computed twice.
     """
     objective.paths, samples.apart, samples.shapes = Paths(), False, None
     indices, uniform = _different(samples, max(2, min(samples.batch_size, most)))
     alone = [samples.sample(i) for i in indices]
-    _look_for_mutation(objective, alone[0], samples)
+    _look_for_mutation(objective, alone[0], samples, indices[0])
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
     _choose_precision(objective, alone[0])
     losses = first_losses(objective, alone, samples.name)
+    objective.rounded = precision_of_loss(objective, alone[0])
+    require_repeatable(objective, samples.name, alone, losses)
     require_dependence(objective, samples)
     truth = first_gradients(objective, alone, samples.name)
-    find_head(objective, alone[:2], truth[:2])
+    telling = truth.norm(dim=1).argsort(descending=True, stable=True)[:2].tolist()  # a masked sample says nothing
+    look_at_outputs(objective, [alone[i] for i in telling], truth[telling])
     batch = _rows(objective, samples, indices, losses)
+    warn_of_company(objective, samples, indices, losses, truth, uniform)
     if batch is None:
         samples.apart = True
         logger.info(
@@ -53,15 +63,18 @@ def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> No
         )  # fmt: skip
         return
     samples.shapes = shapes_of(alone[0]) if uniform else None
-    _try_fast_paths(objective, batch, losses, truth)
+    _try_fast_paths(objective, batch, losses, truth, _large(samples, indices))
     slow = [name for name, allowed in objective.paths._asdict().items() if allowed is False]
     if slow:
         logger.info("the model does not allow %s; a slower way gives the same numbers", ", ".join(slow))
 
 
 def _spread(n: int, count: int) -> list[int]:
-    """Indices over the whole set, `count` of them (the first one again where there are fewer samples)."""
-    chosen = sorted({i * n // count for i in range(count)})
+    """Indices from the whole set, `count` of them (the first one again where there are fewer samples).
+
+    At random, with a fixed seed: labels often repeat with a period, and one class alone does not show its weight.
+    """
+    chosen = sorted(random.Random(0).sample(range(n), min(n, count)))
     return chosen if len(chosen) > 1 else [0, 0]
 
 
@@ -75,9 +88,10 @@ def _different(samples: Samples, count: int) -> tuple[list[int], bool]:
     return sorted([*first_of_each, *others][:count]), False
 
 
-def _look_for_mutation(objective: Objective, one: Batch, samples: Samples) -> None:
+def _look_for_mutation(objective: Objective, one: Batch, samples: Samples, index: int) -> None:
     """Give the model copies of its inputs where it changes them in place (`x.div_(255)`, `x.requires_grad_()`)."""
     before = [(t._version, t.requires_grad) for t in one.leaves]
+    first_look(objective, samples, one, index)
     first_losses(objective, [one], samples.name)
     objective.mutates = before != [(t._version, t.requires_grad) for t in one.leaves]
     if objective.mutates:
@@ -105,46 +119,76 @@ def _choose_precision(objective: Objective, one: Batch) -> None:
 def _rows(objective: Objective, samples: Samples, indices: list[int], losses: Tensor) -> Batch | None:
     """The samples collated together, if each row of that batch has the loss of the sample collated alone."""
     batch = samples.take(indices)
-    objective.paths = Paths(rows=True)
-    if batch.sliceable and agrees(lambda: objective.losses(objective.theta, batch), losses):
+    objective.paths = objective.paths._replace(rows=True)
+    if batch.sliceable and same(objective, lambda: objective.losses(objective.theta, batch), losses):
         return batch
-    objective.paths = Paths()
+    objective.paths = objective.paths._replace(rows=False)
     return None
 
 
-def _try_fast_paths(objective: Objective, batch: Batch, losses: Tensor, truth: Tensor) -> None:
+def _large(samples: Samples, indices: list[int]) -> tuple[Batch, Tensor] | None:
+    """A batch as large as products take them, and where the samples of these indices stand in it."""
+    rows = sorted({*indices, *_spread(samples.n, min(samples.n, LARGE))})
+    large = samples.take(rows)
+    if not large.sliceable or len(rows) == len(indices):
+        return None
+    return large, torch.tensor([rows.index(i) for i in indices])
+
+
+def _try_fast_paths(
+    objective: Objective, batch: Batch, losses: Tensor, truth: Tensor, large: tuple[Batch, Tensor] | None
+) -> None:
     theta, v = objective.theta, truth.sum(0)
     two = torch.stack([v, 2 * v])
 
+    def twice(rows: Tensor) -> Tensor:
+        return rows if large is None else torch.cat([rows, rows])
+
     def attempt(path: str, value: Callable[[], Tensor], expected: Tensor) -> None:
         before = objective.paths
-        objective.paths = before._replace(**{path: True})
-        if not agrees(value, expected):
+        chosen: dict[str, Any] = {path: True}
+        objective.paths = before._replace(**chosen)
+        if not same(objective, value, expected):
             objective.paths = before
 
     def outputs() -> Tensor:
-        return _flat(objective.batch_outputs(theta, batch), batch.size)
+        return _both(lambda one: _flat(objective.batch_outputs(theta, one), one.size), batch, large)
+
+    def batched() -> Tensor:
+        return _both(lambda one: objective.losses(theta, one), batch, large)
 
     def losses_of_outputs() -> Tensor:
         return objective.output_losses(objective.outputs(theta, batch), batch)
 
     attempt("vmap", lambda: vmap_gradients(objective, batch), truth)
-    if objective.model_loss is not None or objective.head is not None:
-        _try(lambda: attempt("outputs", outputs, _outputs_alone(objective, batch)))
+    if objective.refused is not None:
+        pass  # what the outputs say of the loss is not its gradient, or says nothing
+    elif objective.model_loss is not None or objective.head is not None:
+        _try(lambda: attempt("outputs", outputs, twice(_outputs_alone(objective, batch))))
         if objective.paths.outputs:
             attempt("loss", losses_of_outputs, losses)
-            attempt("batched", lambda: objective.losses(theta, batch), losses)
+            attempt("batched", batched, twice(losses))
     else:
         objective.paths = objective.paths._replace(outputs=True, loss=True)
-        attempt("batched", lambda: objective.losses(theta, batch), losses)
+        attempt("batched", batched, twice(losses))
         if not objective.paths.batched:
             objective.paths = objective.paths._replace(loss=False)
-            attempt("batched", lambda: objective.losses(theta, batch), losses)
+            attempt("batched", batched, twice(losses))
         if not objective.paths.batched:
             objective.paths = objective.paths._replace(outputs=False, loss=False)
             attempt("loss", losses_of_outputs, losses)
+    if objective.paths.batched and not same(objective, lambda: gradient(objective, batch), truth.mean(0)):
+        objective.paths = objective.paths._replace(outputs=False, loss=False, batched=False)
     attempt("forward", lambda: jvp(lambda t: objective.losses(t, batch), (theta,), (v,))[1], truth @ v)
     attempt("stacked", lambda: forward_products(objective, batch, two), two @ truth.T)
+
+
+def _both(value: Callable[[Batch], Tensor], batch: Batch, large: tuple[Batch, Tensor] | None) -> Tensor:
+    """The rows of a small batch, and those of the same samples in a large one below them."""
+    if large is None:
+        return value(batch)
+    rows, places = large
+    return torch.cat([value(batch), value(rows)[places.to(batch.leaves[0].device)]])
 
 
 def _outputs_alone(objective: Objective, batch: Batch) -> Tensor:

@@ -54,73 +54,6 @@ def swapped(slots: list[Slot], state: Mapping[str, Tensor]) -> Iterator[None]:
             slot.registry[slot.key] = own
 
 
-REGISTRIES = ("_parameters", "_buffers", "_modules")
-"""What a module keeps in its `__dict__` for itself, the tensors of which `swapped` puts back."""
-
-
-class Attributes(NamedTuple):
-    """A module's own attributes, and what its lists and dicts held."""
-
-    now: dict[str, Any]
-    """The module's `__dict__`."""
-    held: dict[str, Any]
-    """What was in it."""
-    items: list[tuple[Any, Any]]
-    """Each of its lists and dicts, with a copy."""
-
-
-def find_attributes(model: nn.Module) -> list[Attributes]:
-    """The attributes of every module of the model, to put back what calls of it leave there."""
-    found = []
-    for module in model.modules():
-        held = {key: value for key, value in vars(module).items() if key not in REGISTRIES}
-        items = [(value, value.copy()) for value in held.values() if type(value) in (list, dict)]
-        found.append(Attributes(vars(module), held, items))
-    return found
-
-
-def put_back(found: list[Attributes]) -> None:
-    """Undo every change of the attributes that has to do with a tensor.
-
-    A pre-hook puts the weight it computes on its module (`prune`, the old `weight_norm` and `spectral_norm`), a forward
-    may keep its activations: left there, they would hold a graph at other parameters, and the next call would see them.
-    """
-    for now, held, items in found:
-        changed = [key for key, value in now.items() if value is not held.get(key) and key not in REGISTRIES]
-        for key in changed:
-            _undo(now, held, key)
-        for container, copy in items:
-            if _has_tensor(container) or _has_tensor(copy):
-                _refill(container, copy)
-
-
-def _undo(now: dict[str, Any], held: dict[str, Any], key: str) -> None:
-    """Put one attribute back where it is a tensor now, or was one."""
-    if not _has_tensor(now[key]) and not _has_tensor(held.get(key)):
-        return
-    if key in held:
-        now[key] = held[key]
-    else:
-        del now[key]
-
-
-def _refill(container: Any, items: Any) -> None:
-    """Put the items of before into the list or dict that is kept."""
-    container.clear()
-    if isinstance(container, dict):
-        container.update(items)
-    else:
-        container.extend(items)
-
-
-def _has_tensor(value: Any) -> bool:
-    """Whether it is a tensor, or holds one."""
-    if isinstance(value, Tensor):
-        return True
-    items = value.values() if isinstance(value, dict) else value
-    return isinstance(value, dict | list | tuple) and any(isinstance(item, Tensor) for item in items)
-
-
 @contextlib.contextmanager
 def differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Inside: this thread alone, the model in evaluation mode, and operations that can be differentiated twice."""
@@ -132,7 +65,7 @@ def differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(_no_fast_attention())
         stack.enter_context(_no_checkpoints())
-        stack.enter_context(_no_sparse_gradients(model))
+        stack.enter_context(_dense_gradients(model))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN's recurrent kernels have no second derivative, nor a first one in evaluation mode
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -151,6 +84,20 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _dense_gradients(model: nn.Module) -> Iterator[None]:
+    """Sparse gradients of embeddings cannot be cut out of, or added to, one vector of all parameters."""
+    sparse = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    sparse = [module for module in sparse if module.sparse]
+    try:
+        for module in sparse:
+            module.sparse = False
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True
+
+
+@contextlib.contextmanager
 def _no_fast_attention() -> Iterator[None]:
     """The fused encoder layer of evaluation mode has no derivative."""
     before = torch.backends.mha.get_fastpath_enabled()
@@ -159,19 +106,6 @@ def _no_fast_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-@contextlib.contextmanager
-def _no_sparse_gradients(model: nn.Module) -> Iterator[None]:
-    """Those of embeddings do not go back into one vector of all parameters."""
-    sparse = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse]
-    try:
-        for module in sparse:
-            module.sparse = False
-        yield
-    finally:
-        for module in sparse:
-            module.sparse = True
 
 
 @contextlib.contextmanager

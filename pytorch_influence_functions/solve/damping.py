@@ -137,11 +137,16 @@ def choose_damping(
     _tell(damping, reached, target, curve)
     chosen = {
         "damping": damping,
-        "error": reached,
+        "error": _plain(reached),
         "target": target,
-        "curve": [list(point) for point in curve],
+        "curve": [[x, _plain(e)] for x, e in curve],
     }
     return Damping(damping, {"damping_chosen": chosen})
+
+
+def _plain(error: float) -> float | None:
+    """An error as JSON holds it: None where the shifted parameters have no finite loss."""
+    return error if math.isfinite(error) else None
 
 
 def _tell(damping: float, error: float, target: float, curve: list[Point]) -> None:

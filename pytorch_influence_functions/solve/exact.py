@@ -1,7 +1,8 @@
 r"""The dense solve: (H + \lambda I)^{-1} from a Cholesky factor, in the space of parameters or of outputs.
 
 With A = [R_i J_i / \sqrt{n}]_i, R_i^T R_i = \nabla^2_y \ell_i, the Gauss-Newton matrix is G = A^T A [P, P]. Where the
-n C rows of A are fewer than P, (G + \lambda I)^{-1} v = (v - A^T (A A^T + \lambda I)^{-1} A v) / \lambda.
+n C rows of A are fewer than P, (G + \lambda I)^{-1} v = (v - A^T (A A^T + \lambda I)^{-1} A v) / \lambda. Where the
+loss is not convex in the outputs, G = A^T S A with signs S, and \lambda S stands in place of \lambda I beside A A^T.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.func import jacrev, vmap
 
 from ..data.batch import Batch
 from ..model.budget import MIB
-from ..model.likelihoods import likelihood, roots
+from ..model.likelihoods import likelihood, signed_roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from ..utils import progress_bar
@@ -89,30 +90,40 @@ def _with_residual(s: Tensor, v: Tensor, damped: Tensor) -> tuple[Tensor, Tensor
 
 
 def _dual(problem: Problem, damping: float) -> Inverse:
-    A = _all_rows(problem)
-    gram = A @ A.T
-    gram.diagonal().add_(damping)
-    L = torch.linalg.cholesky(gram)
+    A, signs = _all_rows(problem)
+    solve = _factor(A @ A.T, damping * signs)
 
     def inverse(v: Tensor) -> tuple[Tensor, Tensor]:
-        inside = torch.cholesky_solve(A @ v.T, L).T
+        inside = solve(A @ v.T).T
         s = (v - inside @ A) / damping
-        return s, v - (s @ A.T) @ A - damping * s
+        return s, v - ((s @ A.T) * signs) @ A - damping * s
 
     return inverse
 
 
-def _all_rows(problem: Problem) -> Tensor:
-    """A [n C, P]."""
+def _all_rows(problem: Problem) -> tuple[Tensor, Tensor]:
+    """A [n C, P], and the sign of each of its rows."""
     objective = problem.objective
     count, done = dual_rows(problem) or 0, 0
     A = torch.zeros(count, objective.P, dtype=torch.float64, device=objective.device)
+    signs = torch.ones_like(A[:, 0])
     one_sample = count / problem.samples.n * objective.P * A.element_size()
     for batch in problem.samples.ordered(problem.budget.row_block(one_sample)):
-        rows = gauss_newton_rows(objective, batch)
+        rows, sign = gauss_newton_rows(objective, batch)
         A[done : done + len(rows)] = rows
+        signs[done : done + len(rows)] = sign
         done += len(rows)
-    return A.div_(problem.samples.n**0.5)
+    return A.div_(problem.samples.n**0.5), signs
+
+
+def _factor(gram: Tensor, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
+    """The inverse of gram + diag(diagonal), which is indefinite where the loss is not convex in the outputs."""
+    gram.diagonal().add_(diagonal)
+    if bool((diagonal > 0).all()):
+        L = torch.linalg.cholesky(gram)
+        return lambda b: torch.cholesky_solve(b, L)
+    LU, pivots = torch.linalg.lu_factor(gram)
+    return lambda b: torch.linalg.lu_solve(LU, pivots, b)
 
 
 def dense_curvature(problem: Problem) -> Tensor:
@@ -133,7 +144,7 @@ def dense_curvature(problem: Problem) -> Tensor:
 def dual_rows(problem: Problem) -> int | None:
     """Rows n C of A, or None where the curvature has no such form."""
     objective = problem.objective
-    if problem.curvature.kind != "ggn":
+    if problem.curvature.kind != "ggn" or objective.direct:
         return None
     one = problem.samples.sample(0)
     leaves, _ = numbers_of(objective.outputs(objective.theta, one))
@@ -142,14 +153,15 @@ def dual_rows(problem: Problem) -> int | None:
     return problem.samples.n * sum(leaf.numel() for leaf in leaves)
 
 
-def gauss_newton_rows(objective: Objective, batch: Batch) -> Tensor:
-    r"""R_i J_i of each sample of a batch, R_i^T R_i = \nabla^2_y \ell_i -> [B C, P]."""
+def gauss_newton_rows(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
+    r"""W_i J_i of each sample of a batch, W_i^T S_i W_i = \nabla^2_y \ell_i, and the signs S_i -> [B C, P], [B C]."""
     if batch.parts:
-        return torch.cat([gauss_newton_rows(objective, one) for one in batch.parts])
+        parts = [gauss_newton_rows(objective, one) for one in batch.parts]
+        return torch.cat([rows for rows, _ in parts]), torch.cat([signs for _, signs in parts])
     y, rebuild = numbers_of(objective.outputs(objective.theta, batch))
-    R = roots(likelihood(objective, y, rebuild, batch).hessians().double())
+    W, signs = signed_roots(likelihood(objective, y, rebuild, batch).hessians().double())
     J = _jacobians(objective, batch)
-    return (R @ J.double()).flatten(0, 1).detach()
+    return (W @ J.double()).flatten(0, 1).detach(), signs.flatten()
 
 
 def _jacobians(objective: Objective, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ from ..model.budget import DIAGONAL_BLOCK, MIB
 from ..model.layers import Forward, Layer, backward, forward, gather, layer_inputs, parameter_places, usable_layers
 from ..model.likelihoods import DENSE_OUTPUTS, likelihood, roots
 from ..model.objective import Objective
-from ..model.outputs import numbers_of
+from ..model.outputs import attached, numbers_of
 from .problem import Problem
 
 logger = logging.getLogger(__name__)
@@ -253,7 +253,7 @@ def output_rows(objective: Objective, batch: Batch, e: Sequence[Tensor]) -> Tens
 def _output_row(objective: Objective, batch: Batch, e: Sequence[Tensor], i: int) -> Tensor:
     one = batch if batch.size == 1 else batch.rows(i, i + 1)
     theta = objective.theta.detach().requires_grad_()
-    y, _ = numbers_of(objective.batch_outputs(theta, one))
+    y = attached(numbers_of(objective.batch_outputs(theta, one))[0], theta)
     cotangents = [part[i : i + 1] for part in e]
     (row,) = torch.autograd.grad(y, theta, cotangents, allow_unused=True, materialize_grads=True)
     return row.unsqueeze(0)

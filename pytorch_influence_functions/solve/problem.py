@@ -18,7 +18,6 @@ from ..model.budget import Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
 from ..model.gradients import activation_bytes
-from ..model.linear import INSIDE
 from ..model.objective import Objective
 from ..model.probe import MOST_PROBED, probe
 from ..utils import random_state, warn
@@ -182,9 +181,11 @@ def make_problem(
         samples = Samples(train_loader, device=device, name="train_loader", progress=config.progress)
         warn_if_varying(samples)
         probe(objective, samples, budget.probed(objective.theta.nbytes, MOST_PROBED))
-    if or_hessian and objective.linear == INSIDE:
-        logger.info("the curvature is the Hessian: %s", INSIDE)
+    if or_hessian and objective.refused is not None:
+        logger.info("the curvature is the Hessian: %s", objective.refused)
         curvature = "hessian"
+    if not or_hessian and objective.once is not None and config.curvature is None:
+        raise ValueError(objective.once)
     kind = Curvature(objective, config.curvature or curvature, budget.product)
     return Problem(objective, samples, kind, config, budget)
 

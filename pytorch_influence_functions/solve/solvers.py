@@ -5,6 +5,7 @@ All answer the same question, with the same curvature and the same \lambda; chan
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,11 +18,12 @@ from .ekfac import ekfac
 from .errors import NegativeCurvatureError
 from .exact import exact
 from .lissa import lissa
-from .low_rank import damping_by_low_rank
+from .low_rank import damping_by_low_rank, damping_by_steps
 from .problem import MOST_TOGETHER, Problem
 from .solution import Damping, Prepared, Solution
 from .system import Residual
 
+logger = logging.getLogger(__name__)
 MANY_TOGETHER = 512
 """Test samples in one group at most, for solvers whose cost hardly grows with them."""
 OWN_SYSTEM = "it is an approximation; config['solver'] = 'cg' with its preconditioner solves the system itself"
@@ -92,8 +94,17 @@ def prepare(problem: Problem) -> Prepared:
     if config.fixed_damping is not None:
         damping = Damping(config.fixed_damping, {})
     elif not row.chooses_damping:
-        damping = damping_by_low_rank(problem)
+        damping = _automatic_damping(problem)
     return row.prepare(problem, damping)  # type: ignore[arg-type]
+
+
+def _automatic_damping(problem: Problem) -> Damping:
+    """Lambda from the low-rank form, or from products alone where the model allows no such form."""
+    try:
+        return damping_by_low_rank(problem)
+    except NotImplementedError as error:
+        logger.info("damping='auto' goes by products alone: %s", error)
+        return damping_by_steps(problem)
 
 
 class Solver:
