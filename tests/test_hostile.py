@@ -37,6 +37,7 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions import calc_influence_function as old
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.run.store import RowWriter
+from pytorch_influence_functions.solve.cg import iterate
 
 N, OPTIONS = 12, {"progress": False, "damping": 0.5, "solver": "cg", "tolerance": 1e-6}
 RANDOM = torch.Generator().manual_seed(0)
@@ -262,6 +263,10 @@ LABELS = {
     "an array": (Data(targets=T.numpy()), READ),
     "bools": (Data(lambda i: (X[i], bool(READ[i])), targets=T > 0), [bool(t) for t in READ]),
     "one-hot when read": (Data(lambda i: (X[i], F.one_hot(T[i], 3).float()), targets=T), READ),
+    "another one-hot when read": (
+        Data(lambda i: (X[i], F.one_hot(torch.tensor(FLIPPED[i]), 3)), targets=T),
+        F.one_hot(torch.tensor(FLIPPED)).tolist(),
+    ),
     "without labels in the samples": (Data(lambda i: {"x": X[i], "z": T[i]}, targets=T), READ),
 }
 
@@ -834,6 +839,44 @@ def test_conjugate_gradients_without_damping_end_where_they_are(double):
         found = scores(train, (wide[:2], T[:2]), model, damping=0.0, tolerance=None)
     G, g = dense_gauss_newton(model, train, range(N), {}), slow_gradients(model, train, range(N), {})
     assert_close(found, g[:2] @ torch.linalg.pinv(G, hermitian=True, rtol=1e-10) @ g.T / N, rtol=1e-5, atol=1e-8)
+
+
+def conjugate(diagonal, v, **options):
+    A, rows = torch.tensor(diagonal), torch.tensor([v])
+    s, rest, steps = iterate(lambda p: p * A, rows, lambda r: r, tolerance=1e-7, limit=9, **options)
+    assert_close(rest, rows - s * A)
+    return s, int(steps)
+
+
+def test_conjugate_gradients_meet_a_curvature_of_zero():
+    """The first step solves what can be solved; the second has no curvature along it."""
+    s, steps = conjugate([1.0, 0.0], [1.0, 1.0])
+    assert_close(s, torch.tensor([[2.0, 2.0]]))
+    assert steps == 2
+
+
+def test_conjugate_gradients_meet_a_curvature_that_is_zero_up_to_rounding():
+    assert bool(conjugate([1.0, -1e-9], [1.0, 1.0])[0].isfinite().all())
+
+
+@pytest.mark.parametrize("remedy", ["", "set config['curvature'] = 'ggn', or "])
+def test_conjugate_gradients_meet_a_negative_curvature(remedy):
+    said = re.escape(f"which is not positive: {remedy}raise config['damping'] by at least 0.75")
+    with pytest.raises(ptif.NegativeCurvatureError, match=rf"met the curvature -0\.5 .*{said}"):
+        conjugate([1.0, -0.5], [0.0, 1.0], remedy=remedy)
+
+
+def concave_loss(y, t):
+    return -F.mse_loss(y, F.one_hot(t, 3).to(y))
+
+
+def test_a_remedy_is_not_what_is_in_use():
+    """The Gauss-Newton matrix of a loss that is not convex in the outputs: no advice to take it."""
+    with pytest.raises(ptif.NegativeCurvatureError) as caught:
+        scores(loss_func=concave_loss, curvature="ggn", damping=1e-3)
+    assert "'ggn'" not in str(caught.value)
+    with pytest.raises(ptif.NegativeCurvatureError, match="'ggn'"):
+        scores(loss_func=concave_loss, curvature="hessian", damping=1e-3)
 
 
 # ---- 13. threads

@@ -1,11 +1,13 @@
 """Nothing is left behind: no process, thread, descriptor or file, and no memory, also where a call raises."""
 
+import contextlib
 import gc
 import multiprocessing
 import os
 import statistics
 import tempfile
 import threading
+import weakref
 
 import pytest
 import torch
@@ -65,14 +67,14 @@ def temporary(tmp_path, monkeypatch):
 
 
 class StopsAt:
-    """A loss that is interrupted at its n-th call."""
+    """A loss that is interrupted: in a pass, where a worker reads; without one at its n-th call."""
 
     def __init__(self, calls, error):
         self.calls, self.error = calls, error
 
     def __call__(self, y, t):
         self.calls -= 1
-        if self.calls == 0:
+        if self.calls == 0 or multiprocessing.active_children():
             raise self.error
         return F.cross_entropy(y, t)
 
@@ -148,6 +150,23 @@ def run_one(call, error, workers):
     with pytest.raises(error) as caught:
         call(workers)
     return caught.value
+
+
+def test_an_error_does_not_keep_the_model(temporary):
+    """Nor in a circle with its own frames, which only the garbage collector would find."""
+    model = net()
+    gone = weakref.ref(model)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(ValueError):
+            ptif.InfluenceFunction(model, DataLoader(Data(), batch_size=8), OPTIONS).scores(
+                DataLoader(Data(17), batch_size=8, num_workers=1)
+            )
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_thirty_calls_leave_nothing(temporary, tmp_path):

@@ -69,11 +69,16 @@ class Problem:
             try:
                 yield
             except BaseException as error:
-                for samples in (self.samples, *others):
-                    samples.close()
+                _close(self.samples, *others)
                 if isinstance(error, Exception) and not isinstance(error, NegativeCurvatureError):
-                    explain(self.objective, self.samples, error)
+                    self._explain(error)
                 raise
+
+    def _explain(self, error: Exception) -> None:
+        try:
+            explain(self.objective, self.samples, error)
+        finally:
+            _close(self.samples)
 
     def product(self, vectors: Tensor, text: str | None = None) -> Tensor:
         """H V over the whole training set, V [K, P] -> [K, P]."""
@@ -135,6 +140,11 @@ class Problem:
         r = MOST_CHAINS if self.config.r == "auto" else int(self.config.r)
         scores = (2 + r) * self.samples.n * self.objective.theta.element_size()
         return self.budget.group(held + r, self.row, scores, most)
+
+
+def _close(*all_samples: Samples) -> None:
+    for samples in all_samples:
+        samples.close()
 
 
 def make_problem(
