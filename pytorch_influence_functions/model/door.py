@@ -38,7 +38,8 @@ def require_dependence(objective: Objective, samples: Samples) -> None:
     """Raise where the loss is not one of the parameters: detached, or a number; a sample that is masked may be."""
     theta = objective.theta.detach().requires_grad_()
     looked = range(0, samples.n, -(-samples.n // MOST_LOOKED_AT))
-    if not any(objective.losses(theta, samples.sample(i)).requires_grad for i in looked):
+    losses = (_loss(objective, theta, samples.sample(i), samples.name) for i in looked)
+    if not any(loss.requires_grad for loss in losses):
         raise TypeError(
             f"config[{objective.loss_key!r}]: the losses of {len(looked)} training samples do not depend on the "
             "parameters; return the loss itself, not its .detach(), .item() or one computed under torch.no_grad()"
