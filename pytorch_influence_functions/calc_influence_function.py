@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -19,8 +18,9 @@ from .data.samples import Samples
 from .influence import InfluenceFunction
 from .run.drivers import calc_all_grad_then_test, calc_img_wise, calc_influences, version
 from .run.files import writable_folder
-from .run.select import ByClass, indices_per_class, select_test_samples, slice_of_class
-from .run.store import as_parameters, read_chains, read_rows, save_gradients, save_solutions
+from .run.select import get_dataset_sample_ids, get_dataset_sample_ids_per_class, select_test_samples
+from .run.store import as_parameters, read_chains, save_gradients, save_solutions
+from .run.stored import load_grad_z, load_s_test
 from .show.results import harmful_and_helpful
 
 __all__ = [
@@ -40,37 +40,6 @@ __all__ = [
     "version",
 ]
 logger = logging.getLogger(__name__)
-
-
-def get_dataset_sample_ids_per_class(
-    class_id: int, num_samples: int, test_loader: DataLoader[Any], start_index: int = 0
-) -> list[int]:
-    """Indices of `num_samples` samples of one class, from its `start_index`-th on, in the order of the data set.
-
-    Raises:
-        ValueError: the class has fewer samples.
-    """
-    num, start = require_whole(num_samples, "num_samples", 0), require_whole(start_index, "start_index", 0)
-    labels = Samples(test_loader, name="test_loader", progress=False).labels()
-    return slice_of_class(indices_per_class(labels).get(class_id, []), class_id, start, num)
-
-
-def get_dataset_sample_ids(
-    num_samples: int, test_loader: DataLoader[Any], num_classes: int | None = None, start_index: int = 0
-) -> tuple[dict[int, list[int]], list[int]]:
-    """`num_samples` indices of each class, from its `start_index`-th sample on.
-
-    Returns:
-        `({class: indices}, indices)`, the second a class after the other. The dict takes a class as number or string.
-
-    Raises:
-        ValueError: a class has fewer samples.
-    """
-    num, start = require_whole(num_samples, "num_samples", 0), require_whole(start_index, "start_index", 0)
-    labels = Samples(test_loader, name="test_loader", progress=False).labels()
-    by_class = indices_per_class(labels, num_classes)
-    chosen = ByClass({c: slice_of_class(rows, c, start, num) for c, rows in by_class.items()})
-    return chosen, [i for rows in chosen.values() for i in rows]
 
 
 def calc_grad_z(
@@ -152,54 +121,9 @@ def calc_s_test_single(
     return influence.objective.unflatten(influence.s_test_of_mean((z_test, t_test)))
 
 
-def load_grad_z(grad_z_dir: str | Path = Path("./grad_z/"), train_dataset_size: int = -1) -> list[list[Tensor]]:
-    """The gradients that `calc_grad_z` or `calc_all_grad_then_test` wrote, each a list of tensors like the parameters.
-
-    They are mapped from disk and read when used.
-
-    Raises:
-        FileNotFoundError: there are none, or the writing did not finish.
-        ValueError: there are not `train_dataset_size` of them.
-    """
-    rows, manifest = read_rows(Path(grad_z_dir), "grad_z")
-    _check_size(len(rows), train_dataset_size, "grad_z", grad_z_dir)
-    return [as_parameters(torch.from_numpy(np.asarray(row)), manifest["shapes"]) for row in rows]
-
-
-def load_s_test(
-    s_test_dir: str | Path = Path("./s_test/"),
-    s_test_id: int = 0,
-    r_sample_size: int = 10,
-    train_dataset_size: int = -1,
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The s_test of one test sample that `calc_s_test` or `calc_all_grad_then_test` wrote.
-
-    Args:
-        s_test_dir: the folder.
-        s_test_id: the test sample's place among those that were written.
-        r_sample_size: how many of its recursions to take; as many as there are, where there are fewer.
-        train_dataset_size: of the training set it was computed for; -1 for any.
-
-    Returns:
-        (mean s_test, the s_test of each recursion), as lists of tensors like the parameters.
-    """
-    rows, manifest = read_chains(Path(s_test_dir))
-    _check_size(manifest["train_dataset_size"], train_dataset_size, "training samples of s_test", s_test_dir)
-    if not 0 <= s_test_id < len(rows):
-        raise ValueError(f"s_test_id: expected 0 to {len(rows) - 1} (what is in {s_test_dir}), got {s_test_id}")
-    chains = rows[s_test_id][:r_sample_size]
-    each = [as_parameters(chain, manifest["shapes"]) for chain in chains]
-    return as_parameters(chains.mean(0), manifest["shapes"]), each
-
-
 def _folder(given: str | Path | bool, key: str, name: str) -> Path:
     """The folder to write to; True, as old scripts say, is that which `load_grad_z` and `load_s_test` read."""
     return writable_folder(name if given is True else str(given), key)
-
-
-def _check_size(found: int, expected: int, what: str, folder: str | Path) -> None:
-    if expected not in (-1, found):
-        raise ValueError(f"expected {expected} {what} in {folder}, found {found}; they are of another training set")
 
 
 def calc_influence_function(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -16,74 +15,30 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from .rules import (
+    CALC_METHODS,
+    CURVATURES,
+    NUMBER,
+    OTHER,
+    PRECONDITIONERS,
+    SOLVER_NAMES,
+    TEXT,
+    are_names,
+    at_least,
+    either,
+    is_above_zero,
+    is_fraction,
+    is_function,
+    is_path,
+    is_real,
+    one_of,
+    quoted,
+    row,
+)
+
 ALIASES = {"r_averaging": "r", "test_start_index": "test_sample_start_per_class"}
 IGNORED = {"dataset"}
-CALC_METHODS = ("img_wise", "all_grad_then_test")
-SOLVER_NAMES = ("lissa", "cg", "exact", "ekfac", "auto")
-CURVATURES = ("hessian", "ggn")
-PRECONDITIONERS = ("ekfac",)
 LISSA_OPTIONS = ("recursion_depth", "r", "damp", "scale")
-NUMBER, TEXT, OTHER = (int, float), (str,), ()
-"""The right type of an option: a value of it that breaks the rule is a ValueError, any other a TypeError."""
-
-
-def _int(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _real(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike) and str(value) != "" and "\0" not in str(value)
-
-
-def _names(value: Any) -> bool:
-    if isinstance(value, str):
-        return True
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(name, str) for name in value)
-
-
-def _at_least(least: int) -> Callable[[Any], bool]:
-    return lambda value: _int(value, least)
-
-
-def _above_zero(value: Any) -> bool:
-    return _real(value) and value > 0
-
-
-def _fraction(value: Any) -> bool:
-    return _above_zero(value) and value < 1
-
-
-def _function(value: Any) -> bool:
-    return callable(value) and not isinstance(value, type)
-
-
-def _or(other: Any, rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    """The rule, or this very value."""
-    return lambda value: (type(value) is type(other) and value == other) or rule(value)
-
-
-def _one_of(names: Sequence[str]) -> Callable[[Any], bool]:
-    return lambda value: value in names
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return " or ".join(f'"{name}"' for name in names)
-
-
-def _row(right: tuple[type, ...], rule: Callable[[Any], bool], expected: str, meaning: str) -> dict[str, Any]:
-    """What the table says of an option beside its default.
-
-    Args:
-        right: the right type, `NUMBER`, `TEXT` or `OTHER`.
-        rule: whether a value may be.
-        expected: what an error says was expected.
-        meaning: what the documentation says.
-    """
-    return {"right": right, "rule": rule, "expected": expected, "meaning": meaning}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,106 +49,106 @@ class Config:
     """
 
     # fmt: off
-    outdir: str | os.PathLike[str] = field(default="outdir", metadata=_row(
-        TEXT, _path, "a folder (str or path without NUL)", "folder for results.",
+    outdir: str | os.PathLike[str] = field(default="outdir", metadata=row(
+        TEXT, is_path, "a folder (str or path without NUL)", "folder for results.",
     ))
-    save_pth: str | os.PathLike[str] | None = field(default=None, metadata=_row(
-        TEXT, _or(None, _or(False, _path)), "a folder (str or path without NUL) or None",
+    save_pth: str | os.PathLike[str] | None = field(default=None, metadata=row(
+        TEXT, either(None, either(False, is_path)), "a folder (str or path without NUL) or None",
         "folder for `s_test` and `grad_z`; None is inside `outdir` where a mode needs them.",
     ))
-    log_filename: str | os.PathLike[str] | None = field(default=None, metadata=_row(
-        TEXT, _or(None, _path), "a file name (str or path without NUL) or None", "also log to this file.",
+    log_filename: str | os.PathLike[str] | None = field(default=None, metadata=row(
+        TEXT, either(None, is_path), "a file name (str or path without NUL) or None", "also log to this file.",
     ))
-    progress: bool = field(default=True, metadata=_row(
+    progress: bool = field(default=True, metadata=row(
         OTHER, lambda value: isinstance(value, bool), "True or False", "progress bars.",
     ))
-    seed: int = field(default=42, metadata=_row(
-        NUMBER, _at_least(0), "a whole number of at least 0",
+    seed: int = field(default=42, metadata=row(
+        NUMBER, at_least(0), "a whole number of at least 0",
         "of every generator that is used; the global random state stays as it is.",
     ))
-    gpu: int = field(default=-1, metadata=_row(
-        NUMBER, _at_least(-1), "a CUDA device id (0, 1, ...), or -1 for the CPU",
+    gpu: int = field(default=-1, metadata=row(
+        NUMBER, at_least(-1), "a CUDA device id (0, 1, ...), or -1 for the CPU",
         "CUDA device id; -1 is the CPU.",
     ))
-    calc_method: Literal["img_wise", "all_grad_then_test"] = field(default="img_wise", metadata=_row(
-        TEXT, _one_of(CALC_METHODS), _quoted(CALC_METHODS),
+    calc_method: Literal["img_wise", "all_grad_then_test"] = field(default="img_wise", metadata=row(
+        TEXT, one_of(CALC_METHODS), quoted(CALC_METHODS),
         '`"img_wise"` or `"all_grad_then_test"`, for `calc_influences`.',
     ))
-    test_sample_start_per_class: int | bool = field(default=False, metadata=_row(
-        NUMBER, _or(False, _at_least(0)), "a whole number of at least 0, or False for 0",
+    test_sample_start_per_class: int | bool = field(default=False, metadata=row(
+        NUMBER, either(False, at_least(0)), "a whole number of at least 0, or False for 0",
         "first test sample of each class to take; False is 0.",
     ))
-    test_sample_num: int | bool = field(default=False, metadata=_row(
-        NUMBER, _or(False, _at_least(1)),
+    test_sample_num: int | bool = field(default=False, metadata=row(
+        NUMBER, either(False, at_least(1)),
         "a whole number of at least 1 (test samples per class), or False for the whole test set",
         "test samples per class; False is the whole test set.",
     ))
-    num_classes: int | None = field(default=None, metadata=_row(
-        NUMBER, _or(None, _at_least(1)), "a whole number of at least 1, or None to find it",
+    num_classes: int | None = field(default=None, metadata=row(
+        NUMBER, either(None, at_least(1)), "a whole number of at least 1, or None to find it",
         "classes 0 to num_classes - 1; None finds them from the labels.",
     ))
-    recursion_depth: int | str = field(default=5000, metadata=_row(
-        NUMBER, _or("auto", _at_least(1)), 'a whole number of at least 1, or "auto"', "LiSSA's number of steps.",
+    recursion_depth: int | str = field(default=5000, metadata=row(
+        NUMBER, either("auto", at_least(1)), 'a whole number of at least 1, or "auto"', "LiSSA's number of steps.",
     ))
-    r: int | str = field(default=1, metadata=_row(
-        NUMBER, _or("auto", _at_least(1)), 'a whole number of at least 1, or "auto"',
+    r: int | str = field(default=1, metadata=row(
+        NUMBER, either("auto", at_least(1)), 'a whole number of at least 1, or "auto"',
         "independent LiSSA recursions that are averaged.",
     ))
-    damp: float = field(default=0.01, metadata=_row(
-        NUMBER, lambda value: _real(value) and 0 <= value < 1, "a number of at least 0 and below 1",
+    damp: float = field(default=0.01, metadata=row(
+        NUMBER, lambda value: is_real(value) and 0 <= value < 1, "a number of at least 0 and below 1",
         "LiSSA's damping, in units of `scale`.",
     ))
-    scale: float | str = field(default=25, metadata=_row(
-        NUMBER, _or("auto", _above_zero), 'a number above 0, or "auto"',
+    scale: float | str = field(default=25, metadata=row(
+        NUMBER, either("auto", is_above_zero), 'a number above 0, or "auto"',
         "LiSSA's scale; above the largest eigenvalue of a minibatch's curvature.",
     ))
-    solver: str | None = field(default=None, metadata=_row(
-        TEXT, _or(None, _one_of(SOLVER_NAMES)), _quoted(SOLVER_NAMES) + " or None to choose by the options",
+    solver: str | None = field(default=None, metadata=row(
+        TEXT, either(None, one_of(SOLVER_NAMES)), quoted(SOLVER_NAMES) + " or None to choose by the options",
         '`"lissa"`, `"cg"`, `"exact"`, `"ekfac"` or `"auto"`; None is lissa where one of its options '
         "(`recursion_depth`, `r`, `damp`, `scale`, the Hessian or a preconditioner) is named, else auto.",
     ))
-    curvature: Literal["hessian", "ggn"] | None = field(default=None, metadata=_row(
-        TEXT, _or(None, _one_of(CURVATURES)), _quoted(CURVATURES) + " or None",
+    curvature: Literal["hessian", "ggn"] | None = field(default=None, metadata=row(
+        TEXT, either(None, one_of(CURVATURES)), quoted(CURVATURES) + " or None",
         '`"hessian"` or `"ggn"`; None is the Hessian for lissa, Gauss-Newton for the others.',
     ))
-    damping: float | str | None = field(default=None, metadata=_row(
-        NUMBER, _or(None, _or("auto", lambda value: _real(value) and value >= 0)),
+    damping: float | str | None = field(default=None, metadata=row(
+        NUMBER, either(None, either("auto", lambda value: is_real(value) and value >= 0)),
         'a number of at least 0, "auto", or None for damp * scale (with solver="auto": "auto")',
         'lambda in (H + lambda I); None is damp * scale (for `solver="auto"`: `"auto"`), `"auto"` is chosen from the '
         "model, as the smallest at which its predictions of loss changes hold.",
     ))
-    preconditioner: str | None = field(default=None, metadata=_row(
-        TEXT, _or(None, _one_of(PRECONDITIONERS)), _quoted(PRECONDITIONERS) + " or None",
+    preconditioner: str | None = field(default=None, metadata=row(
+        TEXT, either(None, one_of(PRECONDITIONERS)), quoted(PRECONDITIONERS) + " or None",
         '`"ekfac"`, for lissa and cg.',
     ))
-    tolerance: float | None = field(default=0.01, metadata=_row(
-        NUMBER, _or(None, _fraction), "a number above 0, or None to run all steps, and below 1",
+    tolerance: float | None = field(default=0.01, metadata=row(
+        NUMBER, either(None, is_fraction), "a number above 0, or None to run all steps, and below 1",
         "relative residual at which an iteration may stop; None runs all its steps.",
     ))
-    batch_size: int | None = field(default=None, metadata=_row(
-        NUMBER, _or(None, _at_least(1)), "a whole number of at least 1, or None",
+    batch_size: int | None = field(default=None, metadata=row(
+        NUMBER, either(None, at_least(1)), "a whole number of at least 1, or None",
         "training samples at a time when scoring; None fits `max_memory`.",
     ))
-    max_memory: float | None = field(default=None, metadata=_row(
-        NUMBER, _or(None, _above_zero), "a number of MiB above 0, or None",
+    max_memory: float | None = field(default=None, metadata=row(
+        NUMBER, either(None, is_above_zero), "a number of MiB above 0, or None",
         "MiB for working tensors; None is a quarter of what is free.",
     ))
-    loss_func: Callable[..., Any] | None = field(default=None, metadata=_row(
-        OTHER, _or(None, _function),
+    loss_func: Callable[..., Any] | None = field(default=None, metadata=row(
+        OTHER, either(None, is_function),
         "a callable (output, target) -> mean loss (of a class an instance of it), or None for cross-entropy",
         "(output, target) -> mean loss of a batch; None is cross-entropy.",
     ))
-    model_loss: Callable[..., Any] | None = field(default=None, metadata=_row(
-        OTHER, _or(None, _function),
+    model_loss: Callable[..., Any] | None = field(default=None, metadata=row(
+        OTHER, either(None, is_function),
         "a callable (model, batch) -> mean loss (of a class an instance of it), or None",
         "(model, batch) -> mean loss, for batches that are not (input, target).",
     ))
-    parameters: str | Sequence[str] | None = field(default=None, metadata=_row(
-        TEXT, _or(None, _names), "a name or pattern, a list of them, or None",
+    parameters: str | Sequence[str] | None = field(default=None, metadata=row(
+        TEXT, either(None, are_names), "a name or pattern, a list of them, or None",
         'names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.',
     ))
-    top_k: int = field(default=500, metadata=_row(
-        NUMBER, _at_least(0), "a whole number of at least 0",
+    top_k: int = field(default=500, metadata=row(
+        NUMBER, at_least(0), "a whole number of at least 0",
         "how many of `harmful` and `helpful` each test sample's entry keeps.",
     ))
     # fmt: on

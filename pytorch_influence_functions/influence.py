@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader
 
 from .config import Config
 from .data.samples import Samples
-from .member import Group, Member
+from .member import Member
+from .solve.groups import Group
 
 
 class InfluenceFunction:

@@ -18,6 +18,7 @@ from .data.samples import Samples
 from .model.door import check_losses, check_mean
 from .model.gradients import gradient, gradient_products, per_sample_gradients, require_finite
 from .solve.errors import DivergenceError, ToleranceWarning
+from .solve.groups import Group, Unmeasured, split
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.solution import Solution
@@ -25,31 +26,6 @@ from .solve.solvers import Solver, row_of
 from .utils import warn
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class Unmeasured:
-    """Solutions of an approximation for v [K, P], whose residual costs as much as they do."""
-
-    v: Tensor
-    solution: Solution
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-    """Test samples that were solved together.
-
-    Attributes:
-        indices: of the test samples.
-        vectors: their solutions s [k, P].
-        chains: those of each recursion [r, k, P], or None.
-        residual: relative residual of each [k].
-    """
-
-    indices: list[int]
-    vectors: Tensor
-    chains: Tensor | None
-    residual: Tensor
 
 
 class Member:
@@ -320,9 +296,3 @@ def _require_solved(vectors: Tensor) -> None:
             "the solution is NaN or infinite, though the loss and the gradient of each training sample are finite: "
             "raise config['damping'], or use the model in double precision"
         )
-
-
-def split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Parts of at most `size`, in order."""
-    for start in range(0, len(indices), size):
-        yield list(indices[start : start + size])

@@ -6,7 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from torch.utils.data import DataLoader
+
 from ..config import Config
+from ..data.checks import require_whole
+from ..data.samples import Samples
 from ..utils import as_json
 
 
@@ -68,3 +72,34 @@ def slice_of_class(rows: list[int], class_id: int, start: int, num: int | None) 
             f"{start} on are asked for; lower config['test_sample_num'] or config['test_sample_start_per_class']"
         )
     return rows[start:stop]
+
+
+def get_dataset_sample_ids_per_class(
+    class_id: int, num_samples: int, test_loader: DataLoader[Any], start_index: int = 0
+) -> list[int]:
+    """Indices of `num_samples` samples of one class, from its `start_index`-th on, in the order of the data set.
+
+    Raises:
+        ValueError: the class has fewer samples.
+    """
+    num, start = require_whole(num_samples, "num_samples", 0), require_whole(start_index, "start_index", 0)
+    labels = Samples(test_loader, name="test_loader", progress=False).labels()
+    return slice_of_class(indices_per_class(labels).get(class_id, []), class_id, start, num)
+
+
+def get_dataset_sample_ids(
+    num_samples: int, test_loader: DataLoader[Any], num_classes: int | None = None, start_index: int = 0
+) -> tuple[dict[int, list[int]], list[int]]:
+    """`num_samples` indices of each class, from its `start_index`-th sample on.
+
+    Returns:
+        `({class: indices}, indices)`, the second a class after the other. The dict takes a class as number or string.
+
+    Raises:
+        ValueError: a class has fewer samples.
+    """
+    num, start = require_whole(num_samples, "num_samples", 0), require_whole(start_index, "start_index", 0)
+    labels = Samples(test_loader, name="test_loader", progress=False).labels()
+    by_class = indices_per_class(labels, num_classes)
+    chosen = ByClass({c: slice_of_class(rows, c, start, num) for c, rows in by_class.items()})
+    return chosen, [i for rows in chosen.values() for i in rows]

@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..model.gradients import NonFiniteError, per_sample_gradients
 from .cg import conjugate_gradient
-from .ekfac import build, by_gradients, solver
+from .ekfac import by_gradients, solver
 from .exact import dense_form, exact
+from .factors import build
 from .lissa import lissa
 from .low_rank import (
     WORK,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..utils import progress_bar
-from .ekfac import build
 from .errors import DivergenceError, NegativeCurvatureError
+from .factors import build
 from .problem import Problem
 from .solution import Damping, Prepared, Solution
 from .system import Residual, System

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..model.gradients import gradient_products
-from .ekfac import build
+from .factors import build
 from .problem import MOST_CHAINS, Problem
 from .recursion import CHECK_COST, Recursion
 from .repeats import Row, resolved

@@ -18,8 +18,9 @@ from ..model.gradients import activation_bytes, reuse
 from ..model.outer_products import is_one_hot, one_hot_norms
 from .cg import iterate
 from .damping import HALVES, choose_damping, error_curve
-from .ekfac import DAMPING_TARGET, Ekfac, eigenbasis_rows, fit
+from .ekfac import DAMPING_TARGET
 from .errors import NegativeCurvatureError
+from .factors import Ekfac, eigenbasis_rows, fit
 from .passes import Passes, Seen, directions
 from .problem import Problem
 from .solution import Damping

@@ -17,10 +17,11 @@ from torch.func import vjp, vmap
 from ..data.batch import Batch
 from ..model import draws
 from ..model.budget import DIAGONAL_BLOCK, MIB
-from ..model.layers import Forward, Layer, backward, forward, gather, layer_inputs, parameter_places, usable_layers
+from ..model.layers import Forward, Layer, backward, forward, gather, layer_inputs
 from ..model.likelihoods import DENSE_OUTPUTS, likelihood, roots
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
+from ..model.usable import parameter_places, usable_layers
 from .problem import Problem
 
 logger = logging.getLogger(__name__)

@@ -7,10 +7,10 @@ import dataclasses
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..model.curvature import Spectrum, extreme_eigenvalues
+from ..model.lanczos import Spectrum, extreme_eigenvalues
 from ..utils import warn
-from .ekfac import Ekfac
 from .errors import CurvatureWarning, NegativeCurvatureError
+from .factors import Ekfac
 from .system import System, row_norms, take
 
 MINIBATCHES, SWEEPS = 4, 8

@@ -12,8 +12,8 @@ import pytorch_influence_functions as ptif
 from pytorch_influence_functions.model import budget
 from pytorch_influence_functions.model.budget import MIB, Budget
 from pytorch_influence_functions.solve import auto
-from pytorch_influence_functions.solve.ekfac import build
 from pytorch_influence_functions.solve.exact import dense_curvature
+from pytorch_influence_functions.solve.factors import build
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 70  # more than two blocks of the diagonal outside the layers, and a ragged one

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model.layer_rules import parts_of
-from pytorch_influence_functions.model.layers import backward, forward, gather, layer_inputs, scatter, usable_layers
+from pytorch_influence_functions.model.layers import backward, forward, gather, layer_inputs, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outer_products import one_hot_norms, outer_products
 from pytorch_influence_functions.model.probe import probe
+from pytorch_influence_functions.model.usable import usable_layers
 from pytorch_influence_functions.solve import auto, ekfac, passes
 from pytorch_influence_functions.solve.low_rank import low_rank
 

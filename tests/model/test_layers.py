@@ -9,17 +9,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.model.layers import (
-    LAYOUTS,
-    backward,
-    forward,
-    gather,
-    layer_inputs,
-    scatter,
-    usable_layers,
-)
+from pytorch_influence_functions.model.layers import LAYOUTS, backward, forward, gather, layer_inputs, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.probe import probe
+from pytorch_influence_functions.model.usable import usable_layers
 from pytorch_influence_functions.solve import auto, passes
 
 pytestmark = pytest.mark.usefixtures("double")

@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.model.curvature import PRODUCTS, Curvature, extreme_eigenvalues
+from pytorch_influence_functions.model.curvature import PRODUCTS, Curvature
 from pytorch_influence_functions.model.gradients import forward_products, gradient_products, per_sample_gradients
+from pytorch_influence_functions.model.lanczos import extreme_eigenvalues
 from pytorch_influence_functions.model.objective import Objective, Paths
 from pytorch_influence_functions.model.probe import probe
 from pytorch_influence_functions.solve.exact import gauss_newton_rows

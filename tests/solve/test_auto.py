@@ -11,8 +11,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.solve import auto, damping
-from pytorch_influence_functions.solve.ekfac import build
 from pytorch_influence_functions.solve.exact import dense_curvature
+from pytorch_influence_functions.solve.factors import build
 from pytorch_influence_functions.solve.low_rank import low_rank
 from pytorch_influence_functions.solve.system import System
 

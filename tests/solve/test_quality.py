@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.model.curvature import extreme_eigenvalues
+from pytorch_influence_functions.model.lanczos import extreme_eigenvalues
 from pytorch_influence_functions.solve import lissa as lissa_module
 from pytorch_influence_functions.solve import recursion as recursion_module
 from pytorch_influence_functions.solve import scale as scale_module

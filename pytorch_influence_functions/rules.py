@@ -1,0 +1,84 @@
+"""Rules that a value of an option may have to keep, and a row of the table of options."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+CALC_METHODS = ("img_wise", "all_grad_then_test")
+SOLVER_NAMES = ("lissa", "cg", "exact", "ekfac", "auto")
+CURVATURES = ("hessian", "ggn")
+PRECONDITIONERS = ("ekfac",)
+NUMBER, TEXT, OTHER = (int, float), (str,), ()
+"""The right type of an option: a value of it that breaks the rule is a ValueError, any other a TypeError."""
+
+
+def is_whole(value: Any, least: int) -> bool:
+    """A whole number of at least `least`; True and False are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_real(value: Any) -> bool:
+    """A finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_path(value: Any) -> bool:
+    """A file or folder name."""
+    return isinstance(value, str | os.PathLike) and str(value) != "" and "\0" not in str(value)
+
+
+def are_names(value: Any) -> bool:
+    """A name, or a sequence of some."""
+    if isinstance(value, str):
+        return True
+    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(name, str) for name in value)
+
+
+def at_least(least: int) -> Callable[[Any], bool]:
+    """The rule: a whole number of at least `least`."""
+    return lambda value: is_whole(value, least)
+
+
+def is_above_zero(value: Any) -> bool:
+    """A finite number above 0."""
+    return is_real(value) and value > 0
+
+
+def is_fraction(value: Any) -> bool:
+    """A number above 0 and below 1."""
+    return is_above_zero(value) and value < 1
+
+
+def is_function(value: Any) -> bool:
+    """A callable that is no class."""
+    return callable(value) and not isinstance(value, type)
+
+
+def either(other: Any, rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The rule, or this very value."""
+    return lambda value: (type(value) is type(other) and value == other) or rule(value)
+
+
+def one_of(names: Sequence[str]) -> Callable[[Any], bool]:
+    """The rule: one of these names."""
+    return lambda value: value in names
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Names as a message lists them."""
+    return " or ".join(f'"{name}"' for name in names)
+
+
+def row(right: tuple[type, ...], rule: Callable[[Any], bool], expected: str, meaning: str) -> dict[str, Any]:
+    """What the table says of an option beside its default.
+
+    Args:
+        right: the right type, `NUMBER`, `TEXT` or `OTHER`.
+        rule: whether a value may be.
+        expected: what an error says was expected.
+        meaning: what the documentation says.
+    """
+    return {"right": right, "rule": rule, "expected": expected, "meaning": meaning}

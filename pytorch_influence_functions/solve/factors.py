@@ -1,0 +1,192 @@
+r"""EKFAC: the Gauss-Newton matrix as one Kronecker-factored block per layer, with corrected eigenvalues.
+
+Of a layer with inputs a_t and output gradients g_t (t over sequence or image positions) the gradient of one sample is
+\sum_t g_t a_t^T. Martens & Grosse 2015 take S \otimes A, A = E[a a^T], S = E[g g^T], for its block; George et al.
+2018 keep the eigenvectors Q_S \otimes Q_A and replace the eigenvalues by E[(Q_S^T \sum_t g_t a_t^T Q_A)^2]. The g are
+drawn so that E[g g^T] is the Gauss-Newton matrix itself (for cross-entropy and Gaussian losses the true Fisher matrix),
+or summed over all outputs where there are few. The scale and shift of a norm, and a bias alone, are outputs of a single
+input that is one: their block is exact. Parameters outside such layers have a diagonal block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model.budget import outer_block
+from ..model.layers import Layer, gather, scatter
+from ..model.objective import Objective
+from ..model.outer_products import (
+    one_hot_squares,
+    outer_products,
+    rotated,
+    second_moment,
+)
+from .passes import Passes, Seen, output_rows
+from .problem import Problem
+
+
+class Block(NamedTuple):
+    """Eigenvectors of the two factors of a layer's groups; None are the axes."""
+
+    layer: Layer
+    Q_in: Tensor | None
+    """[groups, in, in]"""
+    Q_out: Tensor | None
+    """[groups, out, out]"""
+
+    def rotated(self, g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """What the layer sees, in the eigenbasis: [..., T, groups, out], [B, T, groups, in] -> [..., groups, T, .]."""
+        return rotated(g, self.Q_out), rotated(a, self.Q_in)
+
+    def to_eigenbasis(self, W: Tensor) -> Tensor:
+        """[K, groups, out, in] -> the same shape."""
+        W = W if self.Q_out is None else self.Q_out.mT @ W
+        return W if self.Q_in is None else W @ self.Q_in
+
+    def from_eigenbasis(self, W: Tensor) -> Tensor:
+        """The inverse of `to_eigenbasis`."""
+        W = W if self.Q_out is None else self.Q_out @ W
+        return W if self.Q_in is None else W @ self.Q_in.mT
+
+
+class Ekfac:
+    r"""The approximation of G: apply (G + \lambda I)^{-1}, G itself, or their quadratic form to stacks [K, P].
+
+    Attributes:
+        blocks: the layers with their eigenvectors.
+        eigenvalues: [P]; coordinates in the eigenbasis lie where the parameters of their layer do.
+        outside: indices of the parameters outside the layers, whose coordinates are themselves.
+    """
+
+    def __init__(self, blocks: list[Block], eigenvalues: Tensor, outside: Tensor) -> None:
+        self.blocks, self.eigenvalues, self.outside = blocks, eigenvalues, outside
+
+    def to_eigenbasis(self, v: Tensor) -> Tensor:
+        """Each row of v [K, P] in the eigenbasis -> [K, P]."""
+        result = v.clone()
+        for block in self.blocks:
+            scatter(block.layer, block.to_eigenbasis(gather(block.layer, v)), result)
+        return result
+
+    def from_eigenbasis(self, v: Tensor) -> Tensor:
+        """The inverse of `to_eigenbasis`."""
+        result = v.clone()
+        for block in self.blocks:
+            scatter(block.layer, block.from_eigenbasis(gather(block.layer, v)), result)
+        return result
+
+    def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
+        """(G + damping I)^exponent of each row of v [K, P] -> [K, P]."""
+        return self.apply(v, lambda eigenvalues: (eigenvalues + damping) ** exponent)
+
+    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
+        """The map (G + damping I)^-1 of stacks [K, P] -> [K, P]."""
+        return lambda v: self.power(v, damping, -1)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """G of each row of v [K, P] -> [K, P]."""
+        return self.apply(v, lambda eigenvalues: eigenvalues)
+
+    def quadratic(self, v: Tensor, damping: float) -> Tensor:
+        """v_k . (G + damping I)^-1 v_k of each row of v [K, P] -> [K]."""
+        squares = self.to_eigenbasis(v).square()
+        return (squares / (self.eigenvalues + damping)).sum(1)
+
+    def apply(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        """f(G) of each row of v [K, P] -> [K, P], f of the eigenvalues."""
+        return self.from_eigenbasis(self.to_eigenbasis(v) * function(self.eigenvalues))
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean of the P eigenvalues."""
+        return float(self.eigenvalues.mean())
+
+
+def build(problem: Problem) -> Ekfac:
+    """Gather the factors in one pass over the training set and the corrected eigenvalues in a second."""
+    return fit(Passes(problem))
+
+
+def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
+    """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
+    layers, n = passes.layers, passes.problem.samples.n
+    theta, max_bytes = passes.problem.objective.theta, passes.problem.budget.product
+    eigenvalues = torch.zeros_like(theta).unsqueeze(0)
+    A: dict[int, Tensor] = {}
+    S: dict[int, Tensor] = {}
+    for seen in passes:
+        eigenvalues[0, passes.outside] += seen.outside / n
+        for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
+            if (i, "in") not in passes.axes:
+                _add(A, i, second_moment(x))
+            if (i, "out") not in passes.axes:
+                _add(S, i, second_moment(g.flatten(0, 1)))
+    # each factor is let go once its eigenvectors are there
+    blocks = [Block(layer, _eigenvectors(A, i, n), _eigenvectors(S, i, n)) for i, layer in enumerate(layers)]
+    squares: dict[int, Tensor] = {}
+    for seen in passes:
+        for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
+            left, right = blocks[i].rotated(g, x)
+            _add(squares, i, _squares(left, right, layers[i].classes, max_bytes))
+    for i, layer in enumerate(layers):
+        scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
+    return Ekfac(blocks, eigenvalues[0], passes.outside)
+
+
+def _add(sums: dict[int, Tensor], i: int, part: Tensor) -> None:
+    """Add to the i-th sum."""
+    if i in sums:
+        sums[i].add_(part)
+    else:
+        sums[i] = part
+
+
+def _kept(seen: Seen, keep: Tensor | None) -> list[Tensor]:
+    """The gradients of each layer's outputs, zero for the rows that `keep` [D, n] leaves out."""
+    if keep is None:
+        return seen.gradients
+    mask = keep[:, torch.as_tensor(seen.batch.indices, device=keep.device)]
+    return [g * mask.to(g).view(*mask.shape, 1, 1, 1) for g in seen.gradients]
+
+
+def _eigenvectors(sums: dict[int, Tensor], i: int, n: int) -> Tensor | None:
+    """Those of the i-th sum over n samples, which is let go; None where the axes stand for them."""
+    return torch.linalg.eigh(sums.pop(i).div_(n))[1] if i in sums else None
+
+
+def _squares(g: Tensor, a: Tensor, classes: int | None, max_bytes: float) -> Tensor:
+    """Sum over draws and samples of (sum_t g_t a_t^T)^2; g [D, B, groups, T, out], a [B, groups, T, in]."""
+    if classes is not None:
+        return one_hot_squares(g, a, classes)
+    if g.shape[3] == 1:
+        return g[:, :, :, 0].square().sum(0).permute(1, 2, 0) @ a[:, :, 0].square().transpose(0, 1)
+    size = few(g[0], a, max_bytes)
+    total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
+    for draw in g:
+        for x, y in zip(draw.split(size), a.split(size), strict=True):
+            total += (x.mT @ y).square_().sum(0)
+    return total
+
+
+def few(g: Tensor, a: Tensor, max_bytes: float) -> int:
+    """How many samples' gradients of a layer to hold at once; g [B, groups, T, out], a [B, groups, T, in]."""
+    return outer_block(g.shape[1] * g.shape[3] * a.shape[3] * a.element_size(), max_bytes)
+
+
+def eigenbasis_rows(objective: Objective, factors: Ekfac, seen: Seen, draws: Tensor, places: Tensor) -> Tensor:
+    """The gradients J_i^T e_ik of these (draw, place in the batch) pairs, in the eigenbasis -> [len(draws), P]."""
+    rows = torch.zeros(len(draws), objective.P, dtype=objective.dtype, device=objective.device)
+    for block, x, g in zip(factors.blocks, seen.inputs, seen.gradients, strict=True):
+        left, right = block.rotated(g[draws, places], x[places])
+        scatter(block.layer, outer_products(left, right, block.layer.classes), rows)
+    if len(factors.outside):
+        batch = seen.batch
+        e = [part[draws, places] for part in seen.cotangents]
+        if batch.size > 1:
+            batch = batch._replace(leaves=[t[places] for t in batch.leaves], size=len(places), indices=places.tolist())
+        rows[:, factors.outside] = output_rows(objective, batch, e)[:, factors.outside]
+    return rows

@@ -1,0 +1,41 @@
+"""Test samples that are solved together, a group at a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from .solution import Solution
+
+
+@dataclasses.dataclass
+class Unmeasured:
+    """Solutions of an approximation for v [K, P], whose residual costs as much as they do."""
+
+    v: Tensor
+    solution: Solution
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Test samples that were solved together.
+
+    Attributes:
+        indices: of the test samples.
+        vectors: their solutions s [k, P].
+        chains: those of each recursion [r, k, P], or None.
+        residual: relative residual of each [k].
+    """
+
+    indices: list[int]
+    vectors: Tensor
+    chains: Tensor | None
+    residual: Tensor
+
+
+def split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Parts of at most `size`, in order."""
+    for start in range(0, len(indices), size):
+        yield list(indices[start : start + size])
