@@ -6,9 +6,7 @@ this object alone: nothing else in the package knows what a batch looks like.
 
 from __future__ import annotations
 
-import contextlib
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -19,16 +17,13 @@ from ..data.batch import Batch, flatten_tree
 from .calls import recorded, replayed
 from .cross_entropy import IGNORED_CLASS, calc_loss, cross_entropies, cross_entropy_of
 from .outputs import Head, numbers_of
-from .parameters import require_module, select_parameters, unwrapped, widest
+from .parameters import require_module
+from .parametrised import Parametrised, Theta
 from .paths import Paths
-from .state import forgotten
-from .swap import LOCK, differentiable, find_slots, swapped
 from .user_loss import input_and_target, one_number
 
 __all__ = ["IGNORED_CLASS", "Objective", "Paths", "Rebuild", "Theta", "calc_loss"]
 Rebuild = Callable[[Sequence[Tensor]], Any]
-Theta = Tensor | Sequence[Tensor]
-"""The parameters as one vector [P], or as tensors of their shapes."""
 
 
 class Direct(NamedTuple):
@@ -38,10 +33,8 @@ class Direct(NamedTuple):
     theta: Theta
 
 
-class Objective:
-    """The loss of a model on batches, at any parameters; the user's model stays as it is.
-
-    Inside `active` the parameters are swapped in place of the model's own for the time of a call.
+class Objective(Parametrised):
+    """The loss of a model on batches, at any parameters.
 
     Args:
         model: the trained model, from DataParallel or torch.compile too.
@@ -51,10 +44,6 @@ class Objective:
         device: where to compute; None is where the model is.
 
     Attributes:
-        theta: the parameters as one vector [P], a copy, in single precision at least.
-        leaves: theta cut into its parameters, each the leaf of a graph.
-        names, shapes: of each parameter, in the order of theta; tied parameters once.
-        cast: the precision that the model and its inputs are computed in; None is their own.
         mutates: whether the model changes its inputs in place, so that it gets copies.
         head: what stands for a loss that is linear in what the model returns.
         parts: whether `model_loss` calls parts of the model, or differentiates; else only calls of the model count.
@@ -78,12 +67,11 @@ class Objective:
         device: torch.device | None = None,
     ) -> None:
         require_module(model, called=model_loss is None)
-        self.model = unwrapped(model)
+        super().__init__(model, parameters, device)
         self.loss_func = calc_loss if loss_func is None else loss_func
         self.model_loss = model_loss
         self.paths = Paths()
         self.cost: tuple[float, int] | None = None
-        self.cast: torch.dtype | None = None
         self.mutates = False
         self.head: Head | None = None
         self.parts = self.direct = False
@@ -91,34 +79,6 @@ class Objective:
         self.refused: str | None = None
         self.once: str | None = None
         self.rounded: torch.dtype | None = None
-        with LOCK:  # another thread may have its own parameters in the model's places
-            self._take_parameters(parameters, device)
-
-    def _take_parameters(self, parameters: str | Sequence[str] | None, device: torch.device | None) -> None:
-        """Copy the chosen parameters into theta, and keep the others and the buffers."""
-        chosen = select_parameters(self.model, parameters)
-        first = next(iter(chosen.values()))
-        self.device = first.device if device is None else device
-        self.names, self.shapes = list(chosen), [p.shape for p in chosen.values()]
-        self.sizes = [p.numel() for p in chosen.values()]
-        self.dtypes = [p.dtype for p in chosen.values()]
-        # sums of many gradients drown in half precision, so that vectors are in single precision at least
-        self.dtype = torch.promote_types(widest(self.dtypes), torch.float32)
-        with torch.inference_mode(False):
-            parts = [p.detach().reshape(-1).to(self.device, self.dtype) for p in chosen.values()]
-            self.theta = torch.cat(parts).clone()
-            self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
-            self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
-            self.leaves = [part.requires_grad_() for part in self.unflatten(self.theta.detach())]
-        self._find_places()
-
-    def _find_places(self) -> None:
-        self._slots, self._modules = find_slots(self.model), list(self.model.modules())
-
-    @property
-    def P(self) -> int:
-        """Number of parameters."""
-        return len(self.theta)
 
     # ---- the functions
 
@@ -209,68 +169,7 @@ class Objective:
         each = [one([t[i] for t in batch.leaves], [row[i] for row in rows]) for i in range(batch.size)]
         return torch.stack(each)
 
-    def in_precision(self, dtype: torch.dtype) -> Objective:
-        """The same objective with the model, its inputs and the vectors in another precision."""
-        twin = copy.copy(self)
-        twin.cast, twin.dtype, twin.dtypes = dtype, dtype, [dtype] * len(self.dtypes)
-        twin.theta = self.theta.to(dtype)
-        twin.leaves = [part.requires_grad_() for part in twin.unflatten(twin.theta.detach())]
-        twin._fixed = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self._fixed.items()}
-        return twin
-
-    def at(self, theta: Tensor) -> Objective:
-        """The same objective at other parameters [P]."""
-        twin = copy.copy(self)
-        twin.theta = theta.detach()
-        twin.leaves = [part.requires_grad_() for part in twin.unflatten(twin.theta)]
-        return twin
-
-    def double(self) -> Objective:
-        """The same objective in double precision."""
-        return self.in_precision(torch.float64)
-
-    def fixed(self) -> list[Tensor]:
-        """Frozen parameters and buffers, which no sample adds to."""
-        return list(self._fixed.values())
-
-    # ---- flat and structured
-
-    def flatten(self, tensors: Sequence[Tensor], name: str = "tensors") -> Tensor:
-        """Tensors shaped like the parameters -> [P].
-
-        Raises:
-            ValueError: they are not; the message calls them `name`.
-        """
-        shapes, found = [tuple(shape) for shape in self.shapes], [tuple(t.shape) for t in tensors]
-        if shapes != found:
-            raise ValueError(f"{name}: expected tensors shaped like the parameters, {shapes}, got {found}")
-        return torch.cat([t.detach().reshape(-1).to(self.device, self.dtype) for t in tensors])
-
-    def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """[P] -> tensors shaped like the parameters."""
-        return [
-            part.view(shape) if len(shape) != 1 else part
-            for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)
-        ]
-
-    @contextlib.contextmanager
-    def active(self) -> Iterator[None]:
-        """Inside: the model in evaluation mode, and every operation one that can be differentiated twice."""
-        with differentiable(self.model, self.device):
-            self._find_places()
-            yield
-
     # ---- inside
-
-    @contextlib.contextmanager
-    def _at(self, theta: Theta) -> Iterator[nn.Module]:
-        """The model at theta, with buffers of its own inside; its own tensors are back afterwards."""
-        parts = self.unflatten(theta) if isinstance(theta, Tensor) else theta
-        state = dict(self._fixed)
-        for name, t, dtype in zip(self.names, parts, self.dtypes, strict=True):
-            state[name] = t if t.dtype == dtype else t.to(dtype)
-        with forgotten(self._modules), swapped(self._slots, state):
-            yield self.model
 
     def _call(self, theta: Theta, tree: Any) -> Tensor:
         """Mean loss of a batch by the user's loss."""
