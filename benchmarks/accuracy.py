@@ -36,7 +36,10 @@ OURS = {
     'ours, solver="lissa", its default options': {"solver": "lissa"},
 }  # fmt: skip
 THREE = 'ours, solver="auto", three models'
-SETTINGS = {"kronfluence EKFAC": ["heuristic", 1e-4, 1e-3, 3e-3, 1e-2], "TRAK": [10.0, 30.0, 100.0, 300.0, 1000.0]}
+SETTINGS = {
+    "kronfluence EKFAC": ["heuristic", 1e-4, 1e-3, 3e-3, 1e-2],
+    "TRAK": [10.0, 30.0, 100.0, 300.0, 1000.0],
+}
 DAMPINGS = [1e-3, 1e-2, 3e-2, 1e-1]
 """TRAK's is not divided by the number of training samples."""
 MODELS = 3
@@ -48,27 +51,55 @@ def one(name, setting, seed, out):
     start = time.perf_counter()
     model = digits.train_model(digits.loader(), seed)
     training = time.perf_counter() - start
-    models = [model, *(digits.train_model(seed=seed + k) for k in (1, 2))] if name == THREE else model
+    models = (
+        [model, *(digits.train_model(seed=seed + k) for k in (1, 2))]
+        if name == THREE
+        else model
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     if name in PEERS:
         scores = PEERS[name][1](digits, model, setting)
     else:
         options = OURS['ours, solver="auto"' if name == THREE else name]
-        influence = ptif.InfluenceFunction(models, digits.loader(), progress=False, **options)
+        influence = ptif.InfluenceFunction(
+            models, digits.loader(), progress=False, **options
+        )
         scores = influence.scores(DataLoader(digits.test, 150))
     seconds = time.perf_counter() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    torch.save({"scores": torch.as_tensor(scores), "seconds": seconds, "training": training, "peak": peak}, out)
+    torch.save(
+        {
+            "scores": torch.as_tensor(scores),
+            "seconds": seconds,
+            "training": training,
+            "peak": peak,
+        },
+        out,
+    )
 
 
 def run(name, setting, seed, limit):
     """`one` in a process of its own; the reason as a string where it came to nothing."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.pt"
-        command = [sys.executable, __file__, "--one", name, repr(setting), str(seed), str(out)]
+        command = [
+            sys.executable,
+            __file__,
+            "--one",
+            name,
+            repr(setting),
+            str(seed),
+            str(out),
+        ]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                timeout=limit,
+                check=False,
+            )
         except subprocess.TimeoutExpired:
             return f"more than {limit} s"
         if done.returncode:
@@ -83,11 +114,24 @@ def row(name, setting, results, retrained):
     if failed:
         print(f"| {name} | {setting} | {failed[0]} | | | |", flush=True)
         return
-    found = [ptif.linear_datamodeling_score(r["scores"].double(), retrained) for r in results]
-    mean = f" (mean of {len(found)} models: {np.mean([f.score for f in found]):.3f})" if len(found) > 1 else ""
-    seconds, peak = np.median([r["seconds"] for r in results]), np.median([r["peak"] for r in results])
+    found = [
+        ptif.linear_datamodeling_score(r["scores"].double(), retrained)
+        for r in results
+    ]
+    mean = (
+        f" (mean of {len(found)} models: {np.mean([f.score for f in found]):.3f})"
+        if len(found) > 1
+        else ""
+    )
+    seconds, peak = (
+        np.median([r["seconds"] for r in results]),
+        np.median([r["peak"] for r in results]),
+    )
     part = np.median([r["seconds"] / r["training"] for r in results])
-    print(f"| {name} | {setting} | {found[0]}{mean} | {seconds:.1f} | {part:.2f} | {peak:.0f} |", flush=True)
+    print(
+        f"| {name} | {setting} | {found[0]}{mean} | {seconds:.1f} | {part:.2f} | {peak:.0f} |",
+        flush=True,
+    )
 
 
 def more_tests(repeats=3):
@@ -99,31 +143,56 @@ def more_tests(repeats=3):
     for _ in range(repeats):
         for tests in (digits.test, many):
             start = time.perf_counter()
-            influence = ptif.InfluenceFunction(model, digits.loader(), solver="auto", progress=False)
+            influence = ptif.InfluenceFunction(
+                model, digits.loader(), solver="auto", progress=False
+            )
             influence.scores(DataLoader(tests, 100))
             seconds[len(tests)].append(time.perf_counter() - start)
     few, all_of_them = (np.median(s) for s in seconds.values())
-    print(f"\n1000 test samples: {all_of_them:.2f} s, {all_of_them / few:.2f} times the {few:.2f} s for 150")
+    print(
+        f"\n1000 test samples: {all_of_them:.2f} s, {all_of_them / few:.2f} times the {few:.2f} s for 150"
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", help="names, or beginnings of names")
-    parser.add_argument("--limit", type=int, default=300, help="seconds for one run")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", nargs="*", help="names, or beginnings of names"
+    )
+    parser.add_argument(
+        "--limit", type=int, default=300, help="seconds for one run"
+    )
     parser.add_argument("--folder", default=FOLDER)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         name, setting, seed, out = args.one
-        one(name, setting if "heuristic" in setting else None if setting == "None" else float(setting), int(seed), out)
+        one(
+            name,
+            setting
+            if "heuristic" in setting
+            else None
+            if setting == "None"
+            else float(setting),
+            int(seed),
+            out,
+        )
         return
     wanted = [
-        name for name in (*OURS, THREE, *PEERS) if args.only is None or any(name.startswith(o) for o in args.only)
+        name
+        for name in (*OURS, THREE, *PEERS)
+        if args.only is None or any(name.startswith(o) for o in args.only)
     ]
     retrained = task("digits").retrained(args.folder)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; with true expected losses the score would be "
           f"{retrained.ceiling:.2f}\n")  # fmt: skip
-    print("| | damping | score | seconds | of the training | MiB |\n|---|---|---|---|---|---|", flush=True)
+    print(
+        "| | damping | score | seconds | of the training | MiB |\n|---|---|---|---|---|---|",
+        flush=True,
+    )
     for name in wanted:
         if name in PEERS and importlib.util.find_spec(PEERS[name][0]) is None:
             print(f"| {name} | | not installed | | | |", flush=True)
@@ -133,14 +202,22 @@ def main():
             row(name, "default", [default], retrained)
             if isinstance(default, str) and default.startswith("more than"):
                 continue
-            tried = {s: run(name, s, 0, args.limit) for s in SETTINGS.get(name, DAMPINGS)}
+            tried = {
+                s: run(name, s, 0, args.limit)
+                for s in SETTINGS.get(name, DAMPINGS)
+            }
             scored = {
                 s: float(ptif.linear_datamodeling_score(r["scores"].double(), retrained))
                 for s, r in tried.items() if not isinstance(r, str)
             }  # fmt: skip
             if scored:
                 best = max(scored, key=scored.__getitem__)
-                row(name, f"{best}, the best of {len(tried)}", [tried[best]], retrained)
+                row(
+                    name,
+                    f"{best}, the best of {len(tried)}",
+                    [tried[best]],
+                    retrained,
+                )
         else:
             seeds = [0] if name == THREE else range(MODELS)
             row(name, "automatic" if "auto" in name else "default", [run(name, None, s, args.limit) for s in seeds],

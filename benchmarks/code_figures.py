@@ -20,8 +20,16 @@ SILENT = {
     tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING,
     tokenize.ENDMARKER,
 }  # fmt: skip
-STARTS = {getattr(tokenize, name) for name in ("FSTRING_START", "TSTRING_START") if hasattr(tokenize, name)}
-ENDS = {getattr(tokenize, name) for name in ("FSTRING_END", "TSTRING_END") if hasattr(tokenize, name)}
+STARTS = {
+    getattr(tokenize, name)
+    for name in ("FSTRING_START", "TSTRING_START")
+    if hasattr(tokenize, name)
+}
+ENDS = {
+    getattr(tokenize, name)
+    for name in ("FSTRING_END", "TSTRING_END")
+    if hasattr(tokenize, name)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +73,19 @@ def spoken(path):
 
 
 def is_docstring(node):
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def functions(tree, path=()):
     """Every function of a tree with its dotted name, those inside classes and other functions too."""
     for node in ast.iter_child_nodes(tree):
-        named = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        named = isinstance(
+            node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+        )
         inner = (*path, node.name) if named else path
         if named and not isinstance(node, ast.ClassDef):
             yield ".".join(inner), node
@@ -94,7 +108,11 @@ def read(path, root):
         first, last = node.body[0], node.body[-1]
         start, stop = (first.lineno, first.col_offset), last.end_lineno
         tokens = sum(start <= begin and begin[0] <= stop for begin in begins)
-        return Body(f"{name}:{function}", sum(first.lineno <= line <= stop for line in lines), tokens)
+        return Body(
+            f"{name}:{function}",
+            sum(first.lineno <= line <= stop for line in lines),
+            tokens,
+        )
 
     bodies = tuple(body(function, node) for function, node in functions(tree))
     return Module(name, len(text.splitlines()), len(lines), len(begins), bodies)
@@ -107,7 +125,9 @@ def package_figures(root=PACKAGE):
 
 def mean_density(modules):
     """Tokens a code line."""
-    return sum(module.tokens for module in modules) / sum(module.code_lines for module in modules)
+    return sum(module.tokens for module in modules) / sum(
+        module.code_lines for module in modules
+    )
 
 
 def percentile_90(values):
@@ -119,7 +139,10 @@ def percentile_90(values):
 def report(modules, densest=DENSEST):
     """What there is to say, a line each."""
     bodies = [body for module in modules for body in module.bodies]
-    lines, tokens = [body.lines for body in bodies], [body.tokens for body in bodies]
+    lines, tokens = (
+        [body.lines for body in bodies],
+        [body.tokens for body in bodies],
+    )
     longest = max(modules, key=lambda module: module.lines)
     yield f"modules                {len(modules)}"
     yield f"lines                  {sum(module.lines for module in modules)}"
@@ -132,7 +155,11 @@ def report(modules, densest=DENSEST):
     yield from table("densest modules (tokens a line, lines)", [
         (m.tokens / max(m.code_lines, 1), m.code_lines, m.name) for m in modules if m.code_lines >= 20
     ], densest)  # fmt: skip
-    yield from table("bodies with most tokens (tokens, lines)", [(b.tokens, b.lines, b.name) for b in bodies], densest)
+    yield from table(
+        "bodies with most tokens (tokens, lines)",
+        [(b.tokens, b.lines, b.name) for b in bodies],
+        densest,
+    )
     yield from table("densest bodies of at least 4 lines (tokens a line, lines)", [
         (b.density, b.lines, b.name) for b in bodies if b.lines >= 4
     ], densest)  # fmt: skip
@@ -147,10 +174,23 @@ def table(title, rows, count):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=PACKAGE, help="another package than this one")
-    parser.add_argument("--densest", type=int, default=DENSEST, help="how many rows of each list")
+    parser.add_argument(
+        "folder",
+        nargs="?",
+        type=Path,
+        default=PACKAGE,
+        help="another package than this one",
+    )
+    parser.add_argument(
+        "--densest",
+        type=int,
+        default=DENSEST,
+        help="how many rows of each list",
+    )
     arguments = parser.parse_args()
-    print("\n".join(report(package_figures(arguments.folder), arguments.densest)))
+    print(
+        "\n".join(report(package_figures(arguments.folder), arguments.densest))
+    )
 
 
 if __name__ == "__main__":

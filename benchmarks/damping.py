@@ -34,12 +34,24 @@ def difference(retrained, one, other):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}")
-    parser.add_argument("--models", type=int, default=2, help="how many models to explain, from other seeds")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "tasks", nargs="*", default=list(TASKS), help=f"of {', '.join(TASKS)}"
+    )
+    parser.add_argument(
+        "--models",
+        type=int,
+        default=2,
+        help="how many models to explain, from other seeds",
+    )
     parser.add_argument("--folder", default=FOLDER)
     args = parser.parse_args()
-    print("| data | model | best λ of the grid | its score | λ chosen | its score | difference | gradient product |")
+    print(
+        "| data | model | best λ of the grid | its score | λ chosen | its score | difference | gradient product |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name in args.tasks:
         chosen_task = task(name)
@@ -49,18 +61,24 @@ def main():
             model = chosen_task.train_model(seed=seed)
             options = {"progress": False, "tolerance": None}
             start = time.perf_counter()
-            influence = ptif.InfluenceFunction(model, loader, solver="auto", **options)
+            influence = ptif.InfluenceFunction(
+                model, loader, solver="auto", **options
+            )
             scores = influence.scores(tests)
             seconds = time.perf_counter() - start
             grid = {
-                value: ptif.InfluenceFunction(model, loader, solver="exact", damping=value, **options).scores(tests)
+                value: ptif.InfluenceFunction(
+                    model, loader, solver="exact", damping=value, **options
+                ).scores(tests)
                 for value in GRID
             }
             found = ptif.linear_datamodeling_score(grid, retrained)
             best = max(found, key=lambda value: found[value].score)
             own = ptif.linear_datamodeling_score(scores, retrained)
             gap, error = difference(retrained, scores, grid[best])
-            far = ptif.InfluenceFunction(model, loader, solver="exact", damping=1e6, **options).scores(tests)
+            far = ptif.InfluenceFunction(
+                model, loader, solver="exact", damping=1e6, **options
+            ).scores(tests)
             plain = ptif.linear_datamodeling_score(far.double(), retrained)
             print(
                 f"| {name} | {seed} | {best:.3g} | {found[best]} | {influence.report['damping']:.3g} ({seconds:.1f} s) "

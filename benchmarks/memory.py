@@ -42,7 +42,13 @@ def cnn():
 
 def mlp():
     """1,598,730 parameters."""
-    return nn.Sequential(nn.Linear(784, 1024), nn.ReLU(), nn.Linear(1024, 768), nn.ReLU(), nn.Linear(768, 10))
+    return nn.Sequential(
+        nn.Linear(784, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, 768),
+        nn.ReLU(),
+        nn.Linear(768, 10),
+    )
 
 
 def many_classes():
@@ -96,8 +102,15 @@ def made(name):
     make, shape, classes, n = MODELS[name]
     torch.manual_seed(0)
     model = make()
-    x, t = torch.randn(n + TESTS, *shape), torch.randint(0, classes, (n + TESTS,))
-    return model, DataLoader(TensorDataset(x[TESTS:], t[TESTS:]), batch_size=BATCH), (x[:TESTS], t[:TESTS])
+    x, t = (
+        torch.randn(n + TESTS, *shape),
+        torch.randint(0, classes, (n + TESTS,)),
+    )
+    return (
+        model,
+        DataLoader(TensorDataset(x[TESTS:], t[TESTS:]), batch_size=BATCH),
+        (x[:TESTS], t[:TESTS]),
+    )
 
 
 def warm_up(model, batch):
@@ -116,24 +129,38 @@ def measure(name, solver, budget):
     told = ""
     base, begin = start_of_peak(), time.perf_counter()
     try:
-        influence = ptif.InfluenceFunction(model, loader, SOLVERS[solver], max_memory=budget, progress=False)
+        influence = ptif.InfluenceFunction(
+            model, loader, SOLVERS[solver], max_memory=budget, progress=False
+        )
         influence.scores(tests)
     except ValueError as error:
         if "max_memory" not in str(error):
             raise
         told = f"refused: {error}"
-    return {"told": told, "peak": highest() - base, "seconds": time.perf_counter() - begin}
+    return {
+        "told": told,
+        "peak": highest() - base,
+        "seconds": time.perf_counter() - begin,
+    }
 
 
 def in_a_process(case, limit):
     """`measure` in a process of its own; what went wrong where something did."""
     command = [sys.executable, __file__, "--case", json.dumps(case)]
     try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=True)
+        run = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit, check=True
+        )
     except subprocess.TimeoutExpired:
-        return {"told": f"still running after {limit} s", "peak": None, "seconds": limit}
+        return {
+            "told": f"still running after {limit} s",
+            "peak": None,
+            "seconds": limit,
+        }
     except subprocess.CalledProcessError as error:
-        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        lines = error.stderr.strip().splitlines() or [
+            f"exit status {error.returncode}"
+        ]
         return {"told": lines[-1], "peak": None, "seconds": 0}
     return json.loads(run.stdout.splitlines()[-1])
 
@@ -145,15 +172,25 @@ def verdict(row, budget):
     ratio = (row["peak"] - SLACK) / budget
     if ratio > BOUND:
         return f"{ratio:.2f}", "ABOVE"
-    return f"{max(ratio, 0):.2f}", "refused" if row["told"].startswith("refused") else "within"
+    return f"{max(ratio, 0):.2f}", "refused" if row["told"].startswith(
+        "refused"
+    ) else "within"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help=f"only max_memory {QUICK}")
-    parser.add_argument("--models", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--solvers", nargs="*", choices=SOLVERS, default=list(SOLVERS))
-    parser.add_argument("--limit", type=int, default=600, help="seconds a run may take")
+    parser.add_argument(
+        "--quick", action="store_true", help=f"only max_memory {QUICK}"
+    )
+    parser.add_argument(
+        "--models", nargs="*", choices=MODELS, default=list(MODELS)
+    )
+    parser.add_argument(
+        "--solvers", nargs="*", choices=SOLVERS, default=list(SOLVERS)
+    )
+    parser.add_argument(
+        "--limit", type=int, default=600, help="seconds a run may take"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -161,21 +198,47 @@ def main():
         print(json.dumps(measure(*arguments.case)))
         return
     budgets = QUICK if arguments.quick else BUDGETS
-    cases = [(m, s, b) for m in arguments.models for s in arguments.solvers for b in budgets]
+    cases = [
+        (m, s, b)
+        for m in arguments.models
+        for s in arguments.solvers
+        for b in budgets
+    ]
     rows = []
-    print("| model | solver | max_memory, MiB | peak, MiB | (peak - 64) / max_memory | | seconds | |")
+    print(
+        "| model | solver | max_memory, MiB | peak, MiB | (peak - 64) / max_memory | | seconds | |"
+    )
     print("|---|---|---:|---:|---:|---|---:|---|")
     for model, solver, budget in cases:
         row = in_a_process((model, solver, budget), arguments.limit)
         ratio, said = verdict(row, budget)
-        rows.append({"model": model, "solver": solver, "max_memory": budget, "verdict": said, **row})
+        rows.append(
+            {
+                "model": model,
+                "solver": solver,
+                "max_memory": budget,
+                "verdict": said,
+                **row,
+            }
+        )
         peak = "" if row["peak"] is None else f"{row['peak']:.0f}"
-        cells = [model, solver, budget, peak, ratio, said, f"{row['seconds']:.0f}", row["told"][:160]]
+        cells = [
+            model,
+            solver,
+            budget,
+            peak,
+            ratio,
+            said,
+            f"{row['seconds']:.0f}",
+            row["told"][:160],
+        ]
         print("|", *(f"{cell} |" for cell in cells), flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1), encoding="utf-8")
     bad = [row for row in rows if row["verdict"] in ("ABOVE", "FAILED")]
-    print(f"\n{len(rows) - len(bad)} of {len(rows)} within {BOUND} x max_memory + {SLACK} MiB")
+    print(
+        f"\n{len(rows) - len(bad)} of {len(rows)} within {BOUND} x max_memory + {SLACK} MiB"
+    )
     sys.exit(bool(bad))
 
 

@@ -43,19 +43,31 @@ def kronfluence_ekfac(task, model, damping):
     class Classification(Task):
         def compute_train_loss(self, batch, model, sample=False):
             logits = model(batch[0])
-            labels = torch.multinomial(logits.detach().softmax(-1), 1).flatten() if sample else batch[1]
+            labels = (
+                torch.multinomial(logits.detach().softmax(-1), 1).flatten()
+                if sample
+                else batch[1]
+            )
             return F.cross_entropy(logits, labels, reduction="sum")
 
         def compute_measurement(self, batch, model):
             return self.compute_train_loss(batch, model)
 
-    arguments = ScoreArguments(damping_factor=None if damping == "heuristic" else damping) if damping else None
+    arguments = (
+        ScoreArguments(
+            damping_factor=None if damping == "heuristic" else damping
+        )
+        if damping
+        else None
+    )
     with tempfile.TemporaryDirectory() as folder:
         analyzer = Analyzer(
             "digits", prepare_model(model, Classification()), Classification(), cpu=True, disable_tqdm=True,
             output_dir=folder,
         )  # fmt: skip
-        analyzer.fit_all_factors("ekfac", task.train, BATCH, factor_args=FactorArguments())
+        analyzer.fit_all_factors(
+            "ekfac", task.train, BATCH, factor_args=FactorArguments()
+        )
         analyzer.compute_pairwise_scores(
             "scores", "ekfac", query_dataset=task.test, train_dataset=task.train, per_device_query_batch_size=150,
             per_device_train_batch_size=BATCH, score_args=arguments,
@@ -67,7 +79,9 @@ def kronfluence_ekfac(task, model, damping):
 
 
 def captum_arnoldi(task, model, damping, **options):
-    from captum.influence._core.arnoldi_influence_function import ArnoldiInfluenceFunction
+    from captum.influence._core.arnoldi_influence_function import (
+        ArnoldiInfluenceFunction,
+    )
 
     with tempfile.NamedTemporaryFile() as file:
         torch.save(model.state_dict(), file.name)
@@ -81,7 +95,9 @@ def captum_arnoldi(task, model, damping, **options):
 
 def captum_arnoldi_wide(task, model, damping):
     """With a Krylov space and a projection that are as large as they may usefully be here."""
-    return captum_arnoldi(task, model, damping, projection_dim=400, arnoldi_dim=500)
+    return captum_arnoldi(
+        task, model, damping, projection_dim=400, arnoldi_dim=500
+    )
 
 
 def load_state(model, path):
@@ -98,9 +114,13 @@ def dattri_task(model):
     def loss(parameters, batch):
         x, y = batch
         x, y = (x[None], y[None]) if x.ndim == 1 else (x, y)
-        return F.cross_entropy(torch.func.functional_call(model, parameters, x), y.long())
+        return F.cross_entropy(
+            torch.func.functional_call(model, parameters, x), y.long()
+        )
 
-    return AttributionTask(loss_func=loss, model=model, checkpoints=model.state_dict())
+    return AttributionTask(
+        loss_func=loss, model=model, checkpoints=model.state_dict()
+    )
 
 
 def dattri(attributor, task, **options):
@@ -113,25 +133,40 @@ def dattri(attributor, task, **options):
 def dattri_cg(task, model, damping):
     from dattri.algorithm.influence_function import IFAttributorCG
 
-    return dattri(IFAttributorCG(dattri_task(model), **given(regularization=damping)), task)
+    return dattri(
+        IFAttributorCG(dattri_task(model), **given(regularization=damping)),
+        task,
+    )
 
 
 def dattri_explicit(task, model, damping):
     from dattri.algorithm.influence_function import IFAttributorExplicit
 
-    return dattri(IFAttributorExplicit(dattri_task(model), **given(regularization=damping)), task)
+    return dattri(
+        IFAttributorExplicit(
+            dattri_task(model), **given(regularization=damping)
+        ),
+        task,
+    )
 
 
 def dattri_lissa(task, model, damping):
     from dattri.algorithm.influence_function import IFAttributorLiSSA
 
-    return dattri(IFAttributorLiSSA(dattri_task(model), **given(damping=damping)), task)
+    return dattri(
+        IFAttributorLiSSA(dattri_task(model), **given(damping=damping)), task
+    )
 
 
 def dattri_arnoldi(task, model, damping):
     from dattri.algorithm.influence_function import IFAttributorArnoldi
 
-    return dattri(IFAttributorArnoldi(dattri_task(model), **given(regularization=damping)), task)
+    return dattri(
+        IFAttributorArnoldi(
+            dattri_task(model), **given(regularization=damping)
+        ),
+        task,
+    )
 
 
 # ---- pyDVL
@@ -141,53 +176,94 @@ def pydvl(method, task, fit_batch=BATCH):
     train, test = loaders(task)
     method.fit(DataLoader(task.train, fit_batch))
     with torch.no_grad():
-        factors = torch.cat([method.influence_factors(*batch) for batch in test])
-    return torch.cat([method.influences_from_factors(factors, *batch).detach() for batch in train], 1)
+        factors = torch.cat(
+            [method.influence_factors(*batch) for batch in test]
+        )
+    return torch.cat(
+        [
+            method.influences_from_factors(factors, *batch).detach()
+            for batch in train
+        ],
+        1,
+    )
 
 
 def pydvl_direct(task, model, damping):
     from pydvl.influence.torch import DirectInfluence
 
-    return pydvl(DirectInfluence(model, F.cross_entropy, **given(regularization=damping)), task)
+    return pydvl(
+        DirectInfluence(
+            model, F.cross_entropy, **given(regularization=damping)
+        ),
+        task,
+    )
 
 
 def pydvl_direct_gauss_newton(task, model, damping):
     from pydvl.influence.torch import DirectInfluence
     from pydvl.influence.torch.util import SecondOrderMode
 
-    options = {"second_order_mode": SecondOrderMode.GAUSS_NEWTON, **given(regularization=damping)}
-    return pydvl(DirectInfluence(model, F.cross_entropy, **options), task, fit_batch=1)  # one gradient's square a batch
+    options = {
+        "second_order_mode": SecondOrderMode.GAUSS_NEWTON,
+        **given(regularization=damping),
+    }
+    return pydvl(
+        DirectInfluence(model, F.cross_entropy, **options), task, fit_batch=1
+    )  # one gradient's square a batch
 
 
 def pydvl_block_cg(task, model, damping):
     from pydvl.influence.torch import CgInfluence
 
     options = {"solve_simultaneously": True, "warn_on_max_iteration": False}
-    return pydvl(CgInfluence(model, F.cross_entropy, **options, **given(regularization=damping)), task)
+    return pydvl(
+        CgInfluence(
+            model, F.cross_entropy, **options, **given(regularization=damping)
+        ),
+        task,
+    )
 
 
 def pydvl_lissa(task, model, damping):
     from pydvl.influence.torch import LissaInfluence
 
-    return pydvl(LissaInfluence(model, F.cross_entropy, **given(regularization=damping)), task)
+    return pydvl(
+        LissaInfluence(model, F.cross_entropy, **given(regularization=damping)),
+        task,
+    )
 
 
 def pydvl_arnoldi(task, model, damping):
     from pydvl.influence.torch import ArnoldiInfluence
 
-    return pydvl(ArnoldiInfluence(model, F.cross_entropy, **given(regularization=damping)), task)
+    return pydvl(
+        ArnoldiInfluence(
+            model, F.cross_entropy, **given(regularization=damping)
+        ),
+        task,
+    )
 
 
 def pydvl_ekfac(task, model, damping):
     from pydvl.influence.torch import EkfacInfluence
 
-    return pydvl(EkfacInfluence(model, update_diagonal=True, **given(hessian_regularization=damping)), task)
+    return pydvl(
+        EkfacInfluence(
+            model, update_diagonal=True, **given(hessian_regularization=damping)
+        ),
+        task,
+    )
 
 
 def pydvl_nystroem(task, model, damping):
     from pydvl.influence.torch import NystroemSketchInfluence
 
-    return pydvl(NystroemSketchInfluence(model, F.cross_entropy, 1e-3 if damping is None else damping, 500), task)
+    return pydvl(
+        NystroemSketchInfluence(
+            model, F.cross_entropy, 1e-3 if damping is None else damping, 500
+        ),
+        task,
+    )
 
 
 # ---- TRAK
@@ -198,7 +274,14 @@ def trak(task, model, damping):
     from trak.projectors import BasicProjector, ProjectionType
 
     size = sum(p.numel() for p in model.parameters())
-    projector = BasicProjector(size, 2048, seed=0, proj_type=ProjectionType.rademacher, device="cpu", block_size=256)
+    projector = BasicProjector(
+        size,
+        2048,
+        seed=0,
+        proj_type=ProjectionType.rademacher,
+        device="cpu",
+        block_size=256,
+    )
     train, test = loaders(task)
     with tempfile.TemporaryDirectory() as folder:
         traker = TRAKer(
@@ -209,7 +292,9 @@ def trak(task, model, damping):
         for batch in train:
             traker.featurize(batch, num_samples=len(batch[0]))
         traker.finalize_features()
-        traker.start_scoring_checkpoint("test", model.state_dict(), model_id=0, num_targets=len(task.test))
+        traker.start_scoring_checkpoint(
+            "test", model.state_dict(), model_id=0, num_targets=len(task.test)
+        )
         for batch in test:
             traker.score(batch, num_samples=len(batch[0]))
         return torch.tensor(traker.finalize_scores("test")).T

@@ -10,7 +10,12 @@ import time
 import warnings
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_diabetes,
+    load_digits,
+    load_wine,
+)
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -26,13 +31,18 @@ OVERFLOW = 1e30
 def digits(n=400):
     """Images [n, 1, 8, 8] as they come, from 0 to 16."""
     x, t = load_digits(return_X_y=True)
-    return TensorDataset(torch.tensor(x[:n]).to(torch.get_default_dtype()).view(-1, 1, 8, 8), torch.tensor(t[:n]))
+    return TensorDataset(
+        torch.tensor(x[:n]).to(torch.get_default_dtype()).view(-1, 1, 8, 8),
+        torch.tensor(t[:n]),
+    )
 
 
 def table(load):
     """A table of raw features."""
     x, t = load(return_X_y=True)
-    return TensorDataset(torch.tensor(x).to(torch.get_default_dtype()), torch.tensor(t))
+    return TensorDataset(
+        torch.tensor(x).to(torch.get_default_dtype()), torch.tensor(t)
+    )
 
 
 def scaled(dataset, factor):
@@ -52,7 +62,14 @@ def tokens(dataset):
     return TensorDataset(x.flatten(1).long()[:, 16:40], t)
 
 
-def train(model, dataset, epochs=10, lr=0.003, loss_func=F.cross_entropy, batch_size=32):
+def train(
+    model,
+    dataset,
+    epochs=10,
+    lr=0.003,
+    loss_func=F.cross_entropy,
+    batch_size=32,
+):
     torch.manual_seed(1)
     optimiser = torch.optim.Adam(model.parameters(), lr)
     model.train()
@@ -75,11 +92,19 @@ def grown(model, factor):
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.one, self.two = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        self.norm_one, self.norm_two = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.one, self.two = (
+            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, padding=1),
+        )
+        self.norm_one, self.norm_two = (
+            nn.BatchNorm2d(width),
+            nn.BatchNorm2d(width),
+        )
 
     def forward(self, x):
-        return F.relu(x + self.norm_two(self.two(F.relu(self.norm_one(self.one(x))))))
+        return F.relu(
+            x + self.norm_two(self.two(F.relu(self.norm_one(self.one(x)))))
+        )
 
 
 class Recurrent(nn.Module):
@@ -94,7 +119,10 @@ class Recurrent(nn.Module):
 class Transformer(nn.Module):
     def __init__(self):
         super().__init__()
-        self.embedding, self.place = nn.Embedding(17, 16), nn.Parameter(torch.randn(24, 16))
+        self.embedding, self.place = (
+            nn.Embedding(17, 16),
+            nn.Parameter(torch.randn(24, 16)),
+        )
         self.block = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
         self.out = nn.Linear(16, 10)
 
@@ -122,7 +150,13 @@ def deep_narrow():
 def cnn_one_epoch():
     data = digits()
     net = nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 10)
+        nn.Conv2d(1, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(64, 10),
     )
     return train(net, data, epochs=1), data, {}
 
@@ -141,7 +175,11 @@ def regression_raw():
     x, t = table(load_diabetes).tensors
     data = TensorDataset(x * 100, t.to(x).unsqueeze(1))
     loss = nn.MSELoss()
-    return train(mlp(10, 16, 1), data, epochs=20, loss_func=loss), data, {"loss_func": loss}
+    return (
+        train(mlp(10, 16, 1), data, epochs=20, loss_func=loss),
+        data,
+        {"loss_func": loss},
+    )
 
 
 def resnet_batchnorm():
@@ -167,7 +205,9 @@ def rnn():
 def overfitted():
     """Some wrong labels, learnt by heart and very sure."""
     x, t = digits(200).tensors
-    data = TensorDataset(x, torch.where(torch.arange(len(t)) % 10 == 0, (t + 1) % 10, t))
+    data = TensorDataset(
+        x, torch.where(torch.arange(len(t)) % 10 == 0, (t + 1) % 10, t)
+    )
     return train(mlp(64, 64, 10), data, epochs=150), data, {}
 
 
@@ -214,13 +254,20 @@ def hardest(model, dataset, options, count=TESTS):
     with torch.no_grad():
         outputs = model(dataset.tensors[0])
         losses = torch.stack(
-            [loss_func(y, t) for y, t in zip(outputs.split(1), dataset.tensors[1].split(1), strict=True)]
+            [
+                loss_func(y, t)
+                for y, t in zip(
+                    outputs.split(1), dataset.tensors[1].split(1), strict=True
+                )
+            ]
         )
     worst = losses.argsort(descending=True)[:count]
     return tuple(part[worst] for part in dataset.tensors)
 
 
-def plain_overflow(model, dataset, options, depth=5000, damp=0.01, scale=25.0, batch_size=32):
+def plain_overflow(
+    model, dataset, options, depth=5000, damp=0.01, scale=25.0, batch_size=32
+):
     """The step at which h <- v + (1 - damp) h - H_B h / scale leaves all bounds, or None."""
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     generator = torch.Generator().manual_seed(0)
@@ -228,10 +275,16 @@ def plain_overflow(model, dataset, options, depth=5000, damp=0.01, scale=25.0, b
     loss_func = options.get("loss_func", F.cross_entropy)
 
     def gradient(inputs, targets, **how):
-        leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
-        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+        leaves = {
+            name: p.clone().requires_grad_() for name, p in parameters.items()
+        }
+        with sdpa_kernel(
+            SDPBackend.MATH
+        ):  # the fused kernels have no second derivative
             loss = loss_func(functional_call(model, leaves, (inputs,)), targets)
-        return torch.autograd.grad(loss, list(leaves.values()), **how), list(leaves.values())
+        return torch.autograd.grad(loss, list(leaves.values()), **how), list(
+            leaves.values()
+        )
 
     v = gradient(*hardest(model, dataset, options, 1))[0]
     h = v
@@ -239,7 +292,10 @@ def plain_overflow(model, dataset, options, depth=5000, damp=0.01, scale=25.0, b
         batch = torch.randint(len(t), (batch_size,), generator=generator)
         grads, leaves = gradient(x[batch], t[batch], create_graph=True)
         products = torch.autograd.grad(grads, leaves, h, materialize_grads=True)
-        h = [a + (1 - damp) * b - c / scale for a, b, c in zip(v, h, products, strict=True)]
+        h = [
+            a + (1 - damp) * b - c / scale
+            for a, b, c in zip(v, h, products, strict=True)
+        ]
         if not max(float(part.abs().max()) for part in h) < OVERFLOW:
             return step
     return None
@@ -247,18 +303,27 @@ def plain_overflow(model, dataset, options, depth=5000, damp=0.01, scale=25.0, b
 
 def solve(model, loader, options, **config):
     """Scores and `InfluenceFunction` of the default run for the hardest training samples as test samples."""
-    influence = ptif.InfluenceFunction(model, loader, {"solver": "lissa", "progress": False, **config}, **options)
+    influence = ptif.InfluenceFunction(
+        model,
+        loader,
+        {"solver": "lissa", "progress": False, **config},
+        **options,
+    )
     return influence.scores(hardest(model, loader.dataset, options)), influence
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--depth", type=int, help="recursion_depth other than the default")
+    parser.add_argument(
+        "--depth", type=int, help="recursion_depth other than the default"
+    )
     parser.add_argument("--only", help="part of a model's name")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    options = {} if arguments.depth is None else {"recursion_depth": arguments.depth}
+    options = (
+        {} if arguments.depth is None else {"recursion_depth": arguments.depth}
+    )
     print("| model | parameters | plain recursion | largest eigenvalue | scale asked | used | curvature | steps | "
           "stopped | residual | finite | seconds |")  # fmt: skip
     print("|---|" + "---:|" * 11)
@@ -266,13 +331,18 @@ def main():
         if arguments.only and arguments.only not in name:
             continue
         model, loader, loss = make(name)
-        overflow = plain_overflow(model, loader.dataset, loss, options.get("recursion_depth", 5000))
+        overflow = plain_overflow(
+            model, loader.dataset, loss, options.get("recursion_depth", 5000)
+        )
         begin = time.perf_counter()
         scores, influence = solve(model, loader, loss, **options)
         seconds = time.perf_counter() - begin
         report, residual = influence.report, influence.relative_residual
         size = sum(p.numel() for p in model.parameters())
-        steps, why = max(report["steps"][0]), "/".join(sorted(set(report["stopped"][0])))
+        steps, why = (
+            max(report["steps"][0]),
+            "/".join(sorted(set(report["stopped"][0]))),
+        )
         print(
             f"| {name} | {size} | {f'overflows at {overflow}' if overflow else 'finite'} | "
             f"{report['eigenvalue_minibatch']:.3g} | {report['scale_asked']:g} | {report['scale']:.3g} | "

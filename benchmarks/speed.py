@@ -38,7 +38,14 @@ def cnn():
 
 def mlp():
     """266,122 parameters."""
-    return nn.Sequential(nn.Flatten(), nn.Linear(3072, 84), nn.ReLU(), nn.Linear(84, 84), nn.ReLU(), nn.Linear(84, 10))
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(3072, 84),
+        nn.ReLU(),
+        nn.Linear(84, 84),
+        nn.ReLU(),
+        nn.Linear(84, 10),
+    )
 
 
 NETS = {"CNN": cnn, "MLP": mlp}
@@ -79,7 +86,9 @@ def plain(model, dataset, batch):
     def run():
         for i in range(0, len(x), batch):
             model.zero_grad()
-            F.cross_entropy(model(x[i : i + batch]), t[i : i + batch]).backward()
+            F.cross_entropy(
+                model(x[i : i + batch]), t[i : i + batch]
+            ).backward()
 
     return run
 
@@ -91,7 +100,9 @@ def one_at_a_time(model, dataset, vector):
     def run():
         for x, t in zip(*dataset.tensors, strict=True):
             loss = F.cross_entropy(model(x[None]), t[None])
-            g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(loss, parameters)])
+            g = torch.cat(
+                [p.reshape(-1) for p in torch.autograd.grad(loss, parameters)]
+            )
             float(vector @ g)
 
     return run
@@ -105,8 +116,17 @@ def double_backward(model, batch, vectors):
     def run():
         for v in vectors:
             loss = F.cross_entropy(model(x), t)
-            g = torch.cat([p.reshape(-1) for p in torch.autograd.grad(loss, parameters, create_graph=True)])
-            product = torch.cat([p.reshape(-1) for p in torch.autograd.grad(g @ v, parameters)])
+            g = torch.cat(
+                [
+                    p.reshape(-1)
+                    for p in torch.autograd.grad(
+                        loss, parameters, create_graph=True
+                    )
+                ]
+            )
+            product = torch.cat(
+                [p.reshape(-1) for p in torch.autograd.grad(g @ v, parameters)]
+            )
             _ = v + 0.99 * v - 1e-3 * product
 
     return run
@@ -117,7 +137,10 @@ def scoring(repeats):
     for name, make in NETS.items():
         model, dataset = make(), data()
         influence = ptif.InfluenceFunction(
-            model, DataLoader(dataset, batch_size=BATCH), batch_size=BATCH, progress=False
+            model,
+            DataLoader(dataset, batch_size=BATCH),
+            batch_size=BATCH,
+            progress=False,
         )
         some = TensorDataset(*dataset[:few])
         for K in (1, 8, 32, 64):
@@ -127,8 +150,17 @@ def scoring(repeats):
                 plain(model, dataset, BATCH), one_at_a_time(model, some, vectors[0]), repeats=repeats,
             )  # fmt: skip
             faster = K * SAMPLES / few / loop
-            goal = {("CNN", 1): unit <= 1.5, ("CNN", 64): unit <= 5, ("CNN", 32): faster >= 40}.get((name, K))
-            yield f"(a) {name}, scores for K = {K}", f"{unit:.2f} x", f"{faster:.0f} x faster than one at a time", goal
+            goal = {
+                ("CNN", 1): unit <= 1.5,
+                ("CNN", 64): unit <= 5,
+                ("CNN", 32): faster >= 40,
+            }.get((name, K))
+            yield (
+                f"(a) {name}, scores for K = {K}",
+                f"{unit:.2f} x",
+                f"{faster:.0f} x faster than one at a time",
+                goal,
+            )
 
 
 def lissa_steps(repeats):
@@ -137,13 +169,21 @@ def lissa_steps(repeats):
             model, dataset = make(), data(size)
             loader = DataLoader(dataset, batch_size=size)
             for kind in ("hessian", "ggn"):
-                influence = ptif.InfluenceFunction(model, loader, solver="lissa", curvature=kind, progress=False)
+                influence = ptif.InfluenceFunction(
+                    model,
+                    loader,
+                    solver="lissa",
+                    curvature=kind,
+                    progress=False,
+                )
                 batch = influence.samples.take(range(size))
                 for K in (1, 8, 32):
                     vectors = torch.randn(K, influence.objective.P)
                     h = vectors.clone()
 
-                    def step(influence=influence, batch=batch, vectors=vectors, h=h):
+                    def step(
+                        influence=influence, batch=batch, vectors=vectors, h=h
+                    ):
                         product = influence.problem.curvature(batch, h)
                         h.mul_(0.5).add_(vectors).add_(product, alpha=-1e-3)
 
@@ -152,8 +192,12 @@ def lissa_steps(repeats):
                         repeats=repeats)  # fmt: skip
                     goal = None
                     if kind == "hessian" and name == "CNN":
-                        goal = double <= 1.05 and (unit / K <= 0.8 or (K, size) != (32, 4))
-                        goal = "level within 5 %" if goal and double > 1 else goal
+                        goal = double <= 1.05 and (
+                            unit / K <= 0.8 or (K, size) != (32, 4)
+                        )
+                        goal = (
+                            "level within 5 %" if goal and double > 1 else goal
+                        )
                     yield (f"(b) {name}, LiSSA step ({kind}), minibatch {size}, K = {K}, per test sample",
                            f"{unit / K:.2f} x", f"{1 / double:.2f} x faster than double backward", goal)  # fmt: skip
 
@@ -168,21 +212,41 @@ def end_to_end(repeats):
     def ours():
         with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            config = {"outdir": folder, "recursion_depth": depth, "tolerance": None, "progress": False, "damping": 3.0}
-            ptif.calc_img_wise(config, model, loader, DataLoader(tests, batch_size=K))
+            config = {
+                "outdir": folder,
+                "recursion_depth": depth,
+                "tolerance": None,
+                "progress": False,
+                "damping": 3.0,
+            }
+            ptif.calc_img_wise(
+                config, model, loader, DataLoader(tests, batch_size=K)
+            )
 
     def flat(tensors):
         return torch.cat([t.reshape(-1) for t in tensors])
 
     def theirs():
         for x, t in list(zip(*tests.tensors, strict=True))[:few]:
-            v = flat(torch.autograd.grad(F.cross_entropy(model(x[None]), t[None]), parameters))
+            v = flat(
+                torch.autograd.grad(
+                    F.cross_entropy(model(x[None]), t[None]), parameters
+                )
+            )
             h = v
             for _ in range(depth):
                 rows = torch.randint(0, n, (size,))
-                loss = F.cross_entropy(model(train.tensors[0][rows]), train.tensors[1][rows])
-                g = flat(torch.autograd.grad(loss, parameters, create_graph=True))
-                h = v + 0.88 * h - flat(torch.autograd.grad(g @ h, parameters)) / 25
+                loss = F.cross_entropy(
+                    model(train.tensors[0][rows]), train.tensors[1][rows]
+                )
+                g = flat(
+                    torch.autograd.grad(loss, parameters, create_graph=True)
+                )
+                h = (
+                    v
+                    + 0.88 * h
+                    - flat(torch.autograd.grad(g @ h, parameters)) / 25
+                )
             one_at_a_time(model, train, h / 25)()
 
     (ratio,) = ratios(ours, theirs, repeats=max(3, repeats // 3))
@@ -199,24 +263,46 @@ def tuning(repeats):
     """Time to choose the scale against a default run, from the time of a step."""
     model, dataset = cnn(), data()
     x, t = (part[:1] for part in dataset.tensors)
-    options = {"solver": "lissa", "curvature": "ggn", "tolerance": None, "recursion_depth": 100, "progress": False}
-    influence = ptif.InfluenceFunction(model, DataLoader(dataset, batch_size=4), **options)
+    options = {
+        "solver": "lissa",
+        "curvature": "ggn",
+        "tolerance": None,
+        "recursion_depth": 100,
+        "progress": False,
+    }
+    influence = ptif.InfluenceFunction(
+        model, DataLoader(dataset, batch_size=4), **options
+    )
     influence.s_test((x, t))
 
     def choose():
         with influence.problem.guard(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            choose_scale(System(influence.problem, influence.config.fixed_damping))
+            choose_scale(
+                System(influence.problem, influence.config.fixed_damping)
+            )
 
-    (ratio,) = ratios(choose, lambda: influence.s_test((x, t)), repeats=max(3, repeats // 3))
-    yield "(e) tuning, as a part of a default run (depth 5000, K = 1)", f"{ratio / 50:.1%}", "", ratio / 50 < 0.05
+    (ratio,) = ratios(
+        choose, lambda: influence.s_test((x, t)), repeats=max(3, repeats // 3)
+    )
+    yield (
+        "(e) tuning, as a part of a default run (depth 5000, K = 1)",
+        f"{ratio / 50:.1%}",
+        "",
+        ratio / 50 < 0.05,
+    )
 
 
 def stacks(repeats):
     """Products over the training set by stack size, and conjugate gradients as a block against one by one."""
     for name, make in NETS.items():
         model, dataset = make(), data()
-        influence = ptif.InfluenceFunction(model, DataLoader(dataset, batch_size=BATCH), solver="cg", progress=False)
+        influence = ptif.InfluenceFunction(
+            model,
+            DataLoader(dataset, batch_size=BATCH),
+            solver="cg",
+            progress=False,
+        )
         P = influence.objective.P
         for K in (1, 8, 16, 32):
             vectors = torch.randn(K, P)
@@ -225,7 +311,9 @@ def stacks(repeats):
                 with influence.objective.active():
                     influence.problem.product(vectors)
 
-            (unit,) = ratios(product, plain(model, dataset, BATCH), repeats=repeats)
+            (unit,) = ratios(
+                product, plain(model, dataset, BATCH), repeats=repeats
+            )
             yield (
                 f"(f) {name}, Gauss-Newton product over the set, stack of {K}, per vector",
                 f"{unit / K:.2f} x",
@@ -236,17 +324,40 @@ def stacks(repeats):
 
         def block(vectors, influence=influence):
             with influence.objective.active():
-                iterate(lambda p: influence.problem.product(p).add_(p), vectors, lambda r: r, tolerance=0, limit=2)
+                iterate(
+                    lambda p: influence.problem.product(p).add_(p),
+                    vectors,
+                    lambda r: r,
+                    tolerance=0,
+                    limit=2,
+                )
 
-        (ratio,) = ratios(partial(block, v), partial(block, v[:1]), repeats=max(3, repeats // 2))
-        yield (f"(f) {name}, conjugate gradients, 32 right-hand sides against 1", f"{ratio:.1f} x", "", ratio < 16)
+        (ratio,) = ratios(
+            partial(block, v),
+            partial(block, v[:1]),
+            repeats=max(3, repeats // 2),
+        )
+        yield (
+            f"(f) {name}, conjugate gradients, 32 right-hand sides against 1",
+            f"{ratio:.1f} x",
+            "",
+            ratio < 16,
+        )
 
 
 def peak(depth):
     """Peak memory of a process that runs a recursion of this depth, in MiB."""
     model, dataset = cnn(), data(64)
-    options = {"solver": "lissa", "curvature": "ggn", "tolerance": None, "recursion_depth": depth, "progress": False}
-    influence = ptif.InfluenceFunction(model, DataLoader(dataset, batch_size=4), **options)
+    options = {
+        "solver": "lissa",
+        "curvature": "ggn",
+        "tolerance": None,
+        "recursion_depth": depth,
+        "progress": False,
+    }
+    influence = ptif.InfluenceFunction(
+        model, DataLoader(dataset, batch_size=4), **options
+    )
     influence.s_test(tuple(t[:2] for t in dataset.tensors))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
@@ -255,7 +366,10 @@ def memory(_):
     each = []
     for depth in (50, 5000):
         run = subprocess.run(
-            [sys.executable, __file__, "--peak", str(depth)], capture_output=True, text=True, check=True
+            [sys.executable, __file__, "--peak", str(depth)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         each.append(float(run.stdout.split()[-1]))
     yield ("(d) peak memory of the process, depth 5000 against 50", f"{each[1] / each[0]:.3f} x",
@@ -274,7 +388,9 @@ PARTS = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
+    parser.add_argument(
+        "--parts", nargs="*", choices=PARTS, default=list(PARTS)
+    )
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--peak", type=int, help=argparse.SUPPRESS)
@@ -283,7 +399,9 @@ def main():
         print(peak(options.peak))
         return
     rows = []
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; unit: one forward + backward pass\n")
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads; unit: one forward + backward pass\n"
+    )
     print("| what | cost | | goal |\n|---|---|---|---|")
     for part in options.parts:
         for what, cost, beside, goal in PARTS[part](options.repeats):

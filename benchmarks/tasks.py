@@ -8,7 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.datasets import load_breast_cancer, load_digits, make_classification
+from sklearn.datasets import (
+    load_breast_cancer,
+    load_digits,
+    make_classification,
+)
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -48,9 +52,15 @@ class Task:
         torch.manual_seed(seed)
         batches = Shuffled(*self.train.tensors) if batches is None else batches
         pairs = zip(self.widths[:-1], self.widths[1:], strict=True)
-        model = nn.Sequential(*(layer for a, b in pairs for layer in (nn.Linear(a, b), nn.ReLU())))[:-1]
-        optimiser = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, weight_decay=1e-3)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, EPOCHS * len(batches))
+        model = nn.Sequential(
+            *(layer for a, b in pairs for layer in (nn.Linear(a, b), nn.ReLU()))
+        )[:-1]
+        optimiser = torch.optim.SGD(
+            model.parameters(), 0.1, momentum=0.9, weight_decay=1e-3
+        )
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            optimiser, EPOCHS * len(batches)
+        )
         for _ in range(EPOCHS):
             for x, y in batches:
                 optimiser.zero_grad()
@@ -99,4 +109,9 @@ def task(name):
     x = x / 16 if name == "digits" else (x - x.mean(0)) / x.std(0)
     order = np.random.RandomState(0).permutation(len(x))
     x, y = torch.tensor(x[order], dtype=torch.float32), torch.tensor(y[order])
-    return Task(name, widths, TensorDataset(x[:n], y[:n]), TensorDataset(x[n : n + 150], y[n : n + 150]))
+    return Task(
+        name,
+        widths,
+        TensorDataset(x[:n], y[:n]),
+        TensorDataset(x[n : n + 150], y[n : n + 150]),
+    )

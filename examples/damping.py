@@ -28,16 +28,27 @@ matplotlib.use("agg")
 def data():
     """Training and test set of digits."""
     images, labels = load_digits(return_X_y=True)
-    rows = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x, y = torch.tensor(images / 16, dtype=torch.float32)[rows], torch.tensor(labels)[rows]
-    return TensorDataset(x[:N], y[:N]), TensorDataset(x[N : N + TESTS], y[N : N + TESTS])
+    rows = torch.randperm(
+        len(labels), generator=torch.Generator().manual_seed(0)
+    )
+    x, y = (
+        torch.tensor(images / 16, dtype=torch.float32)[rows],
+        torch.tensor(labels)[rows],
+    )
+    return TensorDataset(x[:N], y[:N]), TensorDataset(
+        x[N : N + TESTS], y[N : N + TESTS]
+    )
 
 
 def train(x, y, seed):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS * -(-len(x) // BATCH))
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3
+    )
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+        optimizer, EPOCHS * -(-len(x) // BATCH)
+    )
     for _ in range(EPOCHS):
         for rows in torch.randperm(len(x)).split(BATCH):
             optimizer.zero_grad()
@@ -48,13 +59,26 @@ def train(x, y, seed):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--halves", type=int, default=60, help="random halves of the training set")
-    parser.add_argument("--seeds", type=int, default=5, help="models for each half")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--halves",
+        type=int,
+        default=60,
+        help="random halves of the training set",
+    )
+    parser.add_argument(
+        "--seeds", type=int, default=5, help="models for each half"
+    )
     parser.add_argument("--out", type=Path, default=Path("figs/damping.png"))
     args = parser.parse_args()
     training, tests = data()
-    loader, test_loader = DataLoader(training, BATCH, shuffle=True), DataLoader(tests, TESTS)
+    loader, test_loader = (
+        DataLoader(training, BATCH, shuffle=True),
+        DataLoader(tests, TESTS),
+    )
     x, y = training.tensors
     model = train(x, y, seed=0)
 
@@ -62,30 +86,60 @@ def main():
         return train(x[indices], y[indices], seed)
 
     retrained = ptif.retrain_on_subsets(
-        N, retrain, test_loader, num_subsets=args.halves, seeds=args.seeds, resume_path="outdir/damping.jsonl"
+        N,
+        retrain,
+        test_loader,
+        num_subsets=args.halves,
+        seeds=args.seeds,
+        resume_path="outdir/damping.jsonl",
     )
 
     def explain(damping):
-        influence = ptif.InfluenceFunction(model, loader, solver="auto", damping=damping, progress=False)
+        influence = ptif.InfluenceFunction(
+            model, loader, solver="auto", damping=damping, progress=False
+        )
         return influence, influence.scores(test_loader)
 
     chosen, scores = explain("auto")
-    results = ptif.linear_datamodeling_score({value: explain(value)[1] for value in GRID}, retrained)
-    own, errors = ptif.linear_datamodeling_score(scores, retrained), chosen.damping_curve(GRID)
+    results = ptif.linear_datamodeling_score(
+        {value: explain(value)[1] for value in GRID}, retrained
+    )
+    own, errors = (
+        ptif.linear_datamodeling_score(scores, retrained),
+        chosen.damping_curve(GRID),
+    )
     print(f"{'damping':>9}{'score':>16}{'error':>8}")
     for value, error in zip(GRID, errors, strict=True):
         print(f"{value:9.2g}{results[value]!s:>16}{error:8.2f}")
     picked = chosen.report["damping_chosen"]
-    print(f'{picked["damping"]:9.2g}{own!s:>16}{picked["error"]:8.2f}   chosen by damping="auto"')
+    print(
+        f'{picked["damping"]:9.2g}{own!s:>16}{picked["error"]:8.2f}   chosen by damping="auto"'
+    )
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
     line = picked["damping"]
-    plot_damping_curve(GRID, {"linear datamodeling score": [float(results[v]) for v in GRID]}, chosen=line, axis=left)
+    plot_damping_curve(
+        GRID,
+        {"linear datamodeling score": [float(results[v]) for v in GRID]},
+        chosen=line,
+        axis=left,
+    )
     left.plot(line, float(own), "*", color="black", markersize=10)
     left.set_ylabel("rank correlation with retraining")
     left.set_ylim(bottom=0)
-    plot_damping_curve(GRID, {"error of first-order predictions": errors}, chosen=line, axis=right)
-    right.axhline(picked["target"], color="0.6", linewidth=1, linestyle=":", label=f"target: {picked['target']}")
+    plot_damping_curve(
+        GRID,
+        {"error of first-order predictions": errors},
+        chosen=line,
+        axis=right,
+    )
+    right.axhline(
+        picked["target"],
+        color="0.6",
+        linewidth=1,
+        linestyle=":",
+        label=f"target: {picked['target']}",
+    )
     right.legend(frameon=False, fontsize=8)
     right.set_ylabel("relative error, without retraining")
     right.set_ylim(bottom=0)

@@ -27,8 +27,13 @@ matplotlib.use("agg")
 def data():
     """Training and test set of scikit-learn's digits, shuffled, in float64."""
     images, labels = load_digits(return_X_y=True)
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    x, y = torch.tensor(images / 16).view(-1, 1, 8, 8)[order], torch.tensor(labels)[order]
+    order = torch.randperm(
+        len(labels), generator=torch.Generator().manual_seed(0)
+    )
+    x, y = (
+        torch.tensor(images / 16).view(-1, 1, 8, 8)[order],
+        torch.tensor(labels)[order],
+    )
     return TensorDataset(x[:N], y[:N]), TensorDataset(x[N:], y[N:])
 
 
@@ -55,7 +60,9 @@ def fit(model, train, indices, steps):
     def closure():
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy(model(x), y, reduction="sum") / N
-        loss = loss + DECAY / 2 * sum(p.square().sum() for p in model.parameters())
+        loss = loss + DECAY / 2 * sum(
+            p.square().sum() for p in model.parameters()
+        )
         loss.backward()
         return loss
 
@@ -66,7 +73,9 @@ def fit(model, train, indices, steps):
 def hard_test_sample(model, test):
     """The test sample with the largest loss."""
     with torch.no_grad():
-        losses = nn.functional.cross_entropy(model(test.tensors[0]), test.tensors[1], reduction="none")
+        losses = nn.functional.cross_entropy(
+            model(test.tensors[0]), test.tensors[1], reduction="none"
+        )
     return int(losses.argmax())
 
 
@@ -76,7 +85,9 @@ def compare(model, train, test, steps, num, journal, **options):
     batch = test[k : k + 1]
     start = time.perf_counter()
     # the weight decay of the training is the damping of the system: (H + DECAY I) s = v
-    influence = ptif.InfluenceFunction(model, DataLoader(train, batch_size=100), damping=DECAY, **options)
+    influence = ptif.InfluenceFunction(
+        model, DataLoader(train, batch_size=100), damping=DECAY, **options
+    )
     scores = influence.scores(batch)[0]
     seconds = time.perf_counter() - start
     result = leave_one_out(
@@ -87,29 +98,63 @@ def compare(model, train, test, steps, num, journal, **options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--solvers", nargs="+", default=["exact", "cg", "lissa"], help="for the logistic regression")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--solvers",
+        nargs="+",
+        default=["exact", "cg", "lissa"],
+        help="for the logistic regression",
+    )
     parser.add_argument("--cnn-solver", default="cg")
-    parser.add_argument("--num", type=int, default=40, help="training samples to leave out")
-    parser.add_argument("--cnn-steps", type=int, default=40, help="of L-BFGS, from the trained weights of the CNN")
-    parser.add_argument("--out", type=Path, default=Path("figs/leave_one_out.png"))
+    parser.add_argument(
+        "--num", type=int, default=40, help="training samples to leave out"
+    )
+    parser.add_argument(
+        "--cnn-steps",
+        type=int,
+        default=40,
+        help="of L-BFGS, from the trained weights of the CNN",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("figs/leave_one_out.png")
+    )
     args = parser.parse_args()
     train, test = data()
     linear, curved = logistic_regression(), cnn()
     fit(linear, train, range(N), 1000)
     fit(curved, train, range(N), 1000)
-    cases = {f"logistic regression, {name}": (linear, 300, {"solver": name}) for name in args.solvers}
-    cases[f"CNN, {args.cnn_solver}"] = (curved, args.cnn_steps, {"solver": args.cnn_solver, "curvature": "hessian"})
+    cases = {
+        f"logistic regression, {name}": (linear, 300, {"solver": name})
+        for name in args.solvers
+    }
+    cases[f"CNN, {args.cnn_solver}"] = (
+        curved,
+        args.cnn_steps,
+        {"solver": args.cnn_solver, "curvature": "hessian"},
+    )
     results = {}
-    with tempfile.TemporaryDirectory() as folder:  # the solvers mostly name the same samples: each is retrained once
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # the solvers mostly name the same samples: each is retrained once
         for name, (model, steps, options) in cases.items():
             journal = Path(folder) / f"{id(model)}.jsonl"
-            seconds, results[name] = compare(model, train, test, steps, args.num, journal, **options)
-            print(f"{name}, scores in {seconds:.1f} s: Pearson {results[name].pearson.value:.4f}\n    {results[name]}")
+            seconds, results[name] = compare(
+                model, train, test, steps, args.num, journal, **options
+            )
+            print(
+                f"{name}, scores in {seconds:.1f} s: Pearson {results[name].pearson.value:.4f}\n    {results[name]}"
+            )
     args.out.parent.mkdir(exist_ok=True, parents=True)
-    figure, axes = plt.subplots(1, len(results), figsize=(4.2 * len(results), 4), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(4.2 * len(results), 4), squeeze=False
+    )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        plot_leave_one_out(result.predicted, result.actual, title=name, axis=axis)
+        plot_leave_one_out(
+            result.predicted, result.actual, title=name, axis=axis
+        )
     figure.tight_layout()
     figure.savefig(args.out, dpi=120)
 

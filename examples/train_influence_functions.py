@@ -12,7 +12,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets, transforms
 
 NORMALISE = transforms.Compose(
-    [transforms.ToTensor(), transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.262))]
+    [
+        transforms.ToTensor(),
+        transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.262)),
+    ]
 )
 
 
@@ -20,8 +23,16 @@ def load(train: bool, fake: bool, root: str, fake_size: int = 400) -> Dataset:
     """CIFAR-10 without augmentation, or made-up images of its shape."""
     if fake:
         size = fake_size if train else fake_size // 4
-        return datasets.FakeData(size, (3, 32, 32), 10, transform=NORMALISE, random_offset=0 if train else 10**6)
-    return datasets.CIFAR10(root, train=train, download=True, transform=NORMALISE)
+        return datasets.FakeData(
+            size,
+            (3, 32, 32),
+            10,
+            transform=NORMALISE,
+            random_offset=0 if train else 10**6,
+        )
+    return datasets.CIFAR10(
+        root, train=train, download=True, transform=NORMALISE
+    )
 
 
 def make_model() -> nn.Module:
@@ -34,26 +45,42 @@ def make_model() -> nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--fake", action="store_true", help="made-up images, no download")
+    parser.add_argument(
+        "--fake", action="store_true", help="made-up images, no download"
+    )
     parser.add_argument("--root", default="data", help="folder for CIFAR-10")
-    parser.add_argument("--checkpoint", default="outdir/cifar10.pt", help="file for the trained weights")
+    parser.add_argument(
+        "--checkpoint",
+        default="outdir/cifar10.pt",
+        help="file for the trained weights",
+    )
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--gpu", type=int, default=-1, help="CUDA device id, -1 for the CPU")
+    parser.add_argument(
+        "--gpu", type=int, default=-1, help="CUDA device id, -1 for the CPU"
+    )
     options = parser.parse_args()
     device = torch.device("cpu" if options.gpu < 0 else f"cuda:{options.gpu}")
     torch.manual_seed(0)
     model = make_model().to(device)
-    loader = DataLoader(load(True, options.fake, options.root), batch_size=100, shuffle=True)
-    optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=1e-3)
+    loader = DataLoader(
+        load(True, options.fake, options.root), batch_size=100, shuffle=True
+    )
+    optimizer = torch.optim.SGD(
+        model.parameters(), 0.01, momentum=0.9, weight_decay=1e-3
+    )
     for epoch in range(options.epochs):
         total = 0.0
         for x, y in loader:
-            loss = nn.functional.cross_entropy(model(x.to(device)), y.to(device))
+            loss = nn.functional.cross_entropy(
+                model(x.to(device)), y.to(device)
+            )
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += float(loss.detach()) * len(x)
-        print(f"epoch {epoch + 1}: mean training loss {total / len(loader.dataset):.3f}")
+        print(
+            f"epoch {epoch + 1}: mean training loss {total / len(loader.dataset):.3f}"
+        )
     path = Path(options.checkpoint)
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)

@@ -43,20 +43,47 @@ __version__ = version()
 
 __all__ = [
     # runs
-    "calc_img_wise", "calc_all_grad_then_test", "calc_influences", "InfluenceFunction", "InfluenceResult",
+    "calc_img_wise",
+    "calc_all_grad_then_test",
+    "calc_influences",
+    "InfluenceFunction",
+    "InfluenceResult",
     # options
-    "Config", "get_default_config", "tune",
+    "Config",
+    "get_default_config",
+    "tune",
     # the paper
-    "calc_loss", "grad_z", "hvp", "s_test",
+    "calc_loss",
+    "grad_z",
+    "hvp",
+    "s_test",
     # steps of the old package
-    "calc_grad_z", "calc_s_test", "calc_s_test_single", "calc_influence_single",
-    "load_grad_z", "load_s_test", "get_dataset_sample_ids", "get_dataset_sample_ids_per_class",
+    "calc_grad_z",
+    "calc_s_test",
+    "calc_s_test_single",
+    "calc_influence_single",
+    "load_grad_z",
+    "load_s_test",
+    "get_dataset_sample_ids",
+    "get_dataset_sample_ids_per_class",
     # proof by retraining
-    "leave_one_out", "retrain_on_subsets", "random_subsets", "linear_datamodeling_score", "mislabel_curve",
+    "leave_one_out",
+    "retrain_on_subsets",
+    "random_subsets",
+    "linear_datamodeling_score",
+    "mislabel_curve",
     "label_baselines",
     # what can go wrong
-    "NonFiniteError", "DivergenceError", "NegativeCurvatureError",
-    "ToleranceWarning", "CurvatureWarning", "VaryingDataWarning", "DeviceWarning", "ModelWarning",
+    "NonFiniteError",
+    "DivergenceError",
+    "NegativeCurvatureError",
+    "ToleranceWarning",
+    "CurvatureWarning",
+    "VaryingDataWarning",
+    "DeviceWarning",
+    "ModelWarning",
     # logs and files
-    "init_logging", "display_progress", "save_json",
-]  # fmt: skip
+    "init_logging",
+    "display_progress",
+    "save_json",
+]

@@ -16,10 +16,24 @@ from .config import Config
 from .data.checks import require_whole
 from .data.samples import Samples
 from .influence import InfluenceFunction
-from .run.drivers import calc_all_grad_then_test, calc_img_wise, calc_influences, version
+from .run.drivers import (
+    calc_all_grad_then_test,
+    calc_img_wise,
+    calc_influences,
+    version,
+)
 from .run.files import writable_folder
-from .run.select import get_dataset_sample_ids, get_dataset_sample_ids_per_class, select_test_samples
-from .run.store import as_parameters, read_chains, save_gradients, save_solutions
+from .run.select import (
+    get_dataset_sample_ids,
+    get_dataset_sample_ids_per_class,
+    select_test_samples,
+)
+from .run.store import (
+    as_parameters,
+    read_chains,
+    save_gradients,
+    save_solutions,
+)
 from .run.stored import load_grad_z, load_s_test
 from .show.results import harmful_and_helpful
 
@@ -57,14 +71,23 @@ def calc_grad_z(
             them in memory.
         **options: any other option of the config.
     """
-    influence = InfluenceFunction(model, train_loader, Config.of(options, gpu=gpu))
+    influence = InfluenceFunction(
+        model, train_loader, Config.of(options, gpu=gpu)
+    )
     start = require_whole(start, "start", 0, influence.samples.n)
     if save_pth:
         folder = _folder(save_pth, "save_pth", "grad_z")
         save_gradients(influence, folder, start)
         return load_grad_z(folder), save_pth
-    rows = [block.cpu() for _, block in influence.gradient_rows(range(start, influence.samples.n), text="grad_z")]
-    return [influence.objective.unflatten(row) for block in rows for row in block], save_pth
+    rows = [
+        block.cpu()
+        for _, block in influence.gradient_rows(
+            range(start, influence.samples.n), text="grad_z"
+        )
+    ]
+    return [
+        influence.objective.unflatten(row) for block in rows for row in block
+    ], save_pth
 
 
 def calc_s_test(
@@ -87,18 +110,33 @@ def calc_s_test(
         **options: any other option of the config.
     """
     given = Config.of(
-        {"solver": "lissa", **options}, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r
+        {"solver": "lissa", **options},
+        gpu=gpu,
+        damp=damp,
+        scale=scale,
+        recursion_depth=recursion_depth,
+        r=r,
     )
     influence = InfluenceFunction(model, train_loader, given)
-    tests = Samples(test_loader, device=influence.objective.device, name="test_loader", progress=given.progress)
+    tests = Samples(
+        test_loader,
+        device=influence.objective.device,
+        name="test_loader",
+        progress=given.progress,
+    )
     indices = range(require_whole(start, "start", 0, tests.n), tests.n)
     if save:
         folder = _folder(save, "save", "s_test")
         save_solutions(influence, folder, tests, indices)
         stored, manifest = read_chains(folder)
-        return [as_parameters(chains.mean(0), manifest["shapes"]) for chains in stored], save
+        return [
+            as_parameters(chains.mean(0), manifest["shapes"])
+            for chains in stored
+        ], save
     solved = [group.vectors for group in influence.solutions(tests, indices)]
-    return [influence.objective.unflatten(row) for block in solved for row in block], save
+    return [
+        influence.objective.unflatten(row) for block in solved for row in block
+    ], save
 
 
 def calc_s_test_single(
@@ -115,10 +153,17 @@ def calc_s_test_single(
 ) -> list[Tensor]:
     """s_test of one test sample (inputs [1, ...], targets [1, ...]), the mean of `r` recursions -> list of tensors."""
     given = Config.of(
-        {"solver": "lissa", **options}, gpu=gpu, damp=damp, scale=scale, recursion_depth=recursion_depth, r=r
+        {"solver": "lissa", **options},
+        gpu=gpu,
+        damp=damp,
+        scale=scale,
+        recursion_depth=recursion_depth,
+        r=r,
     )
     influence = InfluenceFunction(model, train_loader, given)
-    return influence.objective.unflatten(influence.s_test_of_mean((z_test, t_test)))
+    return influence.objective.unflatten(
+        influence.s_test_of_mean((z_test, t_test))
+    )
 
 
 def _folder(given: str | Path | bool, key: str, name: str) -> Path:
@@ -141,17 +186,33 @@ def calc_influence_function(
     Raises:
         ValueError: there are not n gradients.
     """
-    grads = load_grad_z(train_dataset_size=train_dataset_size) if grad_z_vecs is None else grad_z_vecs
-    solution = load_s_test(train_dataset_size=train_dataset_size)[0] if e_s_test is None else e_s_test
+    grads = (
+        load_grad_z(train_dataset_size=train_dataset_size)
+        if grad_z_vecs is None
+        else grad_z_vecs
+    )
+    solution = (
+        load_s_test(train_dataset_size=train_dataset_size)[0]
+        if e_s_test is None
+        else e_s_test
+    )
     if len(grads) != train_dataset_size:
-        raise ValueError(f"grad_z_vecs: expected train_dataset_size = {train_dataset_size} gradients, got {len(grads)}")
+        raise ValueError(
+            f"grad_z_vecs: expected train_dataset_size = {train_dataset_size} gradients, got {len(grads)}"
+        )
     shapes = [tuple(s.shape) for s in solution]
     for i, grad in enumerate(grads):
         found = [tuple(g.shape) for g in grad]
         if found != shapes:
-            raise ValueError(f"grad_z_vecs[{i}]: expected tensors shaped like those of e_s_test, {shapes}, got {found}")
+            raise ValueError(
+                f"grad_z_vecs[{i}]: expected tensors shaped like those of e_s_test, {shapes}, got {found}"
+            )
     influences = [
-        sum(float((s.double() * g.double()).sum()) for s, g in zip(solution, grad, strict=True)) / train_dataset_size
+        sum(
+            float((s.double() * g.double()).sum())
+            for s, g in zip(solution, grad, strict=True)
+        )
+        / train_dataset_size
         for grad in grads
     ]
     return influences, *harmful_and_helpful(np.asarray(influences))
@@ -178,23 +239,41 @@ def calc_influence_single(
         **options: any other option of the config.
     """
     begin = time.perf_counter()
-    given = Config.of({"solver": "lissa", **options}, gpu=gpu, recursion_depth=recursion_depth, r=r)
+    given = Config.of(
+        {"solver": "lissa", **options},
+        gpu=gpu,
+        recursion_depth=recursion_depth,
+        r=r,
+    )
     influence = InfluenceFunction(model, train_loader, given)
-    tests = Samples(test_loader, device=influence.objective.device, name="test_loader", progress=given.progress)
+    tests = Samples(
+        test_loader,
+        device=influence.objective.device,
+        name="test_loader",
+        progress=given.progress,
+    )
     index = require_whole(test_id_num, "test_id_num", 0, tests.n - 1)
     if s_test_vec is None:
         scores = next(influence.groups(tests, [index]))[1]
     else:
         scores = influence.scores_of(_known(influence, s_test_vec))
     if time_logging:
-        logger.info("test sample %d took %.1f s", test_id_num, time.perf_counter() - begin)
+        logger.info(
+            "test sample %d took %.1f s",
+            test_id_num,
+            time.perf_counter() - begin,
+        )
     row = scores[0].numpy()
     return row, *harmful_and_helpful(row), test_id_num
 
 
-def _known(influence: InfluenceFunction, s_test_vec: Sequence[Tensor]) -> Tensor:
+def _known(
+    influence: InfluenceFunction, s_test_vec: Sequence[Tensor]
+) -> Tensor:
     """An s_test that the caller has, as a stack of one [1, P]."""
     vector = influence.objective.flatten(s_test_vec, "s_test_vec")
     if not bool(vector.isfinite().all()):
-        raise ValueError("s_test_vec: it holds NaN or infinite numbers; compute it again with calc_s_test_single")
+        raise ValueError(
+            "s_test_vec: it holds NaN or infinite numbers; compute it again with calc_s_test_single"
+        )
     return vector.unsqueeze(0)

@@ -25,6 +25,7 @@ from .rules import (
     TEXT,
     are_names,
     at_least,
+    check,
     either,
     is_above_zero,
     is_fraction,
@@ -32,11 +33,15 @@ from .rules import (
     is_path,
     is_real,
     one_of,
+    plain,
     quoted,
     row,
 )
 
-ALIASES = {"r_averaging": "r", "test_start_index": "test_sample_start_per_class"}
+ALIASES = {
+    "r_averaging": "r",
+    "test_start_index": "test_sample_start_per_class",
+}
 IGNORED = {"dataset"}
 LISSA_OPTIONS = ("recursion_depth", "r", "damp", "scale")
 
@@ -156,10 +161,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
-            value = _plain(getattr(self, option.name))
+            value = plain(getattr(self, option.name))
             if value is None and option.name in LISSA_OPTIONS:
                 value = option.default
-            _check(option, value)
+            check(option, value)
             object.__setattr__(self, option.name, value)
         if self.loss_func is not None and self.model_loss is not None:
             raise ValueError(
@@ -168,24 +173,39 @@ class Config:
             )
 
     @classmethod
-    def of(cls, config: Config | Mapping[str, Any] | None, **options: Any) -> Config:
+    def of(
+        cls, config: Config | Mapping[str, Any] | None, **options: Any
+    ) -> Config:
         """A `Config` from a dict (some keys missing, old names welcome), a `Config` or None, with `options` on top."""
         if config is not None and not isinstance(config, Config | Mapping):
-            raise TypeError(f"config: expected a dict, a Config or None, got {type(config).__name__}")
-        given = config.asdict() if isinstance(config, Config) else dict(config or {})
+            raise TypeError(
+                f"config: expected a dict, a Config or None, got {type(config).__name__}"
+            )
+        given = (
+            config.asdict()
+            if isinstance(config, Config)
+            else dict(config or {})
+        )
         merged: dict[str, Any] = {}
         for key, value in {**given, **options}.items():
             name = known_key(key)
             if name is None:
                 continue
             if key in ALIASES and (name in given or name in options):
-                raise ValueError(f"config: {key!r} is another name of {name!r}; give one of the two")
+                raise ValueError(
+                    f"config: {key!r} is another name of {name!r}; give one of the two"
+                )
             merged[name] = value
         return cls(**merged)
 
     @classmethod
     def tuned(
-        cls, model: Any, train_loader: Any, test_loader: Any = None, config: Any = None, **options: Any
+        cls,
+        model: Any,
+        train_loader: Any,
+        test_loader: Any = None,
+        config: Any = None,
+        **options: Any,
     ) -> Config:
         """A new config with scale, damp, recursion_depth and r set from the model and its data; see `tuning.tune`.
 
@@ -196,12 +216,16 @@ class Config:
     def explain(self) -> str:
         """Why the options are what they are, in a few lines, where `tuned` chose them."""
         return (
-            "\n".join(self._reasons) or "The options are as they were given; Config.tuned chooses them from the model."
+            "\n".join(self._reasons)
+            or "The options are as they were given; Config.tuned chooses them from the model."
         )
 
     def asdict(self) -> dict[str, Any]:
         """The options as a plain dict."""
-        return {option.name: getattr(self, option.name) for option in dataclasses.fields(self)}
+        return {
+            option.name: getattr(self, option.name)
+            for option in dataclasses.fields(self)
+        }
 
     def replace(self, **options: Any) -> Config:
         """A copy with these options changed."""
@@ -221,7 +245,11 @@ class Config:
     @property
     def save_folder(self) -> Path:
         """`save_pth`, or `outdir` where there is none."""
-        return Path(self.save_pth).expanduser() if self.save_pth else self.out_folder
+        return (
+            Path(self.save_pth).expanduser()
+            if self.save_pth
+            else self.out_folder
+        )
 
     @property
     def start(self) -> int:
@@ -234,20 +262,28 @@ class Config:
         if self.automatic_damping:
             return None
         if self.damping is None:
-            return self.damp * (float(self.scale) if self.scale != "auto" else float(DEFAULTS["scale"]))
+            return self.damp * (
+                float(self.scale)
+                if self.scale != "auto"
+                else float(DEFAULTS["scale"])
+            )
         return float(self.damping)
 
     @property
     def automatic_damping(self) -> bool:
         """Whether lambda is chosen from the model: where it is `"auto"`, or not named with `solver="auto"`."""
-        return self.damping == "auto" or (self.damping is None and self.solver_in_use[0] == "auto")
+        return self.damping == "auto" or (
+            self.damping is None and self.solver_in_use[0] == "auto"
+        )
 
     @property
     def solver_in_use(self) -> tuple[str, str]:
         """The solver's name, and why it is that one."""
         if self.solver is not None:
             return self.solver, "config['solver']"
-        named = [key for key in LISSA_OPTIONS if getattr(self, key) != DEFAULTS[key]]
+        named = [
+            key for key in LISSA_OPTIONS if getattr(self, key) != DEFAULTS[key]
+        ]
         named += ["curvature"] if self.curvature == "hessian" else []
         named += ["preconditioner"] if self.preconditioner is not None else []
         if named:
@@ -270,36 +306,38 @@ def known_key(key: str) -> str | None:
         return None
     name = ALIASES.get(key, key)
     if name not in DEFAULTS:
-        near = difflib.get_close_matches(str(key), [*DEFAULTS, *ALIASES], n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"the keys are {', '.join(DEFAULTS)}"
+        near = difflib.get_close_matches(
+            str(key), [*DEFAULTS, *ALIASES], n=1, cutoff=0.5
+        )
+        hint = (
+            f"did you mean {near[0]!r}?"
+            if near
+            else f"the keys are {', '.join(DEFAULTS)}"
+        )
         raise ValueError(f"config: unknown key {key!r}; {hint}")
     return name
 
 
-def _plain(value: Any) -> Any:
-    """A scalar of NumPy or PyTorch as the Python number it is; anything else as it came."""
-    scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
-    return value.item() if scalar else value
-
-
-def _check(option: dataclasses.Field[Any], value: Any) -> None:
-    """Raise TypeError or ValueError for a value that breaks the rule of its row."""
-    array = hasattr(value, "__array__")  # its comparison with a name has no truth value
-    if not array and option.metadata["rule"](value):
-        return
-    right = isinstance(value, option.metadata["right"]) and not isinstance(value, bool)
-    kind = ValueError if right else TypeError
-    raise kind(f"config[{option.name!r}]: expected {option.metadata['expected']}, got {value!r}")
-
-
 def _documented(cls: type[Config]) -> str:
     """The docstring of the class, with the meaning of every option."""
-    rows = [f"{option.name}: {option.metadata['meaning']}" for option in dataclasses.fields(cls)]
-    wrapped = [textwrap.fill(row, 120, initial_indent=" " * 8, subsequent_indent=" " * 12) for row in rows]
-    return "\n".join([(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "])
+    rows = [
+        f"{option.name}: {option.metadata['meaning']}"
+        for option in dataclasses.fields(cls)
+    ]
+    wrapped = [
+        textwrap.fill(
+            row, 120, initial_indent=" " * 8, subsequent_indent=" " * 12
+        )
+        for row in rows
+    ]
+    return "\n".join(
+        [(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "]
+    )
 
 
 Config.__doc__ = _documented(Config)
-DEFAULTS: dict[str, Any] = {option.name: option.default for option in dataclasses.fields(Config)}
+DEFAULTS: dict[str, Any] = {
+    option.name: option.default for option in dataclasses.fields(Config)
+}
 TUNER: list[Callable[..., Config]] = []
 """What `Config.tuned` calls; `tuning`, which stands on the solvers, puts itself here."""

@@ -48,12 +48,23 @@ class InfluenceFunction:
         **options: Any,
     ) -> None:
         self.config = Config.of(config, **options)
-        models = [model] if isinstance(model, nn.Module) or not isinstance(model, Sequence) else list(model)
+        models = (
+            [model]
+            if isinstance(model, nn.Module) or not isinstance(model, Sequence)
+            else list(model)
+        )
         if not models:
-            raise ValueError("model: the list of models is empty; give at least one trained model")
-        self._members = [Member(one, train_loader, self.config) for one in models]
+            raise ValueError(
+                "model: the list of models is empty; give at least one trained model"
+            )
+        self._members = [
+            Member(one, train_loader, self.config) for one in models
+        ]
         self.problem = self._members[0].problem
-        self.objective, self.samples = self.problem.objective, self.problem.samples
+        self.objective, self.samples = (
+            self.problem.objective,
+            self.problem.samples,
+        )
         self.stderr: Tensor | None = None
         self.notes: dict[str, Any] = {}
         """What a driver adds to the report."""
@@ -68,7 +79,11 @@ class InfluenceFunction:
     def _of_one(self, member: Member) -> InfluenceFunction:
         alone = copy.copy(self)
         alone._members, alone.stderr, alone.notes = [member], None, {}
-        alone.problem, alone.objective, alone.samples = member.problem, member.objective, member.samples
+        alone.problem, alone.objective, alone.samples = (
+            member.problem,
+            member.objective,
+            member.samples,
+        )
         return alone
 
     @property
@@ -137,7 +152,9 @@ class InfluenceFunction:
         member = self._only_member("damping_curve")
         wrong = [value for value in dampings if not 0 < value < math.inf]
         if wrong:
-            raise ValueError(f"dampings: expected numbers above 0, got {wrong[0]!r}")
+            raise ValueError(
+                f"dampings: expected numbers above 0, got {wrong[0]!r}"
+            )
         return member.damping_curve(dampings)
 
     # ---- the same, a group at a time (for the drivers)
@@ -146,11 +163,15 @@ class InfluenceFunction:
         """The labels of these samples, as they are read in one pass of their losses; errors name the sample."""
         return self._members[0].check(tests, indices)
 
-    def groups(self, tests: Samples, indices: Sequence[int]) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
+    def groups(
+        self, tests: Samples, indices: Sequence[int]
+    ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
         """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
         return self._only_member("groups").groups(tests, indices)
 
-    def solutions(self, tests: Samples, indices: Sequence[int]) -> Iterator[Group]:
+    def solutions(
+        self, tests: Samples, indices: Sequence[int]
+    ) -> Iterator[Group]:
         """The solutions of each group of test samples, with their residuals."""
         return self._only_member("solutions").solutions(tests, indices)
 
@@ -158,7 +179,9 @@ class InfluenceFunction:
         """Loss gradients of these samples -> [K, P]."""
         return self._members[0].gradients_of(tests, indices)
 
-    def gradient_rows(self, indices: Sequence[int], text: str | None = None) -> Iterator[tuple[Sequence[int], Tensor]]:
+    def gradient_rows(
+        self, indices: Sequence[int], text: str | None = None
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Loss gradients of training samples, a block at a time: indices, [B, P]."""
         return self._members[0].gradient_rows(indices, text)
 

@@ -23,7 +23,9 @@ from .solve.solvers import Solver
 __all__ = ["calc_loss", "grad_z", "hvp", "s_test"]
 
 
-def grad_z(z: Any, t: Any, model: nn.Module, gpu: int = -1, **options: Any) -> list[Tensor]:
+def grad_z(
+    z: Any, t: Any, model: nn.Module, gpu: int = -1, **options: Any
+) -> list[Tensor]:
     r"""Gradient \nabla \ell(z, \theta) of the mean loss of a batch (z, t) -> list of tensors.
 
     Args:
@@ -51,18 +53,29 @@ def hvp(y: Tensor, w: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
         ValueError: `w` and `v` differ in length or in shape, or `y` has no graph.
     """
     w, v = list(w), list(v)
-    if len(w) != len(v) or any(a.shape != b.shape for a, b in zip(w, v, strict=False)):
+    if len(w) != len(v) or any(
+        a.shape != b.shape for a, b in zip(w, v, strict=False)
+    ):
         raise ValueError(
             f"hvp: w and v must be lists of tensors of the same shapes, got {[tuple(a.shape) for a in w]} and "
             f"{[tuple(b.shape) for b in v]}"
         )
     if not y.requires_grad:
-        raise ValueError("hvp: y has no graph; compute it from w with gradients enabled")
-    first = torch.autograd.grad(y, w, create_graph=True, allow_unused=True, materialize_grads=True)
-    along = sum(((g * u.detach()).sum() for g, u in zip(first, v, strict=True)), torch.zeros((), device=y.device))
+        raise ValueError(
+            "hvp: y has no graph; compute it from w with gradients enabled"
+        )
+    first = torch.autograd.grad(
+        y, w, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    along = sum(
+        ((g * u.detach()).sum() for g, u in zip(first, v, strict=True)),
+        torch.zeros((), device=y.device),
+    )
     if not along.requires_grad:
         return [torch.zeros_like(a) for a in w]
-    second = torch.autograd.grad(along, w, allow_unused=True, materialize_grads=True, retain_graph=True)
+    second = torch.autograd.grad(
+        along, w, allow_unused=True, materialize_grads=True, retain_graph=True
+    )
     return [product.detach() for product in second]
 
 
@@ -92,10 +105,20 @@ def s_test(
         DivergenceError: the recursion leaves the range in which a solution can lie.
     """
     given = {"solver": "lissa", "tolerance": None, "progress": False, **options}
-    config = Config.of({**given, "gpu": gpu, "damp": damp, "scale": scale, "recursion_depth": recursion_depth})
+    config = Config.of(
+        {
+            **given,
+            "gpu": gpu,
+            "damp": damp,
+            "scale": scale,
+            "recursion_depth": recursion_depth,
+        }
+    )
     problem = make_problem(model, z_loader, config, "hessian")
     objective = problem.objective
-    batch = as_batch((z_test, t_test), name="(z_test, t_test)").to(objective.device)
+    batch = as_batch((z_test, t_test), name="(z_test, t_test)").to(
+        objective.device
+    )
     with problem.guard():
         check_mean(objective, batch, "(z_test, t_test)")
         v = gradient(objective, batch)

@@ -16,9 +16,14 @@ from .data.batch import Batch, as_batch
 from .data.labels import batch_labels, plain
 from .data.samples import Samples
 from .model.door import check_losses, check_mean
-from .model.gradients import gradient, gradient_products, per_sample_gradients, require_finite
+from .model.gradients import (
+    gradient,
+    gradient_products,
+    per_sample_gradients,
+    require_finite,
+)
 from .solve.errors import DivergenceError, ToleranceWarning
-from .solve.groups import Group, Unmeasured, split
+from .solve.groups import Group, Unmeasured, shared_facts, split
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.solution import Solution
@@ -38,13 +43,20 @@ class Member:
         unmeasured: residuals of the last scores, or what they can be measured from.
     """
 
-    def __init__(self, model: nn.Module, train_loader: DataLoader[Any], config: Config) -> None:
+    def __init__(
+        self, model: nn.Module, train_loader: DataLoader[Any], config: Config
+    ) -> None:
         self.config = config
         name, self._why = config.solver_in_use
         logger.info("solver: %s (%s)", name, self._why)
         row = row_of(config)
-        self.problem = make_problem(model, train_loader, config, row.curvature, row.or_hessian)
-        self.objective, self.samples = self.problem.objective, self.problem.samples
+        self.problem = make_problem(
+            model, train_loader, config, row.curvature, row.or_hessian
+        )
+        self.objective, self.samples = (
+            self.problem.objective,
+            self.problem.samples,
+        )
         self.solver = Solver(self.problem)
         self.report: dict[str, Any] = {}
         self.unmeasured: list[Tensor | Unmeasured] = []
@@ -68,20 +80,26 @@ class Member:
         """The solution for the gradient of a batch's mean loss -> [P]."""
         with self.problem.guard():
             self._begin()
-            wrapped = as_batch(batch, name="test batch").to(self.objective.device)
+            wrapped = as_batch(batch, name="test batch").to(
+                self.objective.device
+            )
             check_mean(self.objective, wrapped, "test batch")
             g = gradient(self.objective, wrapped).unsqueeze(0)
             require_finite(g, wrapped.indices, "test batch", "gradient")
             return self._solve(g, 1).vectors[0]
 
-    def groups(self, tests: Samples, indices: Sequence[int]) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
+    def groups(
+        self, tests: Samples, indices: Sequence[int]
+    ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
         """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
         for group in self.solutions(tests, indices):
             with self.problem.guard():
                 mean, chains = self._products(group.vectors, group.chains)
             yield group, mean, chains
 
-    def solutions(self, tests: Samples, indices: Sequence[int]) -> Iterator[Group]:
+    def solutions(
+        self, tests: Samples, indices: Sequence[int]
+    ) -> Iterator[Group]:
         """The solutions of each group of test samples, with their residuals."""
         self._begin()
         for part in split(indices, self.group_size):
@@ -112,7 +130,9 @@ class Member:
                 means.append(mean)
                 if chains is not None:
                     errors.append(chains.std(0) / len(chains) ** 0.5)
-                self.unmeasured.append(self._residual_for_later(v, solution, count))
+                self.unmeasured.append(
+                    self._residual_for_later(v, solution, count)
+                )
         return torch.cat(means), torch.cat(errors) if errors else None
 
     def relative_residual(self) -> Tensor | None:
@@ -122,7 +142,11 @@ class Member:
         found = []
         with self.problem.guard():
             for part in self.unmeasured:
-                known = self._measured(part.v, part.solution) if isinstance(part, Unmeasured) else part
+                known = (
+                    self._measured(part.v, part.solution)
+                    if isinstance(part, Unmeasured)
+                    else part
+                )
                 found.append(known)
         own = torch.cat(found)
         self._warn_if_inexact(own)
@@ -141,7 +165,9 @@ class Member:
                 self._describe()
                 return values / n
             parts = []
-            for batch in self.samples.ordered(self.group_size, text="Self-influence"):
+            for batch in self.samples.ordered(
+                self.group_size, text="Self-influence"
+            ):
                 g = self.gradients(batch, self.samples.name)
                 solved = self._solve(g, n).vectors
                 parts.append(((solved * g).sum(1) / n).cpu())
@@ -158,13 +184,22 @@ class Member:
         """How many test samples a batch or loader has, and their loss gradients, a group at a time."""
         if hasattr(tests, "dataset"):
             name, progress = "test_loader", self.config.progress
-            samples = Samples(tests, device=self.objective.device, name=name, progress=progress)
+            samples = Samples(
+                tests,
+                device=self.objective.device,
+                name=name,
+                progress=progress,
+            )
             self.check(samples, range(samples.n))
             groups = split(range(samples.n), self.group_size)
-            return samples.n, (self.gradients_of(samples, indices) for indices in groups)
+            return samples.n, (
+                self.gradients_of(samples, indices) for indices in groups
+            )
         batch = as_batch(tests, name="test batch").to(self.objective.device)
         check_losses(self.objective, [batch], "test batch")
-        return batch.size, (self.gradients(part, "test batch") for part in self._parts(batch))
+        return batch.size, (
+            self.gradients(part, "test batch") for part in self._parts(batch)
+        )
 
     def check(self, tests: Samples, indices: Sequence[int]) -> list[Any]:
         """The labels of these samples, as they are read in one pass of their losses, before any long work.
@@ -192,17 +227,25 @@ class Member:
         """Loss gradients of these samples -> [K, P]."""
         with self.problem.guard(tests):
             batches = tests.ordered(self.problem.gradient_batch, indices)
-            return torch.cat([self.gradients(batch, tests.name) for batch in batches])
+            return torch.cat(
+                [self.gradients(batch, tests.name) for batch in batches]
+            )
 
-    def gradient_rows(self, indices: Sequence[int], text: str | None = None) -> Iterator[tuple[Sequence[int], Tensor]]:
+    def gradient_rows(
+        self, indices: Sequence[int], text: str | None = None
+    ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Loss gradients of training samples, a block at a time: indices, [B, P]."""
         with self.problem.guard():
-            for batch in self.samples.ordered(self.problem.gradient_batch, indices, text=text):
+            for batch in self.samples.ordered(
+                self.problem.gradient_batch, indices, text=text
+            ):
                 yield batch.indices, self.gradients(batch, self.samples.name)
 
     def gradients(self, batch: Batch, name: str) -> Tensor:
         """Loss gradients of a batch -> [B, P]; `name` is what a message calls it."""
-        rows = per_sample_gradients(self.objective, batch, self.problem.max_bytes)
+        rows = per_sample_gradients(
+            self.objective, batch, self.problem.max_bytes
+        )
         require_finite(rows, batch.indices, name, "gradient")
         return rows
 
@@ -222,7 +265,9 @@ class Member:
     def _measured(self, v: Tensor, solution: Solution) -> Tensor:
         return self.solver.residual(v, solution).relative.cpu()
 
-    def _residual_for_later(self, v: Tensor, solution: Solution, tests: int) -> Tensor | Unmeasured:
+    def _residual_for_later(
+        self, v: Tensor, solution: Solution, tests: int
+    ) -> Tensor | Unmeasured:
         """The residual; of an approximation only what it can be measured from, where all of these fit the memory."""
         kept = 2 * tests * self.objective.P * v.element_size()
         if solution.residual is None and kept <= self.problem.max_bytes:
@@ -233,7 +278,9 @@ class Member:
     def _look_at_first(self, v: Tensor, solution: Solution) -> None:
         """Warn now where an approximation is of a matrix that is singular up to rounding."""
         prepared = self.solver.prepared()
-        trace = self.objective.P * float(prepared.report.get("mean_eigenvalue", 0.0))
+        trace = self.objective.P * float(
+            prepared.report.get("mean_eigenvalue", 0.0)
+        )
         rounding = torch.finfo(v.dtype).eps * trace
         if not self.unmeasured and prepared.system.damping <= rounding:
             one = dataclasses.replace(solution, vectors=solution.vectors[:1])
@@ -243,21 +290,19 @@ class Member:
         """Add a group to the report: what all groups share stands at the top too."""
         prepared = self.solver.prepared()
         groups = self.report["groups"] + ([group] if group else [])
-        shared = dict(groups[0]) if groups else {}
-        for other in groups[1:]:
-            shared = {key: value for key, value in shared.items() if other.get(key) == value}
-        shared.pop("tests", None)
         self.report = {
             "solver": self.config.solver_in_use[0],
             "solver_why": self._why,
             "curvature": prepared.system.curvature.kind,
             "damping": prepared.system.damping,
             **prepared.report,
-            **shared,
+            **shared_facts(groups),
             "groups": groups,
         }
 
-    def _products(self, vectors: Tensor, chains: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _products(
+        self, vectors: Tensor, chains: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Scores [K, n] of the solutions, and of each of their chains [r, K, n]."""
         if chains is None:
             return self._score(vectors), None
@@ -268,9 +313,15 @@ class Member:
     def _score(self, vectors: Tensor) -> Tensor:
         n, max_bytes = self.samples.n, self.problem.max_bytes
         scores = torch.empty(len(vectors), n, dtype=self.objective.dtype)
-        for batch in self.samples.ordered(self.problem.scoring_batch, text="Scoring the training set"):
-            block = gradient_products(self.objective, batch, vectors, max_bytes) / n
-            require_finite(block.T, batch.indices, self.samples.name, "gradient")
+        for batch in self.samples.ordered(
+            self.problem.scoring_batch, text="Scoring the training set"
+        ):
+            block = (
+                gradient_products(self.objective, batch, vectors, max_bytes) / n
+            )
+            require_finite(
+                block.T, batch.indices, self.samples.name, "gradient"
+            )
             scores[:, torch.as_tensor(batch.indices)] = block.detach().cpu()
         return scores
 

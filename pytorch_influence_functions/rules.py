@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -17,24 +18,40 @@ NUMBER, TEXT, OTHER = (int, float), (str,), ()
 
 def is_whole(value: Any, least: int) -> bool:
     """A whole number of at least `least`; True and False are none."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    return (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and value >= least
+    )
 
 
 def is_real(value: Any) -> bool:
     """A finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and math.isfinite(value)
+    )
 
 
 def is_path(value: Any) -> bool:
     """A file or folder name."""
-    return isinstance(value, str | os.PathLike) and str(value) != "" and "\0" not in str(value)
+    return (
+        isinstance(value, str | os.PathLike)
+        and str(value) != ""
+        and "\0" not in str(value)
+    )
 
 
 def are_names(value: Any) -> bool:
     """A name, or a sequence of some."""
     if isinstance(value, str):
         return True
-    return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(name, str) for name in value)
+    return (
+        isinstance(value, Sequence)
+        and len(value) > 0
+        and all(isinstance(name, str) for name in value)
+    )
 
 
 def at_least(least: int) -> Callable[[Any], bool]:
@@ -59,7 +76,9 @@ def is_function(value: Any) -> bool:
 
 def either(other: Any, rule: Callable[[Any], bool]) -> Callable[[Any], bool]:
     """The rule, or this very value."""
-    return lambda value: (type(value) is type(other) and value == other) or rule(value)
+    return lambda value: (
+        (type(value) is type(other) and value == other) or rule(value)
+    )
 
 
 def one_of(names: Sequence[str]) -> Callable[[Any], bool]:
@@ -72,7 +91,12 @@ def quoted(names: Sequence[str]) -> str:
     return " or ".join(f'"{name}"' for name in names)
 
 
-def row(right: tuple[type, ...], rule: Callable[[Any], bool], expected: str, meaning: str) -> dict[str, Any]:
+def row(
+    right: tuple[type, ...],
+    rule: Callable[[Any], bool],
+    expected: str,
+    meaning: str,
+) -> dict[str, Any]:
     """What the table says of an option beside its default.
 
     Args:
@@ -81,4 +105,31 @@ def row(right: tuple[type, ...], rule: Callable[[Any], bool], expected: str, mea
         expected: what an error says was expected.
         meaning: what the documentation says.
     """
-    return {"right": right, "rule": rule, "expected": expected, "meaning": meaning}
+    return {
+        "right": right,
+        "rule": rule,
+        "expected": expected,
+        "meaning": meaning,
+    }
+
+
+def plain(value: Any) -> Any:
+    """A scalar of NumPy or PyTorch as the Python number it is; anything else as it came."""
+    scalar = hasattr(value, "item") and getattr(value, "shape", None) == ()
+    return value.item() if scalar else value
+
+
+def check(option: dataclasses.Field[Any], value: Any) -> None:
+    """Raise TypeError or ValueError for a value that breaks the rule of its row."""
+    array = hasattr(
+        value, "__array__"
+    )  # its comparison with a name has no truth value
+    if not array and option.metadata["rule"](value):
+        return
+    right = isinstance(value, option.metadata["right"]) and not isinstance(
+        value, bool
+    )
+    kind = ValueError if right else TypeError
+    raise kind(
+        f"config[{option.name!r}]: expected {option.metadata['expected']}, got {value!r}"
+    )

@@ -32,7 +32,10 @@ def init_logging(filename: str | os.PathLike[str] | None = None) -> None:
     log = logging.getLogger(_PACKAGE)
     if filename is not None:
         path = os.path.abspath(os.path.expanduser(filename))
-        if not any(isinstance(h, logging.FileHandler) and h.baseFilename == path for h in log.handlers):
+        if not any(
+            isinstance(h, logging.FileHandler) and h.baseFilename == path
+            for h in log.handlers
+        ):
             _add_handler(log, _file_handler(Path(path), "filename"))
     log.setLevel(logging.INFO)
     if not any(type(h) is logging.StreamHandler for h in log.handlers):
@@ -46,7 +49,10 @@ def log_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
         yield
         return
     log, level = logging.getLogger(_PACKAGE), logging.getLogger(_PACKAGE).level
-    handler = _add_handler(log, _file_handler(Path(filename).expanduser(), "config['log_filename']"))
+    handler = _add_handler(
+        log,
+        _file_handler(Path(filename).expanduser(), "config['log_filename']"),
+    )
     log.setLevel(logging.INFO)
     try:
         yield
@@ -63,7 +69,9 @@ def _file_handler(path: Path, key: str) -> logging.Handler:
         path.parent.mkdir(parents=True, exist_ok=True)
         return logging.FileHandler(path)
     except OSError as error:
-        raise OSError(f"{key}: cannot write to {path} ({error.strerror}); give a file you can write to") from error
+        raise OSError(
+            f"{key}: cannot write to {path} ({error.strerror}); give a file you can write to"
+        ) from error
 
 
 def file_path(path: Path, key: str) -> Path:
@@ -74,13 +82,19 @@ def file_path(path: Path, key: str) -> Path:
         OSError: it is a folder.
     """
     if "\0" in str(path):
-        raise ValueError(f"{key}: expected a file name without NUL, got {str(path)!r}")
+        raise ValueError(
+            f"{key}: expected a file name without NUL, got {str(path)!r}"
+        )
     if path.is_dir():
-        raise IsADirectoryError(f"{key}: {path} is a folder; give the name of a file in it")
+        raise IsADirectoryError(
+            f"{key}: {path} is a folder; give the name of a file in it"
+        )
     return path
 
 
-def _add_handler(log: logging.Logger, handler: logging.Handler) -> logging.Handler:
+def _add_handler(
+    log: logging.Logger, handler: logging.Handler
+) -> logging.Handler:
     handler.setFormatter(logging.Formatter(_FORMAT))
     log.addHandler(handler)
     return handler
@@ -96,11 +110,18 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 def _is_ours(filename: str) -> bool:
     """Whether a file is of this package, or of the standard library's context managers and generators between."""
-    return Path(filename).parent.is_relative_to(Path(__file__).parent) or filename == contextlib.__file__
+    return (
+        Path(filename).parent.is_relative_to(Path(__file__).parent)
+        or filename == contextlib.__file__
+    )
 
 
 def display_progress(
-    text: str, current_step: int, last_step: int, enabled: bool = True, fix_zero_start: bool = True
+    text: str,
+    current_step: int,
+    last_step: int,
+    enabled: bool = True,
+    fix_zero_start: bool = True,
 ) -> None:
     """Draw a progress bar on one line of stderr, for a loop that calls it once per step.
 
@@ -115,15 +136,28 @@ def display_progress(
         return
     done = min(current_step + int(fix_zero_start), last_step)
     line = tqdm.format_meter(
-        done, last_step, elapsed=0, prefix=text.rstrip(": "), bar_format="{l_bar}{bar:40}| {n_fmt}/{total_fmt}"
+        done,
+        last_step,
+        elapsed=0,
+        prefix=text.rstrip(": "),
+        bar_format="{l_bar}{bar:40}| {n_fmt}/{total_fmt}",
     )
     sys.stderr.write("\r" + line + ("\n" if done >= last_step else ""))
     sys.stderr.flush()
 
 
-def progress_bar(text: str | None, *, total: int | None, unit: str, enabled: bool) -> tqdm[Any]:
+def progress_bar(
+    text: str | None, *, total: int | None, unit: str, enabled: bool
+) -> tqdm[Any]:
     """A tqdm bar (a widget in notebooks); silent without `text` or where not `enabled`."""
-    return tqdm(total=total, desc=text, unit=unit, disable=not enabled or text is None, leave=False, dynamic_ncols=True)
+    return tqdm(
+        total=total,
+        desc=text,
+        unit=unit,
+        disable=not enabled or text is None,
+        leave=False,
+        dynamic_ncols=True,
+    )
 
 
 @contextlib.contextmanager
@@ -173,7 +207,9 @@ def save_json(
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not overwrite_if_exists:
         if append_if_exists:
-            json_obj = _joined(json.loads(path.read_text(encoding="utf-8")), json_obj, path)
+            json_obj = _joined(
+                json.loads(path.read_text(encoding="utf-8")), json_obj, path
+            )
         elif unique_fn_if_exists:
             path = unused_path(path)
         else:
@@ -192,7 +228,10 @@ def as_json(value: Any) -> str:
     """
     try:
         return json.dumps(value, default=_plain, allow_nan=False)
-    except (TypeError, ValueError):  # a number without a value, or a key that is a number of NumPy
+    except (
+        TypeError,
+        ValueError,
+    ):  # a number without a value, or a key that is a number of NumPy
         return json.dumps(_with_null(value), allow_nan=False)
 
 
@@ -248,7 +287,9 @@ def _joined(old: Any, new: Any, path: Path) -> Any:
         return old + (new if isinstance(new, list) else [new])
     if isinstance(old, dict) and isinstance(new, dict):
         return {**old, **new}
-    raise TypeError(f"cannot append a {type(new).__name__} to the {type(old).__name__} in {path}")
+    raise TypeError(
+        f"cannot append a {type(new).__name__} to the {type(old).__name__} in {path}"
+    )
 
 
 def _plain(value: Any) -> Any:

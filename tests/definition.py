@@ -1,9 +1,10 @@
 """EKFAC as its definition says, one sample, position and output at a time, by automatic differentiation alone."""
 
 import torch
-from cases import dense_gauss_newton
 from torch import nn
 from torch.func import functional_call, jacrev
+
+from cases import dense_gauss_newton
 
 NORMS = nn.LayerNorm, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d
 

@@ -4,12 +4,11 @@ import os
 import re
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SubsetRandomSampler, TensorDataset
-
-import pytorch_influence_functions as ptif
 
 X, T = torch.randn(12, 4), torch.arange(12) % 3
 

@@ -1,12 +1,11 @@
 """The essentials on a CUDA device."""
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
-
-import pytorch_influence_functions as ptif
 
 pytestmark = [
     pytest.mark.cuda,

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
-
-import pytorch_influence_functions as ptif
 
 pytestmark = pytest.mark.usefixtures("double")
 N, LAMBDA = 12, 1.0

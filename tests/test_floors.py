@@ -5,7 +5,6 @@ import pathlib
 import sys
 
 import pytest
-
 import pytorch_influence_functions
 
 PACKAGE = pathlib.Path(pytorch_influence_functions.__file__).parent

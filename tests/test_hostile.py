@@ -17,8 +17,12 @@ import warnings
 
 import numpy as np
 import pytest
+import pytorch_influence_functions as ptif
 import torch
-from cases import dense_gauss_newton, slow_gradients
+from pytorch_influence_functions import calc_influence_function as old
+from pytorch_influence_functions.data.samples import Samples
+from pytorch_influence_functions.run.store import RowWriter
+from pytorch_influence_functions.solve.cg import iterate
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -33,11 +37,7 @@ from torch.utils.data import (
     default_collate,
 )
 
-import pytorch_influence_functions as ptif
-from pytorch_influence_functions import calc_influence_function as old
-from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.run.store import RowWriter
-from pytorch_influence_functions.solve.cg import iterate
+from cases import dense_gauss_newton, slow_gradients
 
 N, OPTIONS = 12, {"progress": False, "damping": 0.5, "solver": "cg", "tolerance": 1e-6}
 RANDOM = torch.Generator().manual_seed(0)

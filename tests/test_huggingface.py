@@ -5,13 +5,12 @@ import os
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
-
-import pytorch_influence_functions as ptif
 
 transformers = pytest.importorskip("transformers")
 pytestmark = [

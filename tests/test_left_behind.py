@@ -10,12 +10,11 @@ import threading
 import weakref
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-
-import pytorch_influence_functions as ptif
 
 X, T = torch.randn(24, 4), torch.arange(24) % 3
 OPTIONS = {"progress": False, "damping": 1.0, "recursion_depth": 10, "tolerance": 0.5}

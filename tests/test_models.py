@@ -4,14 +4,14 @@ import functools
 import pickle
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
-from zoo import KINDS, N
 
-import pytorch_influence_functions as ptif
+from zoo import KINDS, N
 
 pytestmark = pytest.mark.usefixtures("double")
 SOLVERS = ("lissa", "cg", "exact", "ekfac", "auto")

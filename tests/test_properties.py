@@ -5,9 +5,11 @@ import re
 
 import numpy as np
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from pytorch_influence_functions.data.batch import as_batch
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import (
@@ -21,9 +23,6 @@ from torch.utils.data import (
     TensorDataset,
     default_collate,
 )
-
-import pytorch_influence_functions as ptif
-from pytorch_influence_functions.data.batch import as_batch
 
 N = 9
 RANDOM = torch.Generator().manual_seed(1)

@@ -4,14 +4,13 @@ import random
 
 import numpy as np
 import pytest
+import pytorch_influence_functions as ptif
 import torch
+from pytorch_influence_functions import calc_influence_function as drivers
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-
-import pytorch_influence_functions as ptif
-from pytorch_influence_functions import calc_influence_function as drivers
 
 OPTIONS = {"progress": False, "recursion_depth": 5, "tolerance": None, "damping": 5.0}
 X, T = torch.randn(20, 6), torch.arange(20) % 3

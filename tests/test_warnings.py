@@ -4,11 +4,10 @@ import inspect
 import warnings
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
-
-import pytorch_influence_functions as ptif
 
 X, T = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
 

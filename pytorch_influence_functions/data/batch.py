@@ -33,7 +33,9 @@ class Batch(NamedTuple):
     @property
     def sliceable(self) -> bool:
         """Whether every tensor has one row per sample."""
-        return bool(self.leaves) and all(t.dim() > 0 and t.shape[0] == self.size for t in self.leaves)
+        return bool(self.leaves) and all(
+            t.dim() > 0 and t.shape[0] == self.size for t in self.leaves
+        )
 
     def rows(self, start: int, stop: int) -> Batch:
         """Samples `start` to `stop` of a sliceable batch, or of one in parts."""
@@ -44,7 +46,12 @@ class Batch(NamedTuple):
             return self
         if not self.sliceable:
             raise ValueError(UNCUT)
-        return Batch([t[start:stop] for t in self.leaves], self.rebuild, len(indices), indices)
+        return Batch(
+            [t[start:stop] for t in self.leaves],
+            self.rebuild,
+            len(indices),
+            indices,
+        )
 
     def singles(self) -> Iterator[Batch]:
         """Each sample as a batch of one."""
@@ -54,10 +61,16 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """The same batch on `device`."""
         if self.parts:
-            return self._replace(parts=tuple(part.to(device) for part in self.parts))
+            return self._replace(
+                parts=tuple(part.to(device) for part in self.parts)
+            )
         with torch.inference_mode(False):
             leaves = [t.clone() if t.is_inference() else t for t in self.leaves]
-            return self._replace(leaves=[t.to(device, non_blocking=t.is_pinned()) for t in leaves])
+            return self._replace(
+                leaves=[
+                    t.to(device, non_blocking=t.is_pinned()) for t in leaves
+                ]
+            )
 
 
 UNCUT = (
@@ -72,10 +85,18 @@ def apart(parts: Sequence[Batch]) -> Batch:
     if len(parts) == 1:
         return parts[0]
     indices = [part.indices[0] for part in parts]
-    return Batch([], lambda _: [part.tree for part in parts], len(parts), indices, tuple(parts))
+    return Batch(
+        [],
+        lambda _: [part.tree for part in parts],
+        len(parts),
+        indices,
+        tuple(parts),
+    )
 
 
-def as_batch(tree: Any, indices: Sequence[int] | None = None, name: str = "batch") -> Batch:
+def as_batch(
+    tree: Any, indices: Sequence[int] | None = None, name: str = "batch"
+) -> Batch:
     """Wrap a collated batch; without `indices` its size is the first dimension that its tensors share.
 
     Tensors of different first dimensions are those of one sample where one of them has a single row. `name` is what
@@ -97,29 +118,41 @@ def _size(leaves: Sequence[Tensor], tree: Any, name: str) -> int:
     if 1 in sizes:
         return 1
     if any(t.dim() == 0 for t in leaves):
-        raise ValueError(f"{name}: one of its tensors has no dimension; {UNBATCHED}")
+        raise ValueError(
+            f"{name}: one of its tensors has no dimension; {UNBATCHED}"
+        )
     if not sizes:
         raise TypeError(
             f"{name}: expected a batch that holds tensors with one row per sample, got {type(tree).__name__}"
         )
     if len(sizes) > 1:
         found = ", ".join(map(str, sorted(sizes)))
-        raise ValueError(f"{name}: its tensors have {found} rows; {UNBATCHED}. If it is a batch, {UNCUT}")
+        raise ValueError(
+            f"{name}: its tensors have {found} rows; {UNBATCHED}. If it is a batch, {UNCUT}"
+        )
     if sizes == {0}:
         raise ValueError(f"{name}: it is empty; expected at least one sample")
     return sizes.pop()
 
 
 UNBATCHED = (
-    "expected one row per sample in each; a single sample needs a batch dimension: x.unsqueeze(0), t.unsqueeze(0)"
+    "expected one row per sample in each; a single sample needs a batch dimension: "
+    "x.unsqueeze(0), t.unsqueeze(0)"
 )
 """What is said of a sample that came without its batch dimension."""
 
 
-def flatten_tree(tree: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+def flatten_tree(
+    tree: Any,
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     """Tensors of a nested mapping, sequence, named tuple or dataclass in a fixed order, and the inverse."""
     leaves: list[Tensor] = []
-    template = _visit(tree, lambda t: leaves.append(t) or _Slot(len(leaves) - 1))  # type: ignore[func-returns-value]
+
+    def keep(t: Tensor) -> _Slot:
+        leaves.append(t)
+        return _Slot(len(leaves) - 1)
+
+    template = _visit(tree, keep)
     return leaves, lambda new: _visit(template, lambda slot: new[slot.place])
 
 
@@ -153,13 +186,21 @@ def _visit(tree: Any, fn: Callable[[Any], Any]) -> Any:
         return type(tree)(_visit(value, fn) for value in tree)
     if _is_record(tree):
         new = copy.copy(tree)
-        vars(new).update({name: _visit(value, fn) for name, value in vars(tree).items()})
+        vars(new).update(
+            {name: _visit(value, fn) for name, value in vars(tree).items()}
+        )
         return new
     return tree
 
 
 def _is_record(tree: Any) -> bool:
     """Whether an object of a class of the user's holds tensors as plain attributes (a batch of graphs, say)."""
-    if isinstance(tree, type | Module) or callable(tree) or not hasattr(tree, "__dict__"):
+    if (
+        isinstance(tree, type | Module)
+        or callable(tree)
+        or not hasattr(tree, "__dict__")
+    ):
         return False
-    return any(isinstance(value, Tensor | _Slot) for value in vars(tree).values())
+    return any(
+        isinstance(value, Tensor | _Slot) for value in vars(tree).values()
+    )

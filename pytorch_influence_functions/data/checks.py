@@ -6,13 +6,27 @@ import logging
 import operator
 from typing import Any
 
-from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import (
+    BatchSampler,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+)
 
 logger = logging.getLogger(__name__)
 NEEDED = (
-    "batch_sampler", "sampler", "batch_size", "collate_fn", "num_workers", "prefetch_factor", "pin_memory", "timeout",
-    "worker_init_fn", "multiprocessing_context",
-)  # fmt: skip
+    "batch_sampler",
+    "sampler",
+    "batch_size",
+    "collate_fn",
+    "num_workers",
+    "prefetch_factor",
+    "pin_memory",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+)
 """What is read of a loader."""
 
 
@@ -30,13 +44,17 @@ def check_loader(loader: Any, name: str) -> None:
             "the DataLoader inside it, or wrap its data set: DataLoader(loader.dataset, batch_size=32)"
         )
     dataset = loader.dataset
-    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if isinstance(dataset, IterableDataset) or not (
+        hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
+    ):
         raise TypeError(
             f"{name}: its dataset ({type(dataset).__name__}) has no length or no index, but influence is given per "
             "sample; use a map-style dataset with __len__ and __getitem__, e.g. a list of the samples"
         )
     if len(dataset) == 0:
-        raise ValueError(f"{name}: its dataset ({type(dataset).__name__}) is empty; expected at least one sample")
+        raise ValueError(
+            f"{name}: its dataset ({type(dataset).__name__}) is empty; expected at least one sample"
+        )
     if loader.batch_sampler is None:
         raise ValueError(
             f"{name}: it has batch_size=None, so one item of its dataset is not one sample; "
@@ -47,8 +65,10 @@ def check_loader(loader: Any, name: str) -> None:
         logger.warning(
             "%s: its sampler (%s) is not used: all %d samples of its dataset count, each once. "
             "To leave some out, pass a DataLoader over torch.utils.data.Subset.",
-            name, type(unused).__name__, len(dataset),
-        )  # fmt: skip
+            name,
+            type(unused).__name__,
+            len(dataset),
+        )
 
 
 def _unused(loader: Any) -> Any | None:
@@ -57,13 +77,17 @@ def _unused(loader: Any) -> Any | None:
     if type(loader.batch_sampler) is not BatchSampler:
         return loader.batch_sampler
     if isinstance(sampler, RandomSampler):
-        return sampler if sampler.replacement or sampler.num_samples != n else None
+        return (
+            sampler if sampler.replacement or sampler.num_samples != n else None
+        )
     if isinstance(sampler, DistributedSampler):
         return sampler if sampler.num_replicas > 1 else None
     return None if isinstance(sampler, SequentialSampler) else sampler
 
 
-def require_whole(value: Any, name: str, least: int, most: int | None = None) -> int:
+def require_whole(
+    value: Any, name: str, least: int, most: int | None = None
+) -> int:
     """An argument that is a whole number from `least` to `most`.
 
     Raises:
@@ -74,7 +98,9 @@ def require_whole(value: Any, name: str, least: int, most: int | None = None) ->
     try:
         number = operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name}: expected a whole number ({expected}), got {value!r}") from error
+        raise TypeError(
+            f"{name}: expected a whole number ({expected}), got {value!r}"
+        ) from error
     if number < least or (most is not None and number > most):
         raise ValueError(f"{name}: expected {expected}, got {number}")
     return number

@@ -25,7 +25,11 @@ def stored_labels(dataset: Any) -> Sequence[Any] | None:
         known = _column(getattr(dataset, name, None))
         if known is not None and len(known) == len(dataset):
             transform = getattr(dataset, "target_transform", None)
-            return [transform(label) for label in known] if callable(transform) else known
+            return (
+                [transform(label) for label in known]
+                if callable(transform)
+                else known
+            )
     return None
 
 
@@ -37,7 +41,9 @@ def _column(held: Any) -> Sequence[Any] | None:
         return held
     if isinstance(held, Tensor | np.ndarray):
         return cast(Sequence[Any], held) if held.ndim > 0 else None
-    values = held.tolist() if hasattr(held, "tolist") else None  # a column of pandas, whose [] is not by place
+    values = (
+        held.tolist() if hasattr(held, "tolist") else None
+    )  # a column of pandas, whose [] is not by place
     return values if isinstance(values, list) else None
 
 
@@ -47,23 +53,47 @@ def agree(held: Any, read: Any) -> bool:
     if other is None or one == other:
         return True
     try:
-        a, b = np.asarray(one, dtype=np.float64), np.asarray(other, dtype=np.float64)
+        a, b = (
+            np.asarray(one, dtype=np.float64),
+            np.asarray(other, dtype=np.float64),
+        )
     except (TypeError, ValueError):
         return False
     if a.ndim == 0 and b.ndim == 1 and b.size > 1:
         return bool(b.argmax() == a)
-    return a.size == b.size and bool(np.isclose(a.ravel(), b.ravel(), rtol=1e-6, atol=0, equal_nan=True).all())
+    return a.size == b.size and bool(
+        np.isclose(
+            a.ravel(), b.ravel(), rtol=1e-6, atol=0, equal_nan=True
+        ).all()
+    )
 
 
 def batch_labels(batch: Batch) -> list[Any]:
     """Labels of a batch: the rows of its second part, or of its `labels`, `label`, `targets`, `target` or `y`."""
     tree: Any = batch.tree
     if isinstance(tree, Mapping):
-        tree = (None, next((tree[key] for key in LABEL_KEYS if key in tree), None))
+        tree = (
+            None,
+            next((tree[key] for key in LABEL_KEYS if key in tree), None),
+        )
     elif not isinstance(tree, list | tuple):
-        tree = (None, next((getattr(tree, key) for key in LABEL_KEYS if hasattr(tree, key)), None))
+        tree = (
+            None,
+            next(
+                (
+                    getattr(tree, key)
+                    for key in LABEL_KEYS
+                    if hasattr(tree, key)
+                ),
+                None,
+            ),
+        )
     labels: Any = tree[1] if len(tree) > 1 else None
-    return list(labels) if hasattr(labels, "__len__") and len(labels) == batch.size else [None] * batch.size
+    return (
+        list(labels)
+        if hasattr(labels, "__len__") and len(labels) == batch.size
+        else [None] * batch.size
+    )
 
 
 def plain(label: Any) -> Any:

@@ -33,8 +33,19 @@ class Fetch:
         apart: whether each sample is collated alone.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], name: str, apart: bool) -> None:
-        self.dataset, self.collate, self.name, self.apart = dataset, collate, name, apart
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable[[list[Any]], Any],
+        name: str,
+        apart: bool,
+    ) -> None:
+        self.dataset, self.collate, self.name, self.apart = (
+            dataset,
+            collate,
+            name,
+            apart,
+        )
 
     def __call__(self, indices: Sequence[int]) -> Fetched | Exception:
         """The samples, or the error that says which of them fails: raised in a worker it would lose its sentence."""
@@ -54,10 +65,15 @@ class Fetch:
         samples = self._samples(indices)
         if not self.apart and len(samples) > 1:
             try:
-                return Fetched(list(indices), [self.collate(list(samples))], apart=False)
+                return Fetched(
+                    list(indices), [self.collate(list(samples))], apart=False
+                )
             except Exception:  # samples of different shapes, a broken one: each alone says which
                 pass
-        trees = [self._alone(index, sample) for index, sample in zip(indices, samples, strict=True)]
+        trees = [
+            self._alone(index, sample)
+            for index, sample in zip(indices, samples, strict=True)
+        ]
         return Fetched(list(indices), trees, apart=self.apart or len(trees) > 1)
 
     def _samples(self, indices: Sequence[int]) -> list[Any]:
@@ -81,7 +97,10 @@ class Fetch:
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
-            raise _told(f"{self.name}: sample {index} of its dataset cannot be read", error) from error
+            raise _told(
+                f"{self.name}: sample {index} of its dataset cannot be read",
+                error,
+            ) from error
 
     def _alone(self, index: int, sample: Any) -> Any:
         try:
@@ -90,7 +109,8 @@ class Fetch:
             raise
         except Exception as error:
             raise _told(
-                f"{self.name}: its collate_fn fails on sample {index} alone (a {type(sample).__name__})", error
+                f"{self.name}: its collate_fn fails on sample {index} alone (a {type(sample).__name__})",
+                error,
             ) from error
 
 
@@ -98,7 +118,9 @@ def _told(what: str, error: Exception) -> Exception:
     """The error of the user's code in one sentence; a StopIteration, which would end a pass in silence, too."""
     kind = TypeError if isinstance(error, TypeError) else ValueError
     lines = str(error).splitlines()
-    return kind(f"{what}: {type(error).__name__}" + (f": {lines[0]}" if lines else ""))
+    return kind(
+        f"{what}: {type(error).__name__}" + (f": {lines[0]}" if lines else "")
+    )
 
 
 class Indices(Dataset[int]):
@@ -142,7 +164,13 @@ class RandomBatches(Sampler[list[int]]):
 
 def loader_options(loader: DataLoader[Any]) -> dict[str, Any]:
     """The user's options of reading."""
-    names = ["num_workers", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"]
+    names = [
+        "num_workers",
+        "pin_memory",
+        "timeout",
+        "worker_init_fn",
+        "multiprocessing_context",
+    ]
     names += ["prefetch_factor"] if loader.num_workers > 0 else []
     return {name: getattr(loader, name) for name in names}
 
@@ -171,7 +199,9 @@ def batch_size_of(loader: DataLoader[Any], n: int, name: str) -> int:
     if not hasattr(batches, "__len__"):
         return UNKNOWN_SIZE
     if len(batches) == 0:
-        raise ValueError(f"{name}: its batch_sampler has no batch; give one, or a batch_size")
+        raise ValueError(
+            f"{name}: its batch_sampler has no batch; give one, or a batch_size"
+        )
     if isinstance(batches, Sequence):
         return max(len(batches[0]), 1)
     return -(-n // len(batches))

@@ -18,7 +18,15 @@ from ..utils import progress_bar, random_state
 from .batch import Batch, apart, as_batch
 from .checks import check_loader
 from .labels import agree, batch_labels, plain, stored_labels
-from .reader import Fetch, Fetched, Indices, RandomBatches, batch_size_of, close, loader_options
+from .reader import (
+    Fetch,
+    Fetched,
+    Indices,
+    RandomBatches,
+    batch_size_of,
+    close,
+    loader_options,
+)
 
 logger = logging.getLogger(__name__)
 COMPARED = 32
@@ -63,7 +71,9 @@ class Samples:
 
     def sample(self, index: int) -> Batch:
         """One sample, collated alone."""
-        return self._batch(self._fetch(apart=True).read([index])).to(self.device)
+        return self._batch(self._fetch(apart=True).read([index])).to(
+            self.device
+        )
 
     def take(self, indices: Sequence[int]) -> Batch:
         """These samples, collated together (or `apart`), read in this process."""
@@ -71,7 +81,9 @@ class Samples:
             rows = torch.as_tensor(indices)
             tree = [t[rows] for t in cast(TensorDataset, self.dataset).tensors]
             return self._trusted(as_batch(tree, indices)).to(self.device)
-        return self._batch(self._fetch(self.apart).read(indices)).to(self.device)
+        return self._batch(self._fetch(self.apart).read(indices)).to(
+            self.device
+        )
 
     def close(self) -> None:
         """End the workers of every pass that was not read to its end."""
@@ -90,7 +102,10 @@ class Samples:
         """What was read, as a batch of these samples and no others."""
         if not fetched.apart and len(fetched.indices) > 1:
             return self._trusted(as_batch(fetched.trees[0], fetched.indices))
-        parts = [as_batch(tree, [i]) for i, tree in zip(fetched.indices, fetched.trees, strict=True)]
+        parts = [
+            as_batch(tree, [i])
+            for i, tree in zip(fetched.indices, fetched.trees, strict=True)
+        ]
         for part in parts:
             self._require_rows(part)
         return apart(parts)
@@ -101,7 +116,9 @@ class Samples:
         They are where they may have been changed to fit each other, and where there is not one row for each: a
         `collate_fn` that drops or repeats some.
         """
-        right = batch.sliceable and (self.shapes is None or shapes_of(batch) == self.shapes)
+        right = batch.sliceable and (
+            self.shapes is None or shapes_of(batch) == self.shapes
+        )
         if right or batch.size == 1:
             return batch
         return self._batch(self._fetch(apart=True).read(batch.indices))
@@ -115,24 +132,36 @@ class Samples:
             )
 
     def ordered(
-        self, batch_size: int | None = None, indices: Sequence[int] | None = None, text: str | None = None
+        self,
+        batch_size: int | None = None,
+        indices: Sequence[int] | None = None,
+        text: str | None = None,
     ) -> Iterator[Batch]:
         """Every sample (or those of `indices`) once, in order, with a progress bar where `text` says what is done."""
         indices = range(self.n) if indices is None else indices
-        size = min(self.batch_size if batch_size is None else batch_size, max(len(indices), 1))
+        size = min(
+            self.batch_size if batch_size is None else batch_size,
+            max(len(indices), 1),
+        )
         chunks = [indices[i : i + size] for i in range(0, len(indices), size)]
-        with progress_bar(text, total=len(indices), unit="sample", enabled=self.progress) as bar:
+        with progress_bar(
+            text, total=len(indices), unit="sample", enabled=self.progress
+        ) as bar:
             for batch in self._read(chunks, seed=0):
                 yield batch
                 bar.update(batch.size)
 
-    def random(self, batch_size: int | None = None, *, seed: int) -> Iterator[Batch]:
+    def random(
+        self, batch_size: int | None = None, *, seed: int
+    ) -> Iterator[Batch]:
         """Random minibatches without end, all of the same size, through one iterator.
 
         They are independent of each other: taken in epochs, a minibatch would depend on the steps before it, and a
         recursion over them would be biased. One of size n is the whole set.
         """
-        size = min(self.batch_size if batch_size is None else batch_size, self.n)
+        size = min(
+            self.batch_size if batch_size is None else batch_size, self.n
+        )
         return self._read(RandomBatches(self.n, size, seed), seed)
 
     def labels(self, stored: bool = True) -> list[Any]:
@@ -143,8 +172,12 @@ class Samples:
         with random_state(0):
             known = stored_labels(self.dataset) if stored else None
             if known is None or not self._have(known):
-                batches = self.ordered(text=f"Reading the labels of {self.name}")
-                known = [label for batch in batches for label in batch_labels(batch)]
+                batches = self.ordered(
+                    text=f"Reading the labels of {self.name}"
+                )
+                known = [
+                    label for batch in batches for label in batch_labels(batch)
+                ]
         return [plain(label) for label in known]
 
     def _have(self, labels: Sequence[Any]) -> bool:
@@ -156,8 +189,12 @@ class Samples:
             if not agree(labels[index], read):
                 logger.info(
                     "%s: the labels that its dataset holds are not those of its samples (sample %d: %r, read: %r); "
-                    "all are read", self.name, index, plain(labels[index]), plain(read),
-                )  # fmt: skip
+                    "all are read",
+                    self.name,
+                    index,
+                    plain(labels[index]),
+                    plain(read),
+                )
                 return False
         return True
 
@@ -175,10 +212,15 @@ class Samples:
             return
         # by a key alone, since a frame that named the reader would keep its pipes as long as an exception is kept
         key = object()
-        self._readers[key] = iter(DataLoader(
-            Indices(self.dataset), batch_sampler=chunks, collate_fn=self._fetch(self.apart),
-            generator=torch.Generator().manual_seed(seed), **loader_options(self.loader),
-        ))  # fmt: skip
+        self._readers[key] = iter(
+            DataLoader(
+                Indices(self.dataset),
+                batch_sampler=chunks,
+                collate_fn=self._fetch(self.apart),
+                generator=torch.Generator().manual_seed(seed),
+                **loader_options(self.loader),
+            )
+        )
         try:
             for chunk in chunks:
                 yield self._batch(self._next(key, chunk)).to(self.device)
@@ -195,13 +237,18 @@ class Samples:
         if isinstance(fetched, Fetched) and fetched.indices == list(chunk):
             return fetched
         try:
-            raise fetched or RuntimeError(f"{self.name}: its loader ended before sample {chunk[0]} was read")
+            raise fetched or RuntimeError(
+                f"{self.name}: its loader ended before sample {chunk[0]} was read"
+            )
         finally:
             del fetched  # an exception that its own frame holds is not freed
 
     @property
     def _in_memory(self) -> bool:
-        return type(self.dataset) is TensorDataset and self.loader.collate_fn is default_collate
+        return (
+            type(self.dataset) is TensorDataset
+            and self.loader.collate_fn is default_collate
+        )
 
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -216,7 +263,10 @@ def varying_sample(samples: Samples, tries: int = 8) -> int | None:
     """Index of a sample that is not the same when read twice (random augmentation), or None."""
     step = max(samples.n // tries, 1)
     for index in range(0, samples.n, step)[:tries]:
-        first, second = samples.sample(index).leaves, samples.sample(index).leaves
+        first, second = (
+            samples.sample(index).leaves,
+            samples.sample(index).leaves,
+        )
         if any(not _same(a, b) for a, b in zip(first, second, strict=True)):
             return index
     return None

@@ -8,7 +8,12 @@ from .datamodeling import (
     retrain_on_subsets,
 )
 from .left_out import Correlation, LeaveOneOut, leave_one_out
-from .mislabel import LabelBaselines, MislabelCurve, label_baselines, mislabel_curve
+from .mislabel import (
+    LabelBaselines,
+    MislabelCurve,
+    label_baselines,
+    mislabel_curve,
+)
 
 __all__ = [
     "Correlation",

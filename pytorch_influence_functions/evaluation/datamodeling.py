@@ -17,8 +17,22 @@ from ..config import Config
 from ..utils import write_atomically
 from .held_out import HeldOutLoss, digest_of_model
 from .journal import Journal
-from .retraining import Options, Retrain, Retrainings, RetrainMany, one_by_one, seeded
-from .statistics import Floats, array_of, check_count, check_indices, rank_correlations, require_finite_scores
+from .retraining import (
+    Options,
+    Retrain,
+    Retrainings,
+    RetrainMany,
+    one_by_one,
+    seeded,
+)
+from .statistics import (
+    Floats,
+    array_of,
+    check_count,
+    check_indices,
+    rank_correlations,
+    require_finite_scores,
+)
 
 SEEDS_APART = 100_003
 """Between the seeds of one repetition and the next."""
@@ -63,7 +77,9 @@ class SubsetLosses:
         """Read what `save` wrote."""
         with np.load(path) as arrays:
             if set(arrays.files) != {"members", "losses"}:
-                raise ValueError(f"{path}: expected the arrays members and losses, got {', '.join(arrays.files)}")
+                raise ValueError(
+                    f"{path}: expected the arrays members and losses, got {', '.join(arrays.files)}"
+                )
             return cls(arrays["members"], arrays["losses"])
 
 
@@ -91,14 +107,20 @@ class DatamodelingScore:
         return f"{self.score:.3f} ± {self.stderr:.3f}"
 
 
-def random_subsets(n: int, num_subsets: int = 60, fraction: float = 0.5, seed: int = 42) -> list[list[int]]:
+def random_subsets(
+    n: int, num_subsets: int = 60, fraction: float = 0.5, seed: int = 42
+) -> list[list[int]]:
     """Random subsets of round(fraction * n) of n indices, each sorted; a larger `num_subsets` only adds to them."""
     check_count("num_subsets", num_subsets, 3)
     size = round(fraction * n)
     if not 0 < size < n:
-        raise ValueError(f"fraction: expected a share of the {n} training samples that leaves some out, got {fraction}")
+        raise ValueError(
+            f"fraction: expected a share of the {n} training samples that leaves some out, got {fraction}"
+        )
     rng = np.random.default_rng(seed)
-    return [np.sort(rng.permutation(n)[:size]).tolist() for _ in range(num_subsets)]
+    return [
+        np.sort(rng.permutation(n)[:size]).tolist() for _ in range(num_subsets)
+    ]
 
 
 def retrain_on_subsets(
@@ -142,22 +164,43 @@ def retrain_on_subsets(
     check_count("n", n, 2)
     check_count("seeds", seeds, 1)
     if (retrain is None) == (retrain_many is None):
-        raise TypeError("give one of retrain=(indices, model, seed) -> model, retrain_many=(subsets, seeds) -> losses")
-    drawn = random_subsets(n, num_subsets, fraction, config.seed) if subsets is None else list(map(list, subsets))
+        raise TypeError(
+            "give one of retrain=(indices, model, seed) -> model, retrain_many=(subsets, seeds) -> losses"
+        )
+    drawn = (
+        random_subsets(n, num_subsets, fraction, config.seed)
+        if subsets is None
+        else list(map(list, subsets))
+    )
     for subset in drawn:
         check_indices("subsets", subset, n, n)
     settings: dict[str, Any] = {"n": n, "start": digest_of_model(model)}
     if retrain is not None:
         if tests is None:
-            raise TypeError("tests: expected a DataLoader or a batch of test samples, whose loss is to be compared")
+            raise TypeError(
+                "tests: expected a DataLoader or a batch of test samples, whose loss is to be compared"
+            )
         test_loss = HeldOutLoss(tests, config)
         settings |= {"tests": test_loss.digest, "loss": test_loss.name}
         train, together = one_by_one(retrain, model, test_loss), 1
     else:
-        train, together = seeded(cast(RetrainMany, retrain_many)), together or len(drawn)
-    jobs = [(rows, config.seed + j + SEEDS_APART * s) for s in range(seeds) for j, rows in enumerate(drawn)]
-    run = Retrainings(train, Journal(resume_path, settings), config.progress, together)
-    losses = run(jobs, "Training on subsets").reshape(seeds, len(drawn), -1).swapaxes(0, 1)
+        train, together = (
+            seeded(cast(RetrainMany, retrain_many)),
+            together or len(drawn),
+        )
+    jobs = [
+        (rows, config.seed + j + SEEDS_APART * s)
+        for s in range(seeds)
+        for j, rows in enumerate(drawn)
+    ]
+    run = Retrainings(
+        train, Journal(resume_path, settings), config.progress, together
+    )
+    losses = (
+        run(jobs, "Training on subsets")
+        .reshape(seeds, len(drawn), -1)
+        .swapaxes(0, 1)
+    )
     members = np.zeros((len(drawn), n), dtype=bool)
     for mask, subset in zip(members, drawn, strict=True):
         mask[subset] = True
@@ -165,9 +208,13 @@ def retrain_on_subsets(
 
 
 @overload
-def linear_datamodeling_score(scores: Mapping[str, Any], retrained: SubsetLosses) -> dict[str, DatamodelingScore]: ...
+def linear_datamodeling_score(
+    scores: Mapping[str, Any], retrained: SubsetLosses
+) -> dict[str, DatamodelingScore]: ...
 @overload
-def linear_datamodeling_score(scores: Any, retrained: SubsetLosses) -> DatamodelingScore: ...
+def linear_datamodeling_score(
+    scores: Any, retrained: SubsetLosses
+) -> DatamodelingScore: ...
 def linear_datamodeling_score(scores: Any, retrained: SubsetLosses) -> Any:
     r"""Rank correlation of predicted and actual test loss over models trained on subsets (Park et al. 2023, section 2).
 
@@ -185,15 +232,22 @@ def linear_datamodeling_score(scores: Any, retrained: SubsetLosses) -> Any:
         ValueError: the scores have another shape than [K, n], or are not finite.
     """
     if isinstance(scores, Mapping):
-        return {name: _datamodeling(array_of(s), retrained, f"scores[{name!r}]") for name, s in scores.items()}
+        return {
+            name: _datamodeling(array_of(s), retrained, f"scores[{name!r}]")
+            for name, s in scores.items()
+        }
     return _datamodeling(array_of(scores), retrained, "scores")
 
 
-def _datamodeling(scores: Floats, retrained: SubsetLosses, name: str) -> DatamodelingScore:
+def _datamodeling(
+    scores: Floats, retrained: SubsetLosses, name: str
+) -> DatamodelingScore:
     K, n = retrained.losses.shape[2], retrained.members.shape[1]
     scores = scores[None] if scores.ndim == 1 and K == 1 else scores
     if scores.shape != (K, n):
-        raise ValueError(f"{name}: expected [K, n] = [{K}, {n}] as in the retrainings, got {list(scores.shape)}")
+        raise ValueError(
+            f"{name}: expected [K, n] = [{K}, {n}] as in the retrainings, got {list(scores.shape)}"
+        )
     require_finite_scores(scores, name)
     predicted = -(retrained.members @ scores.T)
     actual = retrained.losses.mean(1)

@@ -41,13 +41,21 @@ class HeldOutLoss:
         else:
             batch = as_batch(tests)
             if not batch.sliceable:
-                raise TypeError("tests: this batch cannot be cut into samples; give a DataLoader over the test samples")
+                raise TypeError(
+                    "tests: this batch cannot be cut into samples; give a DataLoader over the test samples"
+                )
             self.alone = lambda i: batch.rows(i, i + 1)
             self._batches = [batch]
         self.K = sum(batch.size for batch in self._batches)
         loss = config.model_loss or config.loss_func
-        self.name = "cross-entropy" if loss is None else getattr(loss, "__qualname__", type(loss).__qualname__)
-        self.digest = digest_of(leaf for batch in self._batches for leaf in batch.leaves)
+        self.name = (
+            "cross-entropy"
+            if loss is None
+            else getattr(loss, "__qualname__", type(loss).__qualname__)
+        )
+        self.digest = digest_of(
+            leaf for batch in self._batches for leaf in batch.leaves
+        )
 
     def __call__(self, model: nn.Module) -> Floats:
         """Loss of each test sample -> [K]."""
@@ -56,17 +64,32 @@ class HeldOutLoss:
                 self._settle(model)
             objective = self._objective(model)
             objective.paths = cast(Paths, self._paths)
-            return np.concatenate([self._losses(objective, batch).numpy() for batch in self._batches])
+            return np.concatenate(
+                [
+                    self._losses(objective, batch).numpy()
+                    for batch in self._batches
+                ]
+            )
 
     def _objective(self, model: nn.Module) -> Objective:
         own = copy.deepcopy(model).requires_grad_(True)
         own = own.double() if self._double else own
-        return Objective(own, loss_func=self._config.loss_func, model_loss=self._config.model_loss)
+        return Objective(
+            own,
+            loss_func=self._config.loss_func,
+            model_loss=self._config.model_loss,
+        )
 
     def _losses(self, objective: Objective, batch: Batch) -> Tensor:
-        leaves = [t.double() if self._double and t.is_floating_point() else t for t in batch.leaves]
+        leaves = [
+            t.double() if self._double and t.is_floating_point() else t
+            for t in batch.leaves
+        ]
         with objective.active(), torch.no_grad():
-            losses = objective.losses(objective.theta, batch._replace(leaves=leaves).to(objective.device))
+            losses = objective.losses(
+                objective.theta,
+                batch._replace(leaves=leaves).to(objective.device),
+            )
         return losses.cpu().double()
 
     def _settle(self, model: nn.Module) -> None:
@@ -74,19 +97,36 @@ class HeldOutLoss:
         try:
             alone = self._first_two(model)
         except RuntimeError as error:
-            logger.info("test losses are not computed in float64, which the model or its loss refuses: %s", error)
+            logger.info(
+                "test losses are not computed in float64, which the model or its loss refuses: %s",
+                error,
+            )
             self._double = False
             alone = self._first_two(model)
         objective, first = self._objective(model), self._batches[0]
-        for paths in (Paths(rows=True, batched=True, vmap=True), Paths(rows=True, vmap=True), Paths(rows=True)):
+        for paths in (
+            Paths(rows=True, batched=True, vmap=True),
+            Paths(rows=True, vmap=True),
+            Paths(rows=True),
+        ):
             objective.paths = self._paths = paths
-            if first.sliceable and agrees(lambda: self._losses(objective, first.rows(0, 2)), alone):
+            if first.sliceable and agrees(
+                lambda: self._losses(objective, first.rows(0, 2)), alone
+            ):
                 return
-        self._batches, self._paths = [self.alone(i) for i in range(self.K)], Paths()
+        self._batches, self._paths = (
+            [self.alone(i) for i in range(self.K)],
+            Paths(),
+        )
 
     def _first_two(self, model: nn.Module) -> Tensor:
         objective = self._objective(model)
-        return torch.cat([self._losses(objective, self.alone(i)) for i in self._batches[0].indices[:2]])
+        return torch.cat(
+            [
+                self._losses(objective, self.alone(i))
+                for i in self._batches[0].indices[:2]
+            ]
+        )
 
 
 def digest_of(tensors: Iterable[Tensor]) -> str:
@@ -101,4 +141,10 @@ def digest_of(tensors: Iterable[Tensor]) -> str:
 
 def digest_of_model(model: nn.Module | None) -> str | None:
     """A short hash of a model's parameters and buffers; None without one."""
-    return None if model is None else digest_of(t for t in model.state_dict().values() if isinstance(t, Tensor))
+    return (
+        None
+        if model is None
+        else digest_of(
+            t for t in model.state_dict().values() if isinstance(t, Tensor)
+        )
+    )

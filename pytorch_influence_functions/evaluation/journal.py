@@ -23,7 +23,9 @@ class Journal:
         ValueError: the file has other settings, or is no such file.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str] | None, settings: Mapping[str, Any]
+    ) -> None:
         self.path = None if path is None else Path(path)
         self.rows: dict[str, list[float]] = {}
         if self.path is not None:
@@ -32,7 +34,9 @@ class Journal:
             self.rows = {line["key"]: line["losses"] for line in lines[1:]}
             self.path.parent.mkdir(parents=True, exist_ok=True)
             kept = [{"settings": settings}, *lines[1:]]
-            write_atomically(self.path, b"".join(_json_line(line) for line in kept))
+            write_atomically(
+                self.path, b"".join(_json_line(line) for line in kept)
+            )
 
     def add(self, key: str, losses: Floats) -> None:
         """Keep the test losses [K] of one retraining."""
@@ -57,9 +61,13 @@ class Journal:
         return lines
 
     @staticmethod
-    def _check(path: Path, lines: list[dict[str, Any]], settings: Mapping[str, Any]) -> None:
+    def _check(
+        path: Path, lines: list[dict[str, Any]], settings: Mapping[str, Any]
+    ) -> None:
         old = lines[0]["settings"] if lines else settings
-        changed = [name for name in SETTINGS if old.get(name) != settings.get(name)]
+        changed = [
+            name for name in SETTINGS if old.get(name) != settings.get(name)
+        ]
         if changed:
             name = changed[0]
             raise ValueError(

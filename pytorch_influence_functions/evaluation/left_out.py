@@ -86,7 +86,9 @@ class LeaveOneOut:
     @property
     def spearman(self) -> Correlation:
         r"""Spearman's \rho; as Pearson's, with q \sqrt{1 + \rho^2 / 2} (Bonett & Wright 2000)."""
-        return self._interval(rank_correlation(self.predicted, self.actual), 0.5)
+        return self._interval(
+            rank_correlation(self.predicted, self.actual), 0.5
+        )
 
     @property
     def slope(self) -> float:
@@ -143,7 +145,13 @@ class LeaveOneOut:
                 f"leave-one-out is {where} the noise here (signal-to-noise {snr:.2g}; Pearson {r}, at most "
                 f"{self.ceiling:.2f} possible): use groups (linear_datamodeling_score, lists of indices) or more seeds"
             )
-        much = "agree with" if r.value >= 0.8 * self.ceiling else "agree in part with" if r.low > 0 else "disagree with"
+        much = (
+            "agree with"
+            if r.value >= 0.8 * self.ceiling
+            else "agree in part with"
+            if r.low > 0
+            else "disagree with"
+        )
         return (
             f"the predictions {much} retraining: Pearson {r}, Spearman {self.spearman}, slope {self.slope:.2f} "
             f"(1 is the right size), signal-to-noise {'>1e6' if snr > 1e6 else f'{snr:.3g}'}"
@@ -160,7 +168,9 @@ class LeaveOneOut:
         m = len(self.removed)
         if m < 4:
             return Correlation(r, -1.0, 1.0)
-        q = NormalDist().inv_cdf((1 + self.confidence) / 2) * math.sqrt((1 + extra * r**2) / (m - 3))
+        q = NormalDist().inv_cdf((1 + self.confidence) / 2) * math.sqrt(
+            (1 + extra * r**2) / (m - 3)
+        )
         z = math.atanh(min(max(r, -1 + 1e-15), 1 - 1e-15))
         return Correlation(r, math.tanh(z - q), math.tanh(z + q))
 
@@ -211,49 +221,96 @@ def leave_one_out(
         TypeError, ValueError: an argument cannot be used, or the file at `resume_path` is of another run.
         NonFiniteError: a test loss after retraining is NaN or infinite.
     """
-    scorer = influence if hasattr(influence, "scores") and hasattr(influence, "objective") else None
-    config = Config.of(scorer.config if scorer and config is None else config, **options)
+    scorer = (
+        influence
+        if hasattr(influence, "scores") and hasattr(influence, "objective")
+        else None
+    )
+    config = Config.of(
+        scorer.config if scorer and config is None else config, **options
+    )
     model = scorer.objective.model if scorer and model is None else model
     if warm_start and model is None:
-        raise ValueError("model: a warm start needs the trained model; give model=..., or warm_start=False")
+        raise ValueError(
+            "model: a warm start needs the trained model; give model=..., or warm_start=False"
+        )
     check_count("seeds", seeds, 1)
     check_count("noise_seeds", noise_seeds, 2)
     test_loss = HeldOutLoss(tests, config)
-    row = _score_row(influence, tests, test_loss, test_index, scorer is not None)
+    row = _score_row(
+        influence, tests, test_loss, test_index, scorer is not None
+    )
     removed = _removals(indices, row, num)
     predicted = np.array([row[list(group)].sum() for group in removed])
     start = model if warm_start else None
-    settings = {"n": len(row), "start": digest_of_model(start), "tests": test_loss.digest, "loss": test_loss.name}
+    settings = {
+        "n": len(row),
+        "start": digest_of_model(start),
+        "tests": test_loss.digest,
+        "loss": test_loss.name,
+    }
     journal = Journal(resume_path, settings)
-    run = Retrainings(one_by_one(retrain, start, test_loss), journal, config.progress)
+    run = Retrainings(
+        one_by_one(retrain, start, test_loss), journal, config.progress
+    )
     everything = range(len(row))
     many = [config.seed + s for s in range(max(seeds, noise_seeds))]
-    baseline = _of(test_index, run([(everything, seed) for seed in many], "Retraining with nothing removed"))
+    baseline = _of(
+        test_index,
+        run(
+            [(everything, seed) for seed in many],
+            "Retraining with nothing removed",
+        ),
+    )
     logger.info(
         "noise floor: the test loss has standard deviation %.3g over %d retrainings; predicted changes have %.3g",
-        baseline.std(ddof=1), len(many), predicted.std(),
-    )  # fmt: skip
-    jobs = [(_without(len(row), group), seed) for group in removed for seed in many[:seeds]]
-    losses = _of(test_index, run(jobs, "Leaving out")).reshape(len(removed), seeds)
-    return LeaveOneOut(tuple(map(tuple, removed)), predicted, losses, baseline, confidence)
+        baseline.std(ddof=1),
+        len(many),
+        predicted.std(),
+    )
+    jobs = [
+        (_without(len(row), group), seed)
+        for group in removed
+        for seed in many[:seeds]
+    ]
+    losses = _of(test_index, run(jobs, "Leaving out")).reshape(
+        len(removed), seeds
+    )
+    return LeaveOneOut(
+        tuple(map(tuple, removed)), predicted, losses, baseline, confidence
+    )
 
 
 def _of(test_index: int | None, rows: Floats) -> Floats:
     """Of rows [..., K] the column of one test sample, or the mean."""
-    return cast(Floats, rows.mean(-1) if test_index is None else rows[..., test_index])
+    return cast(
+        Floats, rows.mean(-1) if test_index is None else rows[..., test_index]
+    )
 
 
-def _score_row(influence: Any, tests: Any, test_loss: HeldOutLoss, test_index: int | None, scorer: bool) -> Floats:
+def _score_row(
+    influence: Any,
+    tests: Any,
+    test_loss: HeldOutLoss,
+    test_index: int | None,
+    scorer: bool,
+) -> Floats:
     """Influence of each training sample on the chosen test sample, or on the mean -> [n]."""
     K = test_loss.K
     if test_index is not None and not 0 <= test_index < K:
-        raise ValueError(f"test_index: expected an index from 0 to {K - 1}, one of the test samples, got {test_index}")
+        raise ValueError(
+            f"test_index: expected an index from 0 to {K - 1}, one of the test samples, got {test_index}"
+        )
     if scorer:
-        chosen = tests if test_index is None else test_loss.alone(test_index).tree
+        chosen = (
+            tests if test_index is None else test_loss.alone(test_index).tree
+        )
         return cast(Floats, array_of(influence.scores(chosen)).mean(0))
     scores = array_of(influence)
     if scores.ndim not in (1, 2) or (scores.ndim == 2 and len(scores) != K):
-        raise ValueError(f"influence: expected scores [n] or [K, n], K = {K} test samples, got {list(scores.shape)}")
+        raise ValueError(
+            f"influence: expected scores [n] or [K, n], K = {K} test samples, got {list(scores.shape)}"
+        )
     require_finite_scores(scores, "influence")
     return scores if scores.ndim == 1 else _of(test_index, scores.T)
 
@@ -267,7 +324,9 @@ def _removals(indices: Any, row: Floats, num: int) -> list[list[int]]:
     for group in groups:
         check_indices("indices", group, len(row), len(row) - 1)
     if len(groups) < 3 or len({tuple(sorted(g)) for g in groups}) < len(groups):
-        raise ValueError(f"indices: expected at least 3 different removals, got {len(groups)} in {groups[:5]}")
+        raise ValueError(
+            f"indices: expected at least 3 different removals, got {len(groups)} in {groups[:5]}"
+        )
     return groups
 
 

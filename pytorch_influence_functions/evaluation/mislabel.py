@@ -43,11 +43,15 @@ class MislabelCurve:
     def found_at(self, fraction: float) -> float:
         """Share of the flipped labels found after looking at this share of the samples."""
         if not 0 <= fraction <= 1:
-            raise ValueError(f"fraction: expected a share from 0 to 1, got {fraction}")
+            raise ValueError(
+                f"fraction: expected a share from 0 to 1, got {fraction}"
+            )
         return float(np.interp(fraction, self.inspected, self.found))
 
 
-def mislabel_curve(scores: Any, flipped: Any, *, most_suspicious: str = "highest") -> MislabelCurve:
+def mislabel_curve(
+    scores: Any, flipped: Any, *, most_suspicious: str = "highest"
+) -> MislabelCurve:
     """How fast flipped labels are found by going through the training samples in the order of their scores.
 
     Args:
@@ -60,20 +64,29 @@ def mislabel_curve(scores: Any, flipped: Any, *, most_suspicious: str = "highest
         ValueError: the shapes do not fit, a score is not finite, or no label (or every one) is flipped.
     """
     if most_suspicious not in ("highest", "lowest"):
-        raise ValueError(f"most_suspicious: expected 'highest' or 'lowest', got {most_suspicious!r}")
+        raise ValueError(
+            f"most_suspicious: expected 'highest' or 'lowest', got {most_suspicious!r}"
+        )
     keys = array_of(scores) * (-1 if most_suspicious == "highest" else 1)
     if keys.ndim != 1:
-        raise ValueError(f"scores: expected one per training sample [n], got shape {list(keys.shape)}")
+        raise ValueError(
+            f"scores: expected one per training sample [n], got shape {list(keys.shape)}"
+        )
     require_finite_scores(keys, "scores")
     mask = _flipped_mask(flipped, len(keys))
     order = np.argsort(keys, kind="stable")
     _, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     share = np.bincount(group, weights=mask) / sizes
-    return MislabelCurve(order, np.concatenate([[0.0], share[group[order]].cumsum() / mask.sum()]))
+    return MislabelCurve(
+        order,
+        np.concatenate([[0.0], share[group[order]].cumsum() / mask.sum()]),
+    )
 
 
 def _flipped_mask(flipped: Any, n: int) -> NDArray[np.bool_]:
-    given = np.asarray(flipped.detach().cpu() if isinstance(flipped, Tensor) else flipped)
+    given = np.asarray(
+        flipped.detach().cpu() if isinstance(flipped, Tensor) else flipped
+    )
     if given.dtype != bool:
         rows = given.tolist()
         check_indices("flipped", rows, n, n)
@@ -95,7 +108,10 @@ class LabelBaselines(NamedTuple):
 
 
 def label_baselines(
-    model: nn.Module, train_loader: DataLoader[Any], config: Options = None, **options: Any
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    config: Options = None,
+    **options: Any,
 ) -> LabelBaselines:
     """Loss and norm of the loss gradient of each training sample, to compare `self_influence` with.
 
@@ -104,11 +120,26 @@ def label_baselines(
         train_loader: DataLoader over the training set.
         config, **options: as for `InfluenceFunction`.
     """
-    problem = make_problem(model, train_loader, Config.of(config, **options), "ggn", or_hessian=True)
-    objective, samples, losses, norms = problem.objective, problem.samples, [], []
+    problem = make_problem(
+        model,
+        train_loader,
+        Config.of(config, **options),
+        "ggn",
+        or_hessian=True,
+    )
+    objective, samples, losses, norms = (
+        problem.objective,
+        problem.samples,
+        [],
+        [],
+    )
     with problem.guard():
-        for batch in samples.ordered(problem.gradient_batch, text="Loss and gradient norm"):
-            losses.append(objective.losses(objective.theta, batch).detach().cpu())
+        for batch in samples.ordered(
+            problem.gradient_batch, text="Loss and gradient norm"
+        ):
+            losses.append(
+                objective.losses(objective.theta, batch).detach().cpu()
+            )
             rows = per_sample_gradients(objective, batch, problem.max_bytes)
             require_finite(rows, batch.indices, samples.name, "gradient")
             norms.append(rows.norm(dim=1).cpu())

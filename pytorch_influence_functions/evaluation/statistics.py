@@ -38,31 +38,44 @@ def rank_correlations(x: Floats, y: Floats) -> tuple[float, Floats]:
 def _cosine(a: Floats, b: Floats) -> Any:
     """Cosine along the last axis; 0 where a vector is 0."""
     scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return np.where(scale > 0, (a * b).sum(-1) / np.where(scale > 0, scale, 1), 0.0)
+    return np.where(
+        scale > 0, (a * b).sum(-1) / np.where(scale > 0, scale, 1), 0.0
+    )
 
 
 def array_of(values: Any) -> Floats:
     """A tensor, array or list in float64."""
-    return np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values, dtype=np.float64)
+    return np.asarray(
+        values.detach().cpu() if isinstance(values, Tensor) else values,
+        dtype=np.float64,
+    )
 
 
 def require_finite_scores(scores: Floats, name: str) -> None:
     """Raise where a score is NaN or infinite."""
     bad = np.argwhere(~np.isfinite(scores))
     if len(bad):
-        raise ValueError(f"{name}: the score of training sample {bad[0][-1]} is NaN or infinite; expected a number")
+        raise ValueError(
+            f"{name}: the score of training sample {bad[0][-1]} is NaN or infinite; expected a number"
+        )
 
 
 def check_count(name: str, value: Any, least: int) -> None:
     """Raise where `value` is no whole number of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected a whole number of at least {least}, got {value!r}"
+        )
 
 
 def check_indices(name: str, indices: Sequence[int], n: int, most: int) -> None:
     """Raise where these are not 1 to `most` different training indices."""
     wrong = [i for i in indices if not 0 <= i < n]
     if wrong:
-        raise ValueError(f"{name}: expected training indices from 0 to {n - 1}, got {wrong[0]}")
+        raise ValueError(
+            f"{name}: expected training indices from 0 to {n - 1}, got {wrong[0]}"
+        )
     if not 0 < len(set(indices)) == len(indices) <= most:
-        raise ValueError(f"{name}: expected 1 to {most} different training indices, got {len(indices)}: {indices[:8]}")
+        raise ValueError(
+            f"{name}: expected 1 to {most} different training indices, got {len(indices)}: {indices[:8]}"
+        )

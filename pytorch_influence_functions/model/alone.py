@@ -46,16 +46,26 @@ REFUSED = (
 )
 
 
-def require_repeatable(objective: Objective, name: str, alone: Sequence[Batch], losses: Tensor) -> None:
+def require_repeatable(
+    objective: Objective, name: str, alone: Sequence[Batch], losses: Tensor
+) -> None:
     """Raise `ValueError` where a sample as a batch of one has another loss than before, in `losses` [B]."""
-    again = torch.cat([objective.losses(objective.theta, one).detach() for one in alone])
-    slack = torch.finfo(objective.rounded or losses.dtype).eps ** 0.5 * (1e-3 + losses.abs())
+    again = torch.cat(
+        [objective.losses(objective.theta, one).detach() for one in alone]
+    )
+    slack = torch.finfo(objective.rounded or losses.dtype).eps ** 0.5 * (
+        1e-3 + losses.abs()
+    )
     differ = ((losses - again).abs() > slack).nonzero()
     if len(differ):
-        raise ValueError(RANDOM.format(name=name, index=alone[int(differ[0])].indices[0]))
+        raise ValueError(
+            RANDOM.format(name=name, index=alone[int(differ[0])].indices[0])
+        )
 
 
-def first_look(objective: Objective, samples: Samples, one: Batch, index: int) -> None:
+def first_look(
+    objective: Objective, samples: Samples, one: Batch, index: int
+) -> None:
     """Call the loss of a sample; its inputs in the model's precision, where the model takes no other.
 
     What else may be wrong with it is for `door.first_losses` to say.
@@ -66,20 +76,28 @@ def first_look(objective: Objective, samples: Samples, one: Batch, index: int) -
     try:
         _look(objective, one)
     except (RuntimeError, ValueError, IndexError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or _in_its_precision(objective, samples, one):
+        if isinstance(error, torch.OutOfMemoryError) or _in_its_precision(
+            objective, samples, one
+        ):
             return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if _works_in_company(objective, samples):
-            raise ValueError(REFUSED.format(name=samples.name, index=index, reason=reason)) from error
+            raise ValueError(
+                REFUSED.format(name=samples.name, index=index, reason=reason)
+            ) from error
     except TypeError:
         return
 
 
 def _look(objective: Objective, batch: Batch) -> None:
-    objective.loss(objective.theta, batch)  # with gradients, which a loss may take of its own
+    objective.loss(
+        objective.theta, batch
+    )  # with gradients, which a loss may take of its own
 
 
-def _in_its_precision(objective: Objective, samples: Samples, one: Batch) -> bool:
+def _in_its_precision(
+    objective: Objective, samples: Samples, one: Batch
+) -> bool:
     """Cast the inputs where that makes a model run: a data set of NumPy rows is in double precision."""
     own = objective.dtypes[0]
     others = {t.dtype for t in one.leaves if t.is_floating_point()} - {own}
@@ -91,7 +109,12 @@ def _in_its_precision(objective: Objective, samples: Samples, one: Batch) -> boo
     except RuntimeError:
         objective.cast = None
         return False
-    logger.info("%s: %s are given to the model in its precision, %s", samples.name, others, own)
+    logger.info(
+        "%s: %s are given to the model in its precision, %s",
+        samples.name,
+        others,
+        own,
+    )
     return True
 
 
@@ -137,17 +160,25 @@ def warn_of_company(
         logger.warning(WEIGHTS.format(name=samples.name))
 
 
-def _whole_loss(objective: Objective, samples: Samples, indices: Sequence[int]) -> Tensor | None:
+def _whole_loss(
+    objective: Objective, samples: Samples, indices: Sequence[int]
+) -> Tensor | None:
     """The user's loss of a batch as it comes; None of samples that do not fit together, or of a loss of each sample."""
     try:
         batch = samples.take(indices)
-        return None if batch.parts else objective.whole_loss(objective.theta, batch).detach()
+        return (
+            None
+            if batch.parts
+            else objective.whole_loss(objective.theta, batch).detach()
+        )
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
 
 
 def _is_zero(gradients: Tensor) -> bool:
-    return bool(gradients.abs().max() <= torch.finfo(gradients.dtype).eps ** 0.5 / 100)
+    return bool(
+        gradients.abs().max() <= torch.finfo(gradients.dtype).eps ** 0.5 / 100
+    )
 
 
 def _adds_up(whole: Tensor | None, losses: Tensor) -> bool:
@@ -165,7 +196,9 @@ def _may_be_weighted(whole: Tensor | None, losses: Tensor) -> bool:
     if whole is None:
         return True
     slack = _slack(losses)
-    value, least, most = (float(number) for number in (whole, losses.min(), losses.max()))
+    value, least, most = (
+        float(number) for number in (whole, losses.min(), losses.max())
+    )
     within: bool = least - slack <= value <= most + slack
     return within
 

@@ -100,20 +100,30 @@ class Budget:
 
     def gradient_batch(self, activations: float, row: float) -> int:
         """Samples at a time whose gradients of `row` bytes are held: as they come, joined, and turned or copied."""
-        return _between(1, self.product / (4 * activations + 4 * row), MOST_SCORED)
+        return _between(
+            1, self.product / (4 * activations + 4 * row), MOST_SCORED
+        )
 
     def curvature_batch(self, activations: float) -> int:
         """Training samples at a time in a product over the whole set."""
         fitting = min(CURVATURE_BYTES, self.product) / (6 * STACK * activations)
         return _between(LEAST_BATCH, fitting, MOST_BATCH)
 
-    def layer_batch(self, seen: float, activations: float, outputs: float) -> int:
+    def layer_batch(
+        self, seen: float, activations: float, outputs: float
+    ) -> int:
         """Training samples in one pass of the layers, which see so many bytes of one.
 
         Three times what they see: of the batch before, of this one, and its turn into another basis.
         """
-        most = self.product if self.device == "cuda" else min(self.product, LAYER_BYTES)
-        return _between(1, most / (3 * seen + 2 * activations + outputs), MOST_SEEN)
+        most = (
+            self.product
+            if self.device == "cuda"
+            else min(self.product, LAYER_BYTES)
+        )
+        return _between(
+            1, most / (3 * seen + 2 * activations + outputs), MOST_SEEN
+        )
 
     def precise_batch(self, activations: float) -> int:
         """Samples at a time in a forward pass in double precision; a convolution unfolds them all in it."""
@@ -156,10 +166,14 @@ def forward_stack(kept: float, max_bytes: float) -> float:
     return max_bytes / (3 * kept)
 
 
-def gradient_block(count: int, row: float, activations: float, max_bytes: float) -> int:
+def gradient_block(
+    count: int, row: float, activations: float, max_bytes: float
+) -> int:
     """How many samples' gradients to hold at once: `count` in parts that are about as large."""
     # a gradient is held by parameter and joined, and once more where the batch takes several parts
-    most = max(1, int(min(max_bytes, 4 * CACHE["cpu"]) / (3 * row + 3 * activations)))
+    most = max(
+        1, int(min(max_bytes, 4 * CACHE["cpu"]) / (3 * row + 3 * activations))
+    )
     parts = -(-count // most)
     return -(-count // parts)
 

@@ -15,7 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 """Of a module; they have run on an output that is put in place of a call."""
 
 
@@ -63,15 +68,21 @@ def recorded(model: nn.Module, parts: bool) -> Iterator[Recorder]:
     recorder = Recorder()
     with contextlib.ExitStack() as stack:
         for module in model.modules() if parts else (model,):
-            stack.callback(module.register_forward_pre_hook(recorder.enter).remove)
+            stack.callback(
+                module.register_forward_pre_hook(recorder.enter).remove
+            )
             stack.callback(module.register_forward_hook(recorder.leave).remove)
         if parts:
-            stack.enter_context(_in_place_of_grad(recorder.gradient(torch.autograd.grad)))
+            stack.enter_context(
+                _in_place_of_grad(recorder.gradient(torch.autograd.grad))
+            )
         yield recorder
 
 
 @contextlib.contextmanager
-def replayed(model: nn.Module, outputs: Sequence[Any], parts: bool) -> Iterator[None]:
+def replayed(
+    model: nn.Module, outputs: Sequence[Any], parts: bool
+) -> Iterator[None]:
     """Inside: the calls that `recorded` sees return these `outputs`, in order."""
     coming = iter(outputs)
 
@@ -79,7 +90,9 @@ def replayed(model: nn.Module, outputs: Sequence[Any], parts: bool) -> Iterator[
         try:
             return next(coming)
         except StopIteration:
-            raise RuntimeError("the loss calls the model more often than it did before") from None
+            raise RuntimeError(
+                "the loss calls the model more often than it did before"
+            ) from None
 
     with contextlib.ExitStack() as stack:
         for module in model.modules() if parts else (model,):
@@ -90,7 +103,9 @@ def replayed(model: nn.Module, outputs: Sequence[Any], parts: bool) -> Iterator[
 
 
 @contextlib.contextmanager
-def _in_place_of_forward(module: nn.Module, answer: Callable[..., Any]) -> Iterator[None]:
+def _in_place_of_forward(
+    module: nn.Module, answer: Callable[..., Any]
+) -> Iterator[None]:
     """Inside: a call of the module is `answer`, without its hooks."""
     own = vars(module)
     replaced = {"forward": answer, **{name: OrderedDict() for name in HOOKS}}

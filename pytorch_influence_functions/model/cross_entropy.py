@@ -36,7 +36,9 @@ def calc_loss(y: Tensor, t: Tensor) -> Tensor:
 def cross_entropy_of(y: Tensor, t: Tensor, reduction: str) -> Tensor:
     """Cross-entropy of logits y [B, C, ...]; a target out of range is named."""
     try:
-        return F.cross_entropy(y, t if t.is_floating_point() else t.long(), reduction=reduction)
+        return F.cross_entropy(
+            y, t if t.is_floating_point() else t.long(), reduction=reduction
+        )
     except IndexError as error:
         wrong = t[(t >= y.shape[1]) | ((t < 0) & (t != IGNORED_CLASS))]
         raise ValueError(

@@ -24,7 +24,10 @@ from .twice import try_second_derivative
 
 logger = logging.getLogger(__name__)
 Product = Callable[..., Tensor]
-PRODUCTS: dict[str, Product] = {"hessian": hessian_products, "ggn": gauss_newton_products}
+PRODUCTS: dict[str, Product] = {
+    "hessian": hessian_products,
+    "ggn": gauss_newton_products,
+}
 
 
 class Curvature:
@@ -36,7 +39,9 @@ class Curvature:
         max_bytes: for the working tensors of one product; decides how many vectors go through the model together.
     """
 
-    def __init__(self, objective: Objective, kind: str, max_bytes: float = math.inf) -> None:
+    def __init__(
+        self, objective: Objective, kind: str, max_bytes: float = math.inf
+    ) -> None:
         if kind == "ggn" and objective.refused is not None:
             raise ValueError(objective.refused)
         if kind == "ggn" and objective.linear is not None:
@@ -49,8 +54,13 @@ class Curvature:
         if batch.parts:
             return self.over(batch.parts, vectors)
         if self.kind == "hessian" and self.objective.paths.twice is None:
-            try_second_derivative(self.objective, self._few(batch), vectors[0], self._product)
-        if len(vectors) > 1 and getattr(self.objective.paths, self.kind) is None:
+            try_second_derivative(
+                self.objective, self._few(batch), vectors[0], self._product
+            )
+        if (
+            len(vectors) > 1
+            and getattr(self.objective.paths, self.kind) is None
+        ):
             self._try_stack(batch, vectors[:2])
         return self._product(self.objective, batch, vectors, self.stack(batch))
 
@@ -58,13 +68,18 @@ class Curvature:
         """Find whether products of a stack are those of its vectors [2, P], on a few samples."""
         objective = self.objective
         few = self._few(batch)
-        expected = torch.cat([self._product(objective, few, v.unsqueeze(0)) for v in two])
+        expected = torch.cat(
+            [self._product(objective, few, v.unsqueeze(0)) for v in two]
+        )
         allowed: dict[str, Any] = {self.kind: True}
         objective.paths = objective.paths._replace(**allowed)
         if not agrees(lambda: self._product(objective, few, two), expected):
             allowed[self.kind] = False
             objective.paths = objective.paths._replace(**allowed)
-            logger.info("the model does not allow stacks of %s products; one at a time gives the same", self.kind)
+            logger.info(
+                "the model does not allow stacks of %s products; one at a time gives the same",
+                self.kind,
+            )
 
     def _few(self, batch: Batch) -> Batch:
         """Two samples of a batch that can be cut."""
@@ -75,7 +90,11 @@ class Curvature:
         total, count = None, 0
         for batch in batches:
             part = self(batch, vectors)
-            total = part.mul(batch.size) if total is None else total.add_(part, alpha=batch.size)
+            total = (
+                part.mul(batch.size)
+                if total is None
+                else total.add_(part, alpha=batch.size)
+            )
             count += batch.size
         return torch.zeros_like(vectors) if total is None else total.div_(count)
 

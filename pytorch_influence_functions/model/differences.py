@@ -15,12 +15,16 @@ Slope = Callable[[list[Tensor]], Sequence[Tensor]]
 """Tensors -> tensors, those of a gradient or of outputs."""
 
 
-def along(slope: Slope, x: Sequence[Tensor], u: Sequence[Tensor], shorter: float = 1.0) -> list[Tensor]:
+def along(
+    slope: Slope, x: Sequence[Tensor], u: Sequence[Tensor], shorter: float = 1.0
+) -> list[Tensor]:
     """Derivative of `slope` at x along u, tensors each, from two values; `shorter` divides the step.
 
     Zero where u is zero.
     """
-    size = max((float(part.abs().max()) for part in u if part.numel()), default=0.0)
+    size = max(
+        (float(part.abs().max()) for part in u if part.numel()), default=0.0
+    )
     if size == 0:
         return [torch.zeros_like(part) for part in slope(list(x))]
     h = _step(x) / (size * shorter)

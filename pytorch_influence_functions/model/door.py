@@ -11,7 +11,12 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.reader import OUT_OF_MEMORY
 from ..data.samples import Samples
-from .gradients import NonFiniteError, gradient, per_sample_gradients, require_finite
+from .gradients import (
+    NonFiniteError,
+    gradient,
+    per_sample_gradients,
+    require_finite,
+)
 from .objective import Objective
 
 PLACES = ("_loader:", "test batch:", "config[", "model:", "preconditioner")
@@ -20,7 +25,9 @@ MOST_LOOKED_AT = 32
 """Samples that are tried before a loss is said to have no gradient: usually the first has one."""
 
 
-def first_losses(objective: Objective, samples: Sequence[Batch], name: str) -> Tensor:
+def first_losses(
+    objective: Objective, samples: Sequence[Batch], name: str
+) -> Tensor:
     """Losses of batches of one that the model is tried on -> [B].
 
     Raises:
@@ -28,7 +35,12 @@ def first_losses(objective: Objective, samples: Sequence[Batch], name: str) -> T
         NonFiniteError: a parameter or a loss is NaN or infinite.
     """
     # with gradients, which a loss may take of its own
-    losses = torch.cat([_loss(objective, objective.theta, one, name).detach() for one in samples])
+    losses = torch.cat(
+        [
+            _loss(objective, objective.theta, one, name).detach()
+            for one in samples
+        ]
+    )
     _require_finite_parameters(objective)
     require_finite(losses, [one.indices[0] for one in samples], name, "loss")
     return losses
@@ -38,7 +50,9 @@ def require_dependence(objective: Objective, samples: Samples) -> None:
     """Raise where the loss is not one of the parameters: detached, or a number; a sample that is masked may be."""
     theta = objective.theta.detach().requires_grad_()
     looked = range(0, samples.n, -(-samples.n // MOST_LOOKED_AT))
-    losses = (_loss(objective, theta, samples.sample(i), samples.name) for i in looked)
+    losses = (
+        _loss(objective, theta, samples.sample(i), samples.name) for i in looked
+    )
     if not any(loss.requires_grad for loss in losses):
         raise TypeError(
             f"config[{objective.loss_key!r}]: the losses of {len(looked)} training samples do not depend on the "
@@ -49,12 +63,18 @@ def require_dependence(objective: Objective, samples: Samples) -> None:
 def _require_finite_parameters(objective: Objective) -> None:
     if bool(objective.theta.isfinite().all()):
         return
-    parts = zip(objective.names, objective.unflatten(objective.theta), strict=True)
+    parts = zip(
+        objective.names, objective.unflatten(objective.theta), strict=True
+    )
     wrong = next(key for key, part in parts if not bool(part.isfinite().all()))
-    raise NonFiniteError(f"model: its parameter {wrong!r} holds NaN or infinite numbers; its training diverged")
+    raise NonFiniteError(
+        f"model: its parameter {wrong!r} holds NaN or infinite numbers; its training diverged"
+    )
 
 
-def check_losses(objective: Objective, batches: Iterable[Batch], name: str) -> None:
+def check_losses(
+    objective: Objective, batches: Iterable[Batch], name: str
+) -> None:
     """One pass of losses.
 
     Raises:
@@ -77,7 +97,9 @@ def check_mean(objective: Objective, batch: Batch, name: str) -> None:
         raise _told(objective, batch, name, error) from error
     if not bool(loss.isfinite()):
         _look_inside(objective, batch, name)
-        raise NonFiniteError(f"{name}: its mean loss is NaN or infinite; look at its inputs and targets")
+        raise NonFiniteError(
+            f"{name}: its mean loss is NaN or infinite; look at its inputs and targets"
+        )
 
 
 def _look_inside(objective: Objective, batch: Batch, name: str) -> None:
@@ -94,7 +116,12 @@ def _losses(objective: Objective, batch: Batch, name: str) -> Tensor:
         raise
     except Exception as error:
         if batch.size > 1 and (batch.parts or batch.sliceable):
-            return torch.cat([_loss(objective, objective.theta, one, name) for one in batch.singles()])
+            return torch.cat(
+                [
+                    _loss(objective, objective.theta, one, name)
+                    for one in batch.singles()
+                ]
+            )
         raise _told(objective, batch, name, error) from error
 
 
@@ -103,7 +130,9 @@ def _loss(objective: Objective, theta: Tensor, one: Batch, name: str) -> Tensor:
     return _tried(lambda: objective.losses(theta, one), objective, one, name)
 
 
-def _tried(compute: Callable[[], Tensor], objective: Objective, one: Batch, name: str) -> Tensor:
+def _tried(
+    compute: Callable[[], Tensor], objective: Objective, one: Batch, name: str
+) -> Tensor:
     """What is computed of a batch of one, or an error that names the sample."""
     try:
         return compute()
@@ -113,17 +142,33 @@ def _tried(compute: Callable[[], Tensor], objective: Objective, one: Batch, name
         raise _told(objective, one, name, error) from error
 
 
-def first_gradients(objective: Objective, samples: Sequence[Batch], name: str) -> Tensor:
+def first_gradients(
+    objective: Objective, samples: Sequence[Batch], name: str
+) -> Tensor:
     """Gradients of batches of one that the model is tried on -> [B, P]; errors as of `first_losses`."""
-    g = torch.stack([_tried(functools.partial(gradient, objective, one), objective, one, name) for one in samples])
+    g = torch.stack(
+        [
+            _tried(
+                functools.partial(gradient, objective, one),
+                objective,
+                one,
+                name,
+            )
+            for one in samples
+        ]
+    )
     require_finite(g, [one.indices[0] for one in samples], name, "gradient")
     return g
 
 
-def _told(objective: Objective, batch: Batch, name: str, error: Exception) -> Exception:
+def _told(
+    objective: Objective, batch: Batch, name: str, error: Exception
+) -> Exception:
     """What the model or the loss did not take, with the sample and what it is."""
     where = f"{name}: sample {batch.indices[0]}"
-    if isinstance(error, TypeError | ValueError) and not isinstance(error, UnicodeError):
+    if isinstance(error, TypeError | ValueError) and not isinstance(
+        error, UnicodeError
+    ):
         kind = TypeError if isinstance(error, TypeError) else ValueError
         return kind(f"{where}: {error}; the batch of it holds {_facts(batch)}")
     own = {t.dtype for t in batch.leaves if t.is_floating_point()}
@@ -139,11 +184,17 @@ def _told(objective: Objective, batch: Batch, name: str, error: Exception) -> Ex
 def _facts(batch: Batch) -> str:
     """Precision and shape of each tensor."""
     each = [f"{_names([t.dtype])} {tuple(t.shape)}" for t in batch.leaves]
-    return ", ".join(each) if each else f"no tensor, but a {type(batch.tree).__name__}"
+    return (
+        ", ".join(each)
+        if each
+        else f"no tensor, but a {type(batch.tree).__name__}"
+    )
 
 
 def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(sorted({str(dtype).removeprefix("torch.") for dtype in dtypes}))
+    return ", ".join(
+        sorted({str(dtype).removeprefix("torch.") for dtype in dtypes})
+    )
 
 
 def explain(objective: Objective, samples: Samples, error: Exception) -> None:
@@ -152,7 +203,9 @@ def explain(objective: Objective, samples: Samples, error: Exception) -> None:
     Raises:
         TypeError, ValueError, NonFiniteError: the sample.
     """
-    known = isinstance(error, TypeError | ValueError) and any(place in str(error) for place in PLACES)
+    known = isinstance(error, TypeError | ValueError) and any(
+        place in str(error) for place in PLACES
+    )
     if known or isinstance(error, OUT_OF_MEMORY):
         return
     check_losses(objective, samples.ordered(), samples.name)

@@ -12,13 +12,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-GOLDEN, FIRST, SECOND = -7046029254386353131, -4658895280553007687, -7723592293110705685
+GOLDEN, FIRST, SECOND = (
+    -7046029254386353131,
+    -4658895280553007687,
+    -7723592293110705685,
+)
 """SplitMix64's constants, as signed 64-bit integers."""
 
 
-def uniform(seed: int, indices: Sequence[int], count: int, device: torch.device, stream: int = 0) -> Tensor:
+def uniform(
+    seed: int,
+    indices: Sequence[int],
+    count: int,
+    device: torch.device,
+    stream: int = 0,
+) -> Tensor:
     """`count` numbers in (0, 1) for each sample -> [len(indices), count], in double precision."""
-    samples = torch.as_tensor(list(indices), dtype=torch.int64, device=device).unsqueeze(1)
+    samples = torch.as_tensor(
+        list(indices), dtype=torch.int64, device=device
+    ).unsqueeze(1)
     places = torch.arange(count, dtype=torch.int64, device=device).unsqueeze(0)
     start = torch.tensor([[seed, stream + 1]], dtype=torch.int64, device=device)
     key = _mix(_mix(start[:, :1]) + GOLDEN * start[:, 1:])
@@ -26,14 +38,30 @@ def uniform(seed: int, indices: Sequence[int], count: int, device: torch.device,
     return (_shifted(bits, 11).double() + 0.5) * 2.0**-53
 
 
-def normal(seed: int, indices: Sequence[int], count: int, device: torch.device, stream: int = 0) -> Tensor:
+def normal(
+    seed: int,
+    indices: Sequence[int],
+    count: int,
+    device: torch.device,
+    stream: int = 0,
+) -> Tensor:
     """`count` standard normal numbers for each sample -> [len(indices), count], in double precision."""
-    return math.sqrt(2) * torch.erfinv(2 * uniform(seed, indices, count, device, stream) - 1)
+    return math.sqrt(2) * torch.erfinv(
+        2 * uniform(seed, indices, count, device, stream) - 1
+    )
 
 
-def signs(seed: int, indices: Sequence[int], count: int, device: torch.device, stream: int = 0) -> Tensor:
+def signs(
+    seed: int,
+    indices: Sequence[int],
+    count: int,
+    device: torch.device,
+    stream: int = 0,
+) -> Tensor:
     """`count` random signs for each sample -> [len(indices), count], in double precision."""
-    return torch.where(uniform(seed, indices, count, device, stream) < 0.5, -1.0, 1.0).double()
+    return torch.where(
+        uniform(seed, indices, count, device, stream) < 0.5, -1.0, 1.0
+    ).double()
 
 
 def _mix(z: Tensor) -> Tensor:

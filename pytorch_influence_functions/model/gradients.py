@@ -29,7 +29,9 @@ class NonFiniteError(ValueError):
     """A loss or gradient is NaN or infinite."""
 
 
-def require_finite(rows: Tensor, indices: Sequence[int], name: str, what: str) -> None:
+def require_finite(
+    rows: Tensor, indices: Sequence[int], name: str, what: str
+) -> None:
     """Raise `NonFiniteError` that names the first sample whose row is NaN or infinite."""
     finite = rows.isfinite() if rows.dim() == 1 else rows.isfinite().all(dim=1)
     if not bool(finite.all()):
@@ -49,35 +51,66 @@ def gradient(objective: Objective, batch: Batch) -> Tensor:
     loss = objective.loss(theta, batch)
     if not loss.requires_grad:
         return torch.zeros_like(objective.theta)
-    (g,) = torch.autograd.grad(loss, theta, allow_unused=True, materialize_grads=True)
+    (g,) = torch.autograd.grad(
+        loss, theta, allow_unused=True, materialize_grads=True
+    )
     return g
 
 
-def per_sample_gradients(objective: Objective, batch: Batch, max_bytes: float = math.inf) -> Tensor:
+def per_sample_gradients(
+    objective: Objective, batch: Batch, max_bytes: float = math.inf
+) -> Tensor:
     """Gradient of each sample's loss -> [B, P]."""
     if batch.size == 1:
         return gradient(objective, batch).unsqueeze(0)
     if not batch.parts and not objective.paths.rows:
         raise ValueError(UNCUT)
     if batch.parts or not objective.paths.vmap:
-        return torch.stack([gradient(objective, one) for one in batch.singles()])
+        return torch.stack(
+            [gradient(objective, one) for one in batch.singles()]
+        )
     size = _block(objective, batch, max_bytes)
     if size >= batch.size:
         return vmap_gradients(objective, batch)
-    blocks = (batch.rows(i, min(i + size, batch.size)) for i in range(0, batch.size, size))
+    blocks = (
+        batch.rows(i, min(i + size, batch.size))
+        for i in range(0, batch.size, size)
+    )
     return torch.cat([vmap_gradients(objective, block) for block in blocks])
 
 
-def gradient_products(objective: Objective, batch: Batch, vectors: Tensor, max_bytes: float = math.inf) -> Tensor:
+def gradient_products(
+    objective: Objective,
+    batch: Batch,
+    vectors: Tensor,
+    max_bytes: float = math.inf,
+) -> Tensor:
     """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of a batch -> [K, B]."""
     paths = objective.paths
     if batch.parts or not (paths.forward or paths.vmap):
-        return torch.cat([vectors @ per_sample_gradients(objective, one).T for one in batch.singles()], dim=1)
-    if paths.forward and (len(vectors) < few(objective, batch) or not paths.vmap):
+        return torch.cat(
+            [
+                vectors @ per_sample_gradients(objective, one).T
+                for one in batch.singles()
+            ],
+            dim=1,
+        )
+    if paths.forward and (
+        len(vectors) < few(objective, batch) or not paths.vmap
+    ):
         return forward_products(objective, batch, vectors, max_bytes)
     size = _block(objective, batch, max_bytes)
-    blocks = (batch.rows(i, min(i + size, batch.size)) for i in range(0, batch.size, size))
-    return torch.cat([vectors @ per_sample_gradients(objective, block).T for block in blocks], dim=1)
+    blocks = (
+        batch.rows(i, min(i + size, batch.size))
+        for i in range(0, batch.size, size)
+    )
+    return torch.cat(
+        [
+            vectors @ per_sample_gradients(objective, block).T
+            for block in blocks
+        ],
+        dim=1,
+    )
 
 
 FEW, MANY = 4, 64
@@ -86,35 +119,65 @@ REUSED, SMALL_BYTES = 3.0, 2**18
 """Where a parameter is used fewer times per sample, gradients larger than this cost more to store than to compute."""
 
 
-def forward_products(objective: Objective, batch: Batch, vectors: Tensor, max_bytes: float = math.inf) -> Tensor:
+def forward_products(
+    objective: Objective,
+    batch: Batch,
+    vectors: Tensor,
+    max_bytes: float = math.inf,
+) -> Tensor:
     """g_i . s_k by forward mode: the derivative of the B losses along each vector, [K, P] -> [K, B]."""
 
     def along(s: Tensor) -> Tensor:
-        return cast(Tensor, jvp(lambda theta: objective.losses(theta, batch), (objective.theta,), (s,))[1])
+        return cast(
+            Tensor,
+            jvp(
+                lambda theta: objective.losses(theta, batch),
+                (objective.theta,),
+                (s,),
+            )[1],
+        )
 
-    fitting = forward_stack(batch.size * activation_bytes(objective, batch), max_bytes)
+    fitting = forward_stack(
+        batch.size * activation_bytes(objective, batch), max_bytes
+    )
     size = int(min(len(vectors), fitting))
     if size <= 1 or not objective.paths.stacked:
         return torch.stack([along(s) for s in vectors])
     return in_stacks(vmap(along), vectors, size)
 
 
-def in_stacks(product: Callable[[Tensor], Tensor], vectors: Tensor, size: int) -> Tensor:
+def in_stacks(
+    product: Callable[[Tensor], Tensor], vectors: Tensor, size: int
+) -> Tensor:
     """`product` of stacks of at most `size` vectors, all about as large."""
     if len(vectors) <= size:
         return product(vectors)
-    return torch.cat([product(part) for part in vectors.tensor_split(-(-len(vectors) // size))])
+    return torch.cat(
+        [
+            product(part)
+            for part in vectors.tensor_split(-(-len(vectors) // size))
+        ]
+    )
 
 
 def vmap_gradients(objective: Objective, batch: Batch) -> Tensor:
     """Gradient of each sample's loss by `vmap` -> [B, P]."""
-    one = grad(lambda theta, *leaves: objective.sample_loss(theta, leaves, batch.rebuild))
+    one = grad(
+        lambda theta, *leaves: objective.sample_loss(
+            theta, leaves, batch.rebuild
+        )
+    )
     over = vmap(one, in_dims=(None, *(0 for _ in batch.leaves)))
     return cast(Tensor, over(objective.theta, *batch.leaves))
 
 
 def _block(objective: Objective, batch: Batch, max_bytes: float) -> int:
-    return gradient_block(batch.size, objective.theta.nbytes, activation_bytes(objective, batch), max_bytes)
+    return gradient_block(
+        batch.size,
+        objective.theta.nbytes,
+        activation_bytes(objective, batch),
+        max_bytes,
+    )
 
 
 # ---- trust
@@ -132,7 +195,10 @@ def agrees(value: Callable[[], Tensor], expected: Tensor) -> bool:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        logger.debug("a faster way is refused: %s", (str(error).splitlines() or [type(error).__name__])[0])
+        logger.debug(
+            "a faster way is refused: %s",
+            (str(error).splitlines() or [type(error).__name__])[0],
+        )
         return False
     if got.shape != expected.shape:
         return False
@@ -141,7 +207,9 @@ def agrees(value: Callable[[], Tensor], expected: Tensor) -> bool:
     # a row that is small beside the others (a sample that is fitted well) carries the rounding of sums as large as they
     least = 1e-2 * _largest(expected) + 1e-3
     unit = ULPS * torch.finfo(expected.dtype).eps
-    for row, right in zip(got, expected, strict=True):  # a row at a time: it may be as long as the parameters
+    for row, right in zip(
+        got, expected, strict=True
+    ):  # a row at a time: it may be as long as the parameters
         slack = unit * (_largest(right) + least)
         if not bool(row.sub(right).abs_().max() <= slack):
             return False
@@ -184,7 +252,9 @@ def _cost(objective: Objective, batch: Batch) -> tuple[float, int]:
         def pack(t: Tensor) -> Tensor:
             if t.untyped_storage().data_ptr() not in given:
                 kept[t.data_ptr()] = t.nbytes
-            return t.detach()  # the tensor itself would keep its own graph alive
+            return (
+                t.detach()
+            )  # the tensor itself would keep its own graph alive
 
         counter = FlopCounterMode(display=False)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -193,5 +263,8 @@ def _cost(objective: Objective, batch: Batch) -> tuple[float, int]:
                     objective.losses(theta, one)
             except RuntimeError:  # the counter's hooks refuse a loss that takes gradients of its own
                 objective.losses(theta, one)
-        objective.cost = (counter.get_total_flops() / (2 * objective.P), max(sum(kept.values()), 1024))
+        objective.cost = (
+            counter.get_total_flops() / (2 * objective.P),
+            max(sum(kept.values()), 1024),
+        )
     return objective.cost

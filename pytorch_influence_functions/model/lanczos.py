@@ -18,7 +18,10 @@ class Spectrum(NamedTuple):
 
 
 def extreme_eigenvalues(
-    product: Callable[[Tensor], Tensor], start: Tensor, steps: int = 12, change: float = 0.02
+    product: Callable[[Tensor], Tensor],
+    start: Tensor,
+    steps: int = 12,
+    change: float = 0.02,
 ) -> Spectrum:
     """Largest and smallest Ritz value of a symmetric map by Lanczos, with the last two vectors of the basis alone.
 
@@ -35,12 +38,18 @@ def extreme_eigenvalues(
     alphas: list[float] = []
     betas: list[float] = []
     ends = (0.0, 0.0)
-    for step, (alpha, beta, _) in enumerate(_lanczos(product, start, min(steps, len(start)))):
+    for step, (alpha, beta, _) in enumerate(
+        _lanczos(product, start, min(steps, len(start)))
+    ):
         alphas.append(alpha)
         ritz, vectors = torch.linalg.eigh(_tridiagonal(alphas, betas))
         last, ends = ends, (float(ritz[0]), float(ritz[-1]))
         size = max(abs(ends[0]), abs(ends[1]), 1e-30)
-        settled = step > 3 and max(abs(a - b) for a, b in zip(last, ends, strict=True)) < change * size
+        settled = (
+            step > 3
+            and max(abs(a - b) for a, b in zip(last, ends, strict=True))
+            < change * size
+        )
         if settled or beta <= 1e-6 * size:
             break
         betas.append(beta)
@@ -48,14 +57,18 @@ def extreme_eigenvalues(
 
     def lowest() -> Tensor:
         total = torch.zeros_like(start)
-        for weight, (_, _, q) in zip(weights, _lanczos(product, start, len(weights)), strict=True):
+        for weight, (_, _, q) in zip(
+            weights, _lanczos(product, start, len(weights)), strict=True
+        ):
             total.add_(q, alpha=weight)
         return total
 
     return Spectrum(ends[1], ends[0], lowest)
 
 
-def _lanczos(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Iterator[tuple[float, float, Tensor]]:
+def _lanczos(
+    product: Callable[[Tensor], Tensor], start: Tensor, steps: int
+) -> Iterator[tuple[float, float, Tensor]]:
     """The entries on and beside the diagonal of the tridiagonal matrix, and the vector of the basis, step by step."""
     q, before = start / start.norm(), torch.zeros_like(start)
     beta = 0.0

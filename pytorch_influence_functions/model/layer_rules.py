@@ -66,7 +66,9 @@ def _products(rule: Callable[[Any], Products]) -> Rule:
         if weight and not (bias and products.shift):
             return [Part(products, True, bias)]
         rows = products.shift or products.outputs
-        alone = Part(Sums(lambda g, _: [rows(g).flatten(-2).unsqueeze(-2)]), False, True)
+        alone = Part(
+            Sums(lambda g, _: [rows(g).flatten(-2).unsqueeze(-2)]), False, True
+        )
         return [Part(products, True, False), alone] if weight else [alone]
 
     return parts
@@ -86,10 +88,18 @@ def _one_group(x: Tensor) -> Tensor:
 
 def _convolution(conv: _ConvNd) -> Products:
     def inputs(x: Tensor) -> Tensor:
-        return _patches(_padded(conv, x), conv.groups, conv.kernel_size, conv.dilation, conv.stride)
+        return _patches(
+            _padded(conv, x),
+            conv.groups,
+            conv.kernel_size,
+            conv.dilation,
+            conv.stride,
+        )
 
     outputs = functools.partial(_pixels, groups=conv.groups)
-    return Products(conv.groups, conv.out_channels // conv.groups, inputs, outputs)
+    return Products(
+        conv.groups, conv.out_channels // conv.groups, inputs, outputs
+    )
 
 
 def _transposed(conv: _ConvNd) -> Products:
@@ -97,10 +107,18 @@ def _transposed(conv: _ConvNd) -> Products:
     pixels = functools.partial(_pixels, groups=conv.groups)
 
     def outputs(g: Tensor) -> Tensor:
-        return _patches(_cut(conv, g), conv.groups, conv.kernel_size, conv.dilation, conv.stride)
+        return _patches(
+            _cut(conv, g),
+            conv.groups,
+            conv.kernel_size,
+            conv.dilation,
+            conv.stride,
+        )
 
     out = conv.out_channels // conv.groups * math.prod(conv.kernel_size)
-    return Products(conv.groups, out, pixels, outputs, inputs_first=True, shift=pixels)
+    return Products(
+        conv.groups, out, pixels, outputs, inputs_first=True, shift=pixels
+    )
 
 
 def _pixels(g: Tensor, groups: int) -> Tensor:
@@ -109,7 +127,13 @@ def _pixels(g: Tensor, groups: int) -> Tensor:
     return pixels
 
 
-def _patches(x: Tensor, groups: int, kernel: Sequence[int], dilation: Sequence[int], stride: Sequence[int]) -> Tensor:
+def _patches(
+    x: Tensor,
+    groups: int,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+) -> Tensor:
     """What each output pixel of a convolution sees, [B, groups in, pixels...] -> [B, T, groups, in * taps]."""
     for i, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
         span = d * (k - 1) + 1
@@ -135,7 +159,10 @@ def _margins(conv: _ConvNd) -> Sequence[tuple[int, int]]:
         return [(p, p) for p in conv.padding]
     if conv.padding == "valid":
         return [(0, 0) for _ in conv.kernel_size]
-    totals = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
+    totals = [
+        d * (k - 1)
+        for k, d in zip(conv.kernel_size, conv.dilation, strict=True)
+    ]
     return [(total // 2, total - total // 2) for total in totals]
 
 
@@ -146,7 +173,12 @@ def _last_first(sides: Sequence[tuple[int, int]]) -> list[int]:
 
 def _cut(conv: _ConvNd, g: Tensor) -> Tensor:
     """The output gradient with the margin that the output has not, and without the pixels that no input reaches."""
-    sides = [(p, p - more) for (p, _), more in zip(_margins(conv), conv.output_padding, strict=True)]
+    sides = [
+        (p, p - more)
+        for (p, _), more in zip(
+            _margins(conv), conv.output_padding, strict=True
+        )
+    ]
     return F.pad(g, _last_first(sides))
 
 
@@ -155,22 +187,36 @@ def _cut(conv: _ConvNd, g: Tensor) -> Tensor:
 
 def _embedding(embedding: nn.Embedding) -> Products:
     if embedding.max_norm is not None:
-        raise NotImplementedError("max_norm changes its weight while it is read")
+        raise NotImplementedError(
+            "max_norm changes its weight while it is read"
+        )
     if embedding.scale_grad_by_freq:
-        raise NotImplementedError("scale_grad_by_freq makes the gradient of a sample depend on its batch")
+        raise NotImplementedError(
+            "scale_grad_by_freq makes the gradient of a sample depend on its batch"
+        )
 
     def inputs(x: Tensor) -> Tensor:
         x = x.long()[..., None, None]
         padding = embedding.padding_idx
         return x if padding is None else x.masked_fill(x == padding, -1)
 
-    return Products(1, embedding.embedding_dim, inputs, _one_group, inputs_first=True, classes=embedding.num_embeddings)
+    return Products(
+        1,
+        embedding.embedding_dim,
+        inputs,
+        _one_group,
+        inputs_first=True,
+        classes=embedding.num_embeddings,
+    )
 
 
 # ---- norms
 
 
-def _scaled(normalized: Callable[[Any, Tensor], Tensor], channels: Callable[[Any, Tensor], Tensor]) -> Rule:
+def _scaled(
+    normalized: Callable[[Any, Tensor], Tensor],
+    channels: Callable[[Any, Tensor], Tensor],
+) -> Rule:
     """A layer that scales and shifts its normalized input."""
 
     def parts(norm: nn.Module, weight: bool, bias: bool) -> list[Part]:
@@ -213,10 +259,14 @@ def _batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
 
 def _instance_norm(norm: nn.InstanceNorm2d, x: Tensor) -> Tensor:
     mean, variance = _statistics(norm, x)
-    return F.instance_norm(x, mean, variance, use_input_stats=mean is None, eps=norm.eps)
+    return F.instance_norm(
+        x, mean, variance, use_input_stats=mean is None, eps=norm.eps
+    )
 
 
-def _statistics(norm: nn.BatchNorm2d | nn.InstanceNorm2d, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _statistics(
+    norm: nn.BatchNorm2d | nn.InstanceNorm2d, x: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """Running mean and variance, of those that have them."""
     if norm.running_mean is None or norm.running_var is None:
         return None, None
@@ -248,7 +298,9 @@ RULES: dict[type[nn.Module], Rule] = {
 
 def parts_of(module: nn.Module, weight: bool, bias: bool) -> list[Part]:
     """The rules of a layer's weight and bias, those that are trained; none for a layer of another kind."""
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) or not (weight or bias):
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin) or not (
+        weight or bias
+    ):
         return []
     for kind, rule in RULES.items():
         if isinstance(module, kind):

@@ -62,7 +62,9 @@ class Layer(NamedTuple):
     @property
     def places(self) -> list[slice]:
         """Where its parameters lie in theta."""
-        return [place for place in (self.weight, self.bias) if place is not None]
+        return [
+            place for place in (self.weight, self.bias) if place is not None
+        ]
 
     @property
     def classes(self) -> int | None:
@@ -82,7 +84,10 @@ class Layer(NamedTuple):
         """Gradient of its output, its input, batch size -> [B, T, groups, out]."""
         if isinstance(self.rule, Products):
             return self.layout(self.rule.outputs(g), size)
-        sums = [self.layout(rows, size).sum(1, keepdim=True) for rows in self.rule.gradients(g, x)]
+        sums = [
+            self.layout(rows, size).sum(1, keepdim=True)
+            for rows in self.rule.gradients(g, x)
+        ]
         return joined(sums, -1)
 
 
@@ -107,23 +112,36 @@ class Forward(NamedTuple):
     theta: Tensor
 
 
-def forward(objective: Objective, layers: Sequence[Layer], batch: Batch) -> Forward:
+def forward(
+    objective: Objective, layers: Sequence[Layer], batch: Batch
+) -> Forward:
     """Call the model once and keep what each layer sees."""
     raw: list[list[Tensor]] = [[] for _ in layers]
     outs: list[list[Tensor]] = [[] for _ in layers]
 
     def hook(i: int) -> Callable[..., Tensor]:
-        def keep(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> Tensor:
+        def keep(
+            _: nn.Module,
+            args: tuple[Tensor, ...],
+            kwargs: dict[str, Tensor],
+            output: Tensor,
+        ) -> Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
             if layers[i].shared:
-                x, output = _repeated(x, batch.size), _repeated(output, batch.size)
+                x, output = (
+                    _repeated(x, batch.size),
+                    _repeated(output, batch.size),
+                )
             raw[i].append(x.detach())
             outs[i].append(output)
             return output.clone() if layers[i].copied else output
 
         return keep
 
-    handles = [layer.module.register_forward_hook(hook(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    handles = [
+        layer.module.register_forward_hook(hook(i), with_kwargs=True)
+        for i, layer in enumerate(layers)
+    ]
     try:
         theta = objective.theta.detach().requires_grad_()
         y, rebuild = numbers_of(objective.batch_outputs(theta, batch))
@@ -139,10 +157,15 @@ def _repeated(x: Tensor, size: int) -> Tensor:
     return x.expand(size, *x.shape[1:])
 
 
-def layer_inputs(layers: Sequence[Layer], seen: Forward, size: int) -> list[Tensor]:
+def layer_inputs(
+    layers: Sequence[Layer], seen: Forward, size: int
+) -> list[Tensor]:
     """Inputs of each layer [B, T, groups, in], all of its calls one after the other, in the precision of theta."""
     pairs = zip(layers, seen.raw, strict=True)
-    return [joined([layer.inputs(_precise(x, seen.theta), size) for x in xs], 1) for layer, xs in pairs]
+    return [
+        joined([layer.inputs(_precise(x, seen.theta), size) for x in xs], 1)
+        for layer, xs in pairs
+    ]
 
 
 def _precise(x: Tensor, theta: Tensor) -> Tensor:
@@ -151,18 +174,34 @@ def _precise(x: Tensor, theta: Tensor) -> Tensor:
 
 
 def backward(
-    layers: Sequence[Layer], seen: Forward, e: list[Tensor], size: int, whole: bool = False
+    layers: Sequence[Layer],
+    seen: Forward,
+    e: list[Tensor],
+    size: int,
+    whole: bool = False,
 ) -> tuple[list[Tensor], Tensor | None]:
     """Output gradients of each layer [B, T, groups, out] for output gradients e; the parameters' [P] where `whole`."""
     flat = [out for parts in seen.outs for out in parts]
     targets = [*flat, seen.theta] if whole else flat
     if not targets:
         return [], None
-    grads = torch.autograd.grad(seen.y, targets, e, retain_graph=True, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        seen.y,
+        targets,
+        e,
+        retain_graph=True,
+        allow_unused=True,
+        materialize_grads=True,
+    )
     each = iter(grads)
     g = []
     for layer, xs in zip(layers, seen.raw, strict=True):
-        calls = [layer.outputs(next(each).to(seen.theta), _precise(x, seen.theta), size) for x in xs]
+        calls = [
+            layer.outputs(
+                next(each).to(seen.theta), _precise(x, seen.theta), size
+            )
+            for x in xs
+        ]
         g.append(joined(calls, 1))
     return g, next(each, None)
 
@@ -187,7 +226,9 @@ def gather(layer: Layer, v: Tensor) -> Tensor:
 def scatter(layer: Layer, W: Tensor, v: Tensor) -> None:
     """The inverse of `gather`, into v."""
     if isinstance(layer.rule, Sums):
-        parts = W.flatten(1).split([place.stop - place.start for place in layer.places], 1)
+        parts = W.flatten(1).split(
+            [place.stop - place.start for place in layer.places], 1
+        )
     elif layer.bias is None:
         parts = (W,)
     else:

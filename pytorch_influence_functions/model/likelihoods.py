@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..utils import warn
 from . import draws
 from .differences import along
-from .doubts import ModelWarning
 from .objective import Objective, Rebuild
+from .roots import roots
 
 DENSE_OUTPUTS = 512
 """Up to this many outputs of a sample a Hessian of no known form is built, [512, 512] numbers a sample."""
@@ -29,12 +28,6 @@ ROUNDING = 1e4
 """Units in the last place within which a form counts as recognised, on the scale of a sample's largest product: double
 backward through a logarithm of a sum of exponentials loses up to two digits."""
 Product = Callable[[list[Tensor]], list[Tensor]]
-
-
-NOT_CONVEX = (
-    "the loss is not convex in the model's outputs, so that its Gauss-Newton matrix has negative parts, which EKFAC "
-    "and low rank leave out; config['solver'] = 'cg' or 'exact' solve the system itself"
-)
 
 
 PENALTY = (
@@ -75,9 +68,13 @@ class Categorical(NamedTuple):
 
     def draw(self, seed: int, indices: Sequence[int]) -> Tensor:
         r"""\sqrt{c} (p - e_t) with a label t drawn from p by one uniform number a position."""
-        u = draws.uniform(seed, indices, self.p.shape[1], self.p.device).to(self.p)
-        labels = torch.searchsorted(self.p.cumsum(-1).contiguous(), u.unsqueeze(-1)).clamp_max(self.p.shape[-1] - 1)
-        e = self.p.scatter_add(-1, labels, -torch.ones_like(self.p)) * self.c.sqrt().unsqueeze(-1)
+        p = self.p
+        u = draws.uniform(seed, indices, p.shape[1], p.device).to(p)
+        ends = p.cumsum(-1).contiguous()
+        labels = torch.searchsorted(ends, u.unsqueeze(-1))
+        labels.clamp_max_(p.shape[-1] - 1)  # the last end may be below 1
+        e = p.scatter_add(-1, labels, -torch.ones_like(p))
+        e = e * self.c.sqrt().unsqueeze(-1)
         result = e.new_zeros(len(e), self.outputs)
         result[:, self.places.flatten()] = e.flatten(1)
         return result
@@ -94,7 +91,9 @@ class Independent(NamedTuple):
 
     def draw(self, seed: int, indices: Sequence[int]) -> Tensor:
         r"""\sqrt{d} times standard normal numbers."""
-        numbers = draws.normal(seed, indices, self.d.shape[1], self.d.device).to(self.d)
+        numbers = draws.normal(
+            seed, indices, self.d.shape[1], self.d.device
+        ).to(self.d)
         return self.d.clamp_min(0).sqrt() * numbers
 
 
@@ -109,31 +108,15 @@ class Dense(NamedTuple):
 
     def draw(self, seed: int, indices: Sequence[int]) -> Tensor:
         """A root of R times standard normal numbers."""
-        numbers = draws.normal(seed, indices, self.R.shape[1], self.R.device).to(self.R)
+        numbers = draws.normal(
+            seed, indices, self.R.shape[1], self.R.device
+        ).to(self.R)
         return (numbers.unsqueeze(1) @ roots(self.R)).squeeze(1)
 
 
-def roots(R: Tensor) -> Tensor:
-    r"""W with W^T W = R, rows \sqrt{value} times eigenvector, the largest first; [B, C, C] -> [B, C, C].
-
-    Negative eigenvalues, of a loss that is not convex in the outputs, are left out with a warning.
-    """
-    W, signs = signed_roots(R)
-    if bool((signs < 0).any()):
-        warn(NOT_CONVEX, ModelWarning)
-    return W * (signs > 0).to(W).unsqueeze(-1)
-
-
-def signed_roots(R: Tensor) -> tuple[Tensor, Tensor]:
-    r"""W and signs S with W^T diag(S) W = R, the largest value first; [B, C, C] -> [B, C, C], [B, C] of 1 and -1."""
-    values, vectors = torch.linalg.eigh(R.double())
-    rounding = 1e-7 * values.abs().amax(-1, keepdim=True)
-    signs = torch.where(values < -rounding, -1.0, 1.0)
-    rows: Tensor = (values * signs).clamp_min(0).sqrt().unsqueeze(-1) * vectors.mT
-    return rows.flip(1).to(R), signs.flip(1).to(R)
-
-
-def likelihood(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Likelihood:
+def likelihood(
+    objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch
+) -> Likelihood:
     """The likelihood of a batch at the outputs y, tensors of one row per sample.
 
     Raises:
@@ -144,9 +127,18 @@ def likelihood(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batc
         raise NotImplementedError(objective.refused or PENALTY)
     product = loss_hessian_in_double(objective, y, rebuild, batch)
     flat = _joined([part.detach() for part in y])
-    u = [draws.normal(0, range(len(part)), part[0].numel(), part.device, i) for i, part in enumerate(y)]
-    Ru = _joined(product([number.view(part.shape) for number, part in zip(u, y, strict=True)]))
-    known = _categorical(y, torch.cat(u, 1), Ru) or _independent(product, y, torch.cat(u, 1), Ru)
+    u = [
+        draws.normal(0, range(len(part)), part[0].numel(), part.device, i)
+        for i, part in enumerate(y)
+    ]
+    Ru = _joined(
+        product(
+            [number.view(part.shape) for number, part in zip(u, y, strict=True)]
+        )
+    )
+    known = _categorical(y, torch.cat(u, 1), Ru) or _independent(
+        product, y, torch.cat(u, 1), Ru
+    )
     if known is not None:
         return known
     count = flat.shape[1]
@@ -158,7 +150,9 @@ def likelihood(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batc
     return Dense(_dense(product, y).to(flat))
 
 
-def loss_hessian(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
+def loss_hessian(
+    objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch
+) -> Product:
     """u -> R u for all samples at once, from derivatives of the loss alone; tensors like y."""
     if objective.paths.curved:
         return _by_double_backward(objective, y, rebuild, batch)
@@ -169,10 +163,14 @@ def loss_hessian(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, ba
         return _slopes(total, leaves)
 
     at = [part.detach() for part in y]
-    return lambda u: along(slope, at, [part.to(a) for part, a in zip(u, at, strict=True)])
+    return lambda u: along(
+        slope, at, [part.to(a) for part, a in zip(u, at, strict=True)]
+    )
 
 
-def _by_double_backward(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
+def _by_double_backward(
+    objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch
+) -> Product:
     leaves = [part.detach().requires_grad_() for part in y]
     total = objective.output_losses(rebuild(leaves), batch).sum()
     slopes = _slopes(total, leaves, create_graph=True)
@@ -181,27 +179,54 @@ def _by_double_backward(objective: Objective, y: Sequence[Tensor], rebuild: Rebu
     def product(u: list[Tensor]) -> list[Tensor]:
         if not curved:
             return [torch.zeros_like(leaf) for leaf in leaves]
-        directions = [part.to(slope) for part, slope in zip(u, slopes, strict=True) if slope.requires_grad]
-        return list(torch.autograd.grad(curved, leaves, directions, retain_graph=True, materialize_grads=True))
+        directions = [
+            part.to(slope)
+            for part, slope in zip(u, slopes, strict=True)
+            if slope.requires_grad
+        ]
+        return list(
+            torch.autograd.grad(
+                curved,
+                leaves,
+                directions,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        )
 
     return product
 
 
-def _slopes(total: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> Sequence[Tensor]:
+def _slopes(
+    total: Tensor, leaves: Sequence[Tensor], create_graph: bool = False
+) -> Sequence[Tensor]:
     """Gradients of a loss; zero where it is no function of the outputs, as of a sample that is masked out."""
     if not total.requires_grad:
         return [torch.zeros_like(leaf) for leaf in leaves]
-    return torch.autograd.grad(total, leaves, create_graph=create_graph, materialize_grads=True, allow_unused=True)
+    return torch.autograd.grad(
+        total,
+        leaves,
+        create_graph=create_graph,
+        materialize_grads=True,
+        allow_unused=True,
+    )
 
 
-def loss_hessian_in_double(objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch) -> Product:
+def loss_hessian_in_double(
+    objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch
+) -> Product:
     """`loss_hessian` in double precision, where the loss runs in it: the curvature of well-fitted samples is small."""
     own = list(y)
     try:
-        product = loss_hessian(objective.double(), [part.double() for part in y], rebuild, batch)
+        product = loss_hessian(
+            objective.double(), [part.double() for part in y], rebuild, batch
+        )
         product([torch.zeros_like(part, dtype=torch.float64) for part in own])
         return product
-    except (RuntimeError, TypeError):  # constants of another precision inside the loss
+    except (
+        RuntimeError,
+        TypeError,
+    ):  # constants of another precision inside the loss
         return loss_hessian(objective, own, rebuild, batch)
 
 
@@ -211,27 +236,55 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 def _matches(found: Tensor, expected: Tensor) -> bool:
     """Whether each row is the expected one up to rounding on its own scale; [B, C] each."""
-    slack = ROUNDING * torch.finfo(expected.dtype).eps * expected.abs().amax(1, keepdim=True)
-    return bool(((found - expected).abs() <= slack + torch.finfo(expected.dtype).tiny).all())
+    slack = (
+        ROUNDING
+        * torch.finfo(expected.dtype).eps
+        * expected.abs().amax(1, keepdim=True)
+    )
+    return bool(
+        (
+            (found - expected).abs() <= slack + torch.finfo(expected.dtype).tiny
+        ).all()
+    )
 
 
-def _categorical(y: Sequence[Tensor], u: Tensor, Ru: Tensor) -> Categorical | None:
+def _categorical(
+    y: Sequence[Tensor], u: Tensor, Ru: Tensor
+) -> Categorical | None:
     """The categorical likelihood of one tensor of outputs that alone has a curvature, or None."""
     ends = torch.tensor([part[0].numel() for part in y]).cumsum(0).tolist()
-    curved = [k for k, end in enumerate(ends) if bool(Ru[:, end - y[k][0].numel() : end].any())]
+    curved = [
+        k
+        for k, end in enumerate(ends)
+        if bool(Ru[:, end - y[k][0].numel() : end].any())
+    ]
     if len(curved) != 1:
         return None
     k = curved[0]
     one, start = y[k], ends[k] - y[k][0].numel()
     for dim in _class_dimensions(one):
-        places = start + torch.arange(one[0].numel(), device=one.device).view(one.shape[1:])
+        places = start + torch.arange(one[0].numel(), device=one.device).view(
+            one.shape[1:]
+        )
         places = places.movedim(dim - 1, -1).reshape(-1, one.shape[dim])
-        p = one.detach().double().softmax(dim).movedim(dim, -1).reshape(len(one), *places.shape)
+        p = (
+            one.detach()
+            .double()
+            .softmax(dim)
+            .movedim(dim, -1)
+            .reshape(len(one), *places.shape)
+        )
         along, product = u[:, places], Ru[:, places]
         S = p * (along - (p * along).sum(-1, keepdim=True))
-        c = (product * S).sum(-1) / S.square().sum(-1).clamp_min(torch.finfo(S.dtype).tiny)
-        if bool((c > -1e-6).all()) and _matches((c.unsqueeze(-1) * S).flatten(1), product.double().flatten(1)):
-            return Categorical(p.to(one), c.clamp_min(0).to(one), places, ends[-1])
+        c = (product * S).sum(-1) / S.square().sum(-1).clamp_min(
+            torch.finfo(S.dtype).tiny
+        )
+        if bool((c > -1e-6).all()) and _matches(
+            (c.unsqueeze(-1) * S).flatten(1), product.double().flatten(1)
+        ):
+            return Categorical(
+                p.to(one), c.clamp_min(0).to(one), places, ends[-1]
+            )
     return None
 
 
@@ -241,10 +294,16 @@ def _class_dimensions(y: Tensor) -> list[int]:
     Outputs of a sample that went through the model alone have a batch of one before them [B, 1, ...].
     """
     first = 2 if y.dim() > 2 and y.shape[1] == 1 else 1
-    return [dim for dim in dict.fromkeys((first, y.dim() - 1)) if 0 < dim < y.dim() and y.shape[dim] > 1]
+    return [
+        dim
+        for dim in dict.fromkeys((first, y.dim() - 1))
+        if 0 < dim < y.dim() and y.shape[dim] > 1
+    ]
 
 
-def _independent(product: Product, y: Sequence[Tensor], u: Tensor, Ru: Tensor) -> Independent | None:
+def _independent(
+    product: Product, y: Sequence[Tensor], u: Tensor, Ru: Tensor
+) -> Independent | None:
     d = _joined(product([torch.ones_like(part) for part in y]))
     return Independent(d.to(y[0])) if _matches(d * u.to(d), Ru) else None
 
@@ -255,7 +314,10 @@ def _dense(product: Product, y: Sequence[Tensor]) -> Tensor:
     columns = []
     for unit in torch.eye(sum(sizes), dtype=torch.float64, device=y[0].device):
         pieces = unit.split(sizes)
-        along = [piece.view(1, *part.shape[1:]).expand_as(part) for piece, part in zip(pieces, y, strict=True)]
+        along = [
+            piece.view(1, *part.shape[1:]).expand_as(part)
+            for piece, part in zip(pieces, y, strict=True)
+        ]
         columns.append(_joined(product(along)))
     R = torch.stack(columns, 1)
     return (R + R.mT) / 2

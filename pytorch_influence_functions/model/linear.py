@@ -52,7 +52,9 @@ CLOSE = 0.02
 what is missing of a second derivative is rarely less."""
 
 
-def look_at_outputs(objective: Objective, alone: list[Batch], truth: Tensor) -> None:
+def look_at_outputs(
+    objective: Objective, alone: list[Batch], truth: Tensor
+) -> None:
     """Set what an objective says of its outputs: `parts`, `head`, `direct`, `linear`, `refused`, and `paths.curved`.
 
     Args:
@@ -60,7 +62,9 @@ def look_at_outputs(objective: Objective, alone: list[Batch], truth: Tensor) -> 
         alone: samples, each as a batch of one.
         truth: their gradients [B, P].
     """
-    objective.head = objective.linear = objective.refused = objective.once = None
+    objective.head = objective.linear = objective.refused = objective.once = (
+        None
+    )
     objective.direct = False
     _find_calls(objective, alone[0])
     try:
@@ -73,12 +77,16 @@ def look_at_outputs(objective: Objective, alone: list[Batch], truth: Tensor) -> 
         return
     if linear and _find_head(objective, alone, truth):
         return
-    objective.direct = not same(objective, lambda: _gradients_of_outputs(objective, alone), truth)
+    objective.direct = not same(
+        objective, lambda: _gradients_of_outputs(objective, alone), truth
+    )
     if objective.direct:
         _take_parameters_as_outputs(objective, alone, truth)
     elif linear:
         inside = all(_is_an_output(objective, one) for one in alone)
-        objective.refused, objective.linear = (INSIDE, None) if inside else (None, LINEAR)
+        objective.refused, objective.linear = (
+            (INSIDE, None) if inside else (None, LINEAR)
+        )
 
 
 def precision_of_loss(objective: Objective, one: Batch) -> torch.dtype:
@@ -89,7 +97,9 @@ def precision_of_loss(objective: Objective, one: Batch) -> torch.dtype:
     return own if lower else objective.dtype
 
 
-def same(objective: Objective, value: Callable[[], Tensor], expected: Tensor) -> bool:
+def same(
+    objective: Objective, value: Callable[[], Tensor], expected: Tensor
+) -> bool:
     """`agrees`, in the precision that the values of the loss have."""
     dtype = objective.rounded or expected.dtype
     return agrees(lambda: value().to(dtype), expected.to(dtype))
@@ -102,35 +112,53 @@ def _find_calls(objective: Objective, one: Batch) -> None:
         return
     with objective._at(objective.theta) as model, recorded(model, True) as seen:
         objective.model_loss(model, objective._tree(one))
-    objective.parts = any(module is not model for module in seen.modules) or not seen.modules
+    objective.parts = (
+        any(module is not model for module in seen.modules) or not seen.modules
+    )
 
 
 def _find_head(objective: Objective, alone: list[Batch], truth: Tensor) -> bool:
     """Look for a known loss of one of the outputs that has the true gradient."""
-    outputs = flatten_tree(objective.model_output(objective.theta, alone[0].tree))[0]
+    outputs = flatten_tree(
+        objective.model_output(objective.theta, alone[0].tree)
+    )[0]
     for head in candidates(outputs, alone[0].leaves):
         objective.head = head
-        if same(objective, lambda: _gradients_of_outputs(objective, alone), truth):
-            logger.info("the loss is the %s of one of the model's outputs; its curvature is taken there", head.name)
+        if same(
+            objective, lambda: _gradients_of_outputs(objective, alone), truth
+        ):
+            logger.info(
+                "the loss is the %s of one of the model's outputs; its curvature is taken there",
+                head.name,
+            )
             return True
     objective.head = None
     return False
 
 
-def _take_parameters_as_outputs(objective: Objective, alone: list[Batch], truth: Tensor) -> None:
+def _take_parameters_as_outputs(
+    objective: Objective, alone: list[Batch], truth: Tensor
+) -> None:
     """The loss takes parameters past the outputs (a penalty): it is a function of both, or of nothing that is seen."""
     if same(objective, lambda: _gradients_of_outputs(objective, alone), truth):
-        logger.info("the loss has a part in the parameters themselves (a penalty); its curvature counts, too")
+        logger.info(
+            "the loss has a part in the parameters themselves (a penalty); its curvature counts, too"
+        )
         return
     objective.direct = False
-    objective.refused = UNSEEN.format("its gradient through them is not its gradient")
+    objective.refused = UNSEEN.format(
+        "its gradient through them is not its gradient"
+    )
 
 
 def _is_an_output(objective: Objective, one: Batch) -> bool:
     """Whether a loss that is linear in the outputs y is g . y, with no other part (Euler), g its gradient there."""
     y, slopes = _slopes(objective, one)
     loss = float(objective.losses(objective.theta, one).detach())
-    product = sum(float((slope * part).sum()) for slope, part in zip(slopes, y, strict=True))
+    product = sum(
+        float((slope * part).sum())
+        for slope, part in zip(slopes, y, strict=True)
+    )
     return abs(product - loss) <= 1e-4 * abs(loss)
 
 
@@ -180,50 +208,83 @@ def _is_linear(twin: Objective, one: Batch, objective: Objective) -> bool:
     return all(float(w.abs().max()) <= 1e-6 * size for w in Ru)
 
 
-def _curvature_along(loss: Callable[[list[Tensor]], Tensor], y: list[Tensor], u: list[Tensor]) -> list[Tensor] | None:
+def _curvature_along(
+    loss: Callable[[list[Tensor]], Tensor], y: list[Tensor], u: list[Tensor]
+) -> list[Tensor] | None:
     """Hessian of a loss in y times u by automatic differentiation, or None where that is not the derivative."""
     found = _twice(loss, y, u)
-    expected, shorter = (along(lambda parts: _slope(loss, parts), y, u, factor) for factor in (1.0, 3.0))
+    expected, shorter = (
+        along(lambda parts: _slope(loss, parts), y, u, factor)
+        for factor in (1.0, 3.0)
+    )
     if is_derivative(found, expected, shorter):
         return found
     warn(SILENT, ModelWarning)
     return None
 
 
-def _slope(loss: Callable[[list[Tensor]], Tensor], y: list[Tensor]) -> list[Tensor]:
+def _slope(
+    loss: Callable[[list[Tensor]], Tensor], y: list[Tensor]
+) -> list[Tensor]:
     """Gradient of a loss in y, without torch.func, which refuses a loss that takes gradients of its own."""
     leaves = [part.detach().requires_grad_() for part in y]
-    return list(torch.autograd.grad(loss(leaves), leaves, materialize_grads=True))
+    return list(
+        torch.autograd.grad(loss(leaves), leaves, materialize_grads=True)
+    )
 
 
-def _twice(loss: Callable[[list[Tensor]], Tensor], y: list[Tensor], u: list[Tensor]) -> list[Tensor]:
+def _twice(
+    loss: Callable[[list[Tensor]], Tensor], y: list[Tensor], u: list[Tensor]
+) -> list[Tensor]:
     """Hessian of a loss in y times u by double backward."""
     leaves = [part.detach().requires_grad_() for part in y]
-    slopes = torch.autograd.grad(loss(leaves), leaves, create_graph=True, materialize_grads=True)
-    curved = [(slope, part) for slope, part in zip(slopes, u, strict=True) if slope.requires_grad]
+    slopes = torch.autograd.grad(
+        loss(leaves), leaves, create_graph=True, materialize_grads=True
+    )
+    curved = [
+        (slope, part)
+        for slope, part in zip(slopes, u, strict=True)
+        if slope.requires_grad
+    ]
     if not curved:
         return [torch.zeros_like(part) for part in y]
     along_u = [part for _, part in curved]
-    return list(torch.autograd.grad([slope for slope, _ in curved], leaves, along_u, materialize_grads=True))
+    return list(
+        torch.autograd.grad(
+            [slope for slope, _ in curved],
+            leaves,
+            along_u,
+            materialize_grads=True,
+        )
+    )
 
 
-def is_derivative(found: list[Tensor], expected: list[Tensor], shorter: list[Tensor]) -> bool:
+def is_derivative(
+    found: list[Tensor], expected: list[Tensor], shorter: list[Tensor]
+) -> bool:
     """Whether a derivative is that of two differences, the second with a shorter step; yes where these disagree."""
     flat, one, other = (
-        torch.cat([part.reshape(-1) for part in parts]).double() for parts in (found, expected, shorter)
+        torch.cat([part.reshape(-1) for part in parts]).double()
+        for parts in (found, expected, shorter)
     )
     size = torch.maximum(flat.norm(), one.norm())
     noise = (one - other).norm()
     return bool((flat - one).norm() <= CLOSE * size + 10 * noise)
 
 
-def _slopes(objective: Objective, one: Batch) -> tuple[list[Tensor], list[Tensor]]:
+def _slopes(
+    objective: Objective, one: Batch
+) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of one sample, and the gradient of its loss in them."""
     y, loss = _loss_in_outputs(objective, one)
     return y, _slope(loss, y)
 
 
-def _loss_in_outputs(objective: Objective, one: Batch) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
+def _loss_in_outputs(
+    objective: Objective, one: Batch
+) -> tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]:
     """Outputs of one sample that are numbers, and its loss as a function of them."""
     y, rebuild = objective.all_outputs(objective.theta, one)
-    return [part.detach() for part in y], lambda parts: objective.output_losses(rebuild(parts), one).sum()
+    return [part.detach() for part in y], lambda parts: objective.output_losses(
+        rebuild(parts), one
+    ).sum()

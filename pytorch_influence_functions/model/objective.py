@@ -15,14 +15,26 @@ from torch.func import vmap
 
 from ..data.batch import Batch, flatten_tree
 from .calls import recorded, replayed
-from .cross_entropy import IGNORED_CLASS, calc_loss, cross_entropies, cross_entropy_of
+from .cross_entropy import (
+    IGNORED_CLASS,
+    calc_loss,
+    cross_entropies,
+    cross_entropy_of,
+)
 from .outputs import Head, numbers_of
 from .parameters import require_module
 from .parametrised import Parametrised, Theta
 from .paths import Paths
 from .user_loss import input_and_target, one_number
 
-__all__ = ["IGNORED_CLASS", "Objective", "Paths", "Rebuild", "Theta", "calc_loss"]
+__all__ = [
+    "IGNORED_CLASS",
+    "Objective",
+    "Paths",
+    "Rebuild",
+    "Theta",
+    "calc_loss",
+]
 Rebuild = Callable[[Sequence[Tensor]], Any]
 
 
@@ -89,7 +101,10 @@ class Objective(Parametrised):
         if not batch.parts and not (self.paths.rows and batch.sliceable):
             return self._call(theta, self._tree(batch))
         if self._is_cross_entropy and self.paths.batched:
-            y, t = self.outputs(theta, batch), input_and_target(self._tree(batch))[1]
+            y, t = (
+                self.outputs(theta, batch),
+                input_and_target(self._tree(batch))[1],
+            )
             if y.dim() == 2:
                 return cross_entropy_of(y, t, "sum").to(self.dtype) / batch.size
         return self.losses(theta, batch).mean()
@@ -106,23 +121,41 @@ class Objective(Parametrised):
             return torch.cat([self.losses(theta, one) for one in batch.parts])
         if self.paths.batched:
             outputs = self.outputs(theta, batch)
-            return self.output_losses(Direct(outputs, theta) if self.direct else outputs, batch)
+            return self.output_losses(
+                Direct(outputs, theta) if self.direct else outputs, batch
+            )
         if self.paths.vmap:
-            return vmap(lambda *leaves: self.sample_loss(theta, leaves, batch.rebuild))(*batch.leaves)
+            return vmap(
+                lambda *leaves: self.sample_loss(theta, leaves, batch.rebuild)
+            )(*batch.leaves)
         return torch.cat([self.losses(theta, one) for one in batch.singles()])
 
-    def sample_loss(self, theta: Theta, leaves: Sequence[Tensor], rebuild: Rebuild) -> Tensor:
+    def sample_loss(
+        self, theta: Theta, leaves: Sequence[Tensor], rebuild: Rebuild
+    ) -> Tensor:
         """Loss of one sample, its tensors given without the batch dimension -> scalar."""
-        return self._call(theta, rebuild([self._given(t).unsqueeze(0) for t in leaves]))
+        return self._call(
+            theta, rebuild([self._given(t).unsqueeze(0) for t in leaves])
+        )
 
     def outputs(self, theta: Theta, batch: Batch) -> Any:
         """What the model returns for a batch at theta [P]: one row per sample in each of its tensors."""
         if batch.size == 1 or self.paths.outputs:
             return self.batch_outputs(theta, batch)
         if self.paths.vmap:
-            return vmap(lambda *leaves: self._sample_outputs(theta, leaves, batch.rebuild))(*batch.leaves)
-        rows = [flatten_tree(self.batch_outputs(theta, one)) for one in batch.singles()]
-        joined = [torch.cat(parts) for parts in zip(*(leaves for leaves, _ in rows), strict=True)]
+            return vmap(
+                lambda *leaves: self._sample_outputs(
+                    theta, leaves, batch.rebuild
+                )
+            )(*batch.leaves)
+        rows = [
+            flatten_tree(self.batch_outputs(theta, one))
+            for one in batch.singles()
+        ]
+        joined = [
+            torch.cat(parts)
+            for parts in zip(*(leaves for leaves, _ in rows), strict=True)
+        ]
         return rows[0][1](joined)
 
     def batch_outputs(self, theta: Theta, batch: Batch) -> Any:
@@ -133,14 +166,18 @@ class Objective(Parametrised):
         leaves, rebuild = flatten_tree(output)
         if batch.size == 1:
             return rebuild([leaf.unsqueeze(0) for leaf in leaves])
-        if self.model_loss is None or any(leaf.shape[:1] != (batch.size,) for leaf in leaves):
+        if self.model_loss is None or any(
+            leaf.shape[:1] != (batch.size,) for leaf in leaves
+        ):
             raise NotImplementedError(
                 "the model's output for a batch does not have one row per sample, so its samples go through it one at "
                 "a time"
             )
         return rebuild([leaf.unsqueeze(1) for leaf in leaves])
 
-    def all_outputs(self, theta: Tensor, batch: Batch) -> tuple[list[Tensor], Rebuild]:
+    def all_outputs(
+        self, theta: Tensor, batch: Batch
+    ) -> tuple[list[Tensor], Rebuild]:
         """The numbers that the loss is a function of, and what `output_losses` takes from others in their place.
 
         They are the model's outputs, and theta [P] itself where the loss takes it `direct`ly.
@@ -148,7 +185,9 @@ class Objective(Parametrised):
         leaves, rebuild = numbers_of(self.outputs(theta, batch))
         if not self.direct:
             return leaves, rebuild
-        return [*leaves, theta], lambda parts: Direct(rebuild(parts[:-1]), parts[-1])
+        return [*leaves, theta], lambda parts: Direct(
+            rebuild(parts[:-1]), parts[-1]
+        )
 
     def output_losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Loss of each sample of a batch from the model's outputs -> [B]."""
@@ -156,17 +195,29 @@ class Objective(Parametrised):
             with self._at(outputs.theta):
                 return self.output_losses(outputs.outputs, batch)
         if self._is_cross_entropy and not self._apart:
-            return cross_entropies(outputs, input_and_target(self._tree(batch))[1]).to(self.dtype)
+            return cross_entropies(
+                outputs, input_and_target(self._tree(batch))[1]
+            ).to(self.dtype)
         rows, rebuild = flatten_tree(outputs)
 
         def one(data: Sequence[Tensor], leaves: Sequence[Tensor]) -> Tensor:
-            return self._loss_of_output([t.unsqueeze(0) for t in data], batch.rebuild, list(leaves), rebuild)
+            return self._loss_of_output(
+                [t.unsqueeze(0) for t in data],
+                batch.rebuild,
+                list(leaves),
+                rebuild,
+            )
 
         if batch.size == 1:
-            return self._loss_of_output(batch.leaves, batch.rebuild, [row[0] for row in rows], rebuild).reshape(1)
+            return self._loss_of_output(
+                batch.leaves, batch.rebuild, [row[0] for row in rows], rebuild
+            ).reshape(1)
         if self.paths.loss:
             return vmap(one)(batch.leaves, rows)
-        each = [one([t[i] for t in batch.leaves], [row[i] for row in rows]) for i in range(batch.size)]
+        each = [
+            one([t[i] for t in batch.leaves], [row[i] for row in rows])
+            for i in range(batch.size)
+        ]
         return torch.stack(each)
 
     # ---- inside
@@ -197,15 +248,27 @@ class Objective(Parametrised):
     @property
     def _apart(self) -> bool:
         """Whether a row of the outputs is what the model returns for that sample as a batch of one."""
-        return self.model_loss is not None or self.head is not None or not self.paths.batched
+        return (
+            self.model_loss is not None
+            or self.head is not None
+            or not self.paths.batched
+        )
 
     @property
     def _is_cross_entropy(self) -> bool:
-        return self.model_loss is None and self.loss_func is calc_loss and self.head is None
+        return (
+            self.model_loss is None
+            and self.loss_func is calc_loss
+            and self.head is None
+        )
 
-    def _sample_outputs(self, theta: Theta, leaves: Sequence[Tensor], rebuild: Rebuild) -> Any:
+    def _sample_outputs(
+        self, theta: Theta, leaves: Sequence[Tensor], rebuild: Rebuild
+    ) -> Any:
         """What the model returns for one sample, its tensors given without the batch dimension."""
-        return self._output(theta, rebuild([self._given(t).unsqueeze(0) for t in leaves]))
+        return self._output(
+            theta, rebuild([self._given(t).unsqueeze(0) for t in leaves])
+        )
 
     def _output(self, theta: Theta, tree: Any) -> Any:
         """What the model returns for a batch, or what of it stands for the loss."""
@@ -224,17 +287,25 @@ class Objective(Parametrised):
         return seen.outputs
 
     def _loss_of_output(
-        self, leaves: Sequence[Tensor], rebuild: Rebuild, output: list[Tensor], rebuild_output: Rebuild
+        self,
+        leaves: Sequence[Tensor],
+        rebuild: Rebuild,
+        output: list[Tensor],
+        rebuild_output: Rebuild,
     ) -> Tensor:
         """Loss of one sample, a batch of one, from a row of `outputs` -> scalar."""
         given = [self._given(t) for t in leaves]
         if self.head is not None:
-            return self.head.loss(output[0], given[self.head.target]).to(self.dtype)
+            return self.head.loss(output[0], given[self.head.target]).to(
+                self.dtype
+            )
         tree = rebuild(given)
         if self.model_loss is not None:
             with replayed(self.model, rebuild_output(output), self.parts):
                 return self._scalar(self.model_loss(self.model, tree))
-        y = rebuild_output(output if self._apart else [t.unsqueeze(0) for t in output])
+        y = rebuild_output(
+            output if self._apart else [t.unsqueeze(0) for t in output]
+        )
         return self._scalar(self.loss_func(y, input_and_target(tree)[1]))
 
     def _tree(self, batch: Batch) -> Any:

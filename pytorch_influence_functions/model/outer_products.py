@@ -55,7 +55,9 @@ def merged(g: Tensor, a: Tensor) -> Merged:
     places = a[:, 0, :, 0]
     sample, t = (places >= 0).nonzero(as_tuple=True)
     span = int(places.max()) + 2  # at least 1
-    pairs, which = (sample * span + places[sample, t]).unique(return_inverse=True)
+    pairs, which = (sample * span + places[sample, t]).unique(
+        return_inverse=True
+    )
     sums = g.new_zeros(*g.shape[:-4], len(pairs), g.shape[-1])
     sums.index_add_(-2, which, g[..., sample, 0, t, :])
     return Merged(sums, pairs // span, pairs % span)
@@ -79,4 +81,6 @@ def one_hot_weighted_squares(g: Tensor, a: Tensor, w: Tensor) -> Tensor:
 def one_hot_norms(g: Tensor, a: Tensor) -> Tensor:
     """Squared norm of the outer products of each sample; g [B, 1, T, out] -> [B]."""
     each = merged(g, a)
-    return g.new_zeros(len(g)).index_add_(0, each.sample, each.sums.square().sum(1))
+    return g.new_zeros(len(g)).index_add_(
+        0, each.sample, each.sums.square().sum(1)
+    )

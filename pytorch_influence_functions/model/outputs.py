@@ -12,7 +12,9 @@ from ..data.batch import flatten_tree
 from .cross_entropy import IGNORED_CLASS
 
 
-def numbers_of(outputs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+def numbers_of(
+    outputs: Any,
+) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
     """The floating-point tensors among a model's outputs, and how to put others in their place."""
     leaves, rebuild = flatten_tree(outputs)
     places = [i for i, leaf in enumerate(leaves) if leaf.is_floating_point()]
@@ -28,7 +30,10 @@ def numbers_of(outputs: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]],
 
 def attached(numbers: Sequence[Tensor], theta: Tensor) -> list[Tensor]:
     """Outputs that all have a graph, those that do not depend on theta [P] with a derivative of zero."""
-    return [part if part.requires_grad else part + 0 * theta[0].to(part) for part in numbers]
+    return [
+        part if part.requires_grad else part + 0 * theta[0].to(part)
+        for part in numbers
+    ]
 
 
 class Head(NamedTuple):
@@ -48,7 +53,9 @@ class Head(NamedTuple):
 
 def _classes_last(y: Tensor, t: Tensor) -> Tensor:
     """Mean cross-entropy with the classes in the last dimension, y [B, ..., C], t [B, ...]."""
-    return F.cross_entropy(y.reshape(-1, y.shape[-1]), t.reshape(-1), ignore_index=IGNORED_CLASS)
+    return F.cross_entropy(
+        y.reshape(-1, y.shape[-1]), t.reshape(-1), ignore_index=IGNORED_CLASS
+    )
 
 
 def _next_token(y: Tensor, t: Tensor) -> Tensor:
@@ -74,9 +81,13 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 """What a loss inside a model is compared with, in value and gradient."""
 
 
-def candidates(outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Iterator[Head]:
+def candidates(
+    outputs: Sequence[Tensor], targets: Sequence[Tensor]
+) -> Iterator[Head]:
     """Every known loss of every pair of an output and a tensor of the batch."""
     for i, y in enumerate(outputs):
         for j in range(len(targets)):
             if y.is_floating_point() and y.dim() > 0:
-                yield from (Head(name, i, j, loss) for name, loss in LOSSES.items())
+                yield from (
+                    Head(name, i, j, loss) for name, loss in LOSSES.items()
+                )

@@ -15,12 +15,23 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 def require_module(model: Any, called: bool) -> None:
     """Raise where a model is none, or cannot be computed with sample by sample; `called` where it is called itself."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise TypeError("model: a torch.jit module's parameters cannot be replaced; pass the module it was made from")
+        raise TypeError(
+            f"model: expected a torch.nn.Module, got {type(model).__name__}"
+        )
+    if any(
+        isinstance(module, torch.jit.ScriptModule) for module in model.modules()
+    ):
+        raise TypeError(
+            "model: a torch.jit module's parameters cannot be replaced; pass the module it was made from"
+        )
     forward: Any = getattr(unwrapped(model), "forward", None)
-    if called and getattr(forward, "__func__", forward) in (None, nn.Module.forward):
-        raise TypeError(f"model: a {type(model).__name__} has no forward; {NO_FORWARD}")
+    if called and getattr(forward, "__func__", forward) in (
+        None,
+        nn.Module.forward,
+    ):
+        raise TypeError(
+            f"model: a {type(model).__name__} has no forward; {NO_FORWARD}"
+        )
     _require_values(model)
     _require_statistics(model)
 
@@ -32,24 +43,35 @@ def _require_values(model: nn.Module) -> None:
     """Raise where a parameter or buffer has no values."""
     for name, t in [*model.named_parameters(), *model.named_buffers()]:
         if isinstance(t, UninitializedParameter | UninitializedBuffer):
-            raise ValueError(f"model: {name!r} of a lazy module has no values yet; call the model once, and train it")
+            raise ValueError(
+                f"model: {name!r} of a lazy module has no values yet; call the model once, and train it"
+            )
         if t.is_meta:
-            raise ValueError(f"model: {name!r} is on the meta device and has no values; load the trained ones")
+            raise ValueError(
+                f"model: {name!r} is on the meta device and has no values; load the trained ones"
+            )
 
 
 def _require_statistics(model: nn.Module) -> None:
     """Raise where a sample's output depends on the others in its batch in evaluation mode too."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is None:
+        if (
+            isinstance(module, nn.modules.batchnorm._BatchNorm)
+            and module.running_mean is None
+        ):
             raise ValueError(
                 f"model: {name!r} ({type(module).__name__}) has no running statistics, so that a sample's loss depends "
                 "on the others in its batch; train it with track_running_stats=True"
             )
 
 
-def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None = None) -> dict[str, nn.Parameter]:
+def select_parameters(
+    model: nn.Module, patterns: str | Sequence[str] | None = None
+) -> dict[str, nn.Parameter]:
     """The trainable parameters whose name, or a module above them, matches one of `patterns`; tied ones once."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {
+        name: p for name, p in model.named_parameters() if p.requires_grad
+    }
     if not trainable:
         raise ValueError(
             "model: no parameter has requires_grad=True; influence is about trained parameters, so set "
@@ -63,7 +85,11 @@ def select_parameters(model: nn.Module, patterns: str | Sequence[str] | None = N
             raise ValueError(
                 f"config['parameters']: {pattern!r} matches no trainable parameter; there are {', '.join(trainable)}"
             )
-    return {name: p for name, p in trainable.items() if any(_matches(name, pattern) for pattern in patterns)}
+    return {
+        name: p
+        for name, p in trainable.items()
+        if any(_matches(name, pattern) for pattern in patterns)
+    }
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -74,7 +100,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module inside DataParallel, DistributedDataParallel or torch.compile."""
     while True:
         inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        if inner is None and isinstance(
+            model, nn.DataParallel | nn.parallel.DistributedDataParallel
+        ):
             inner = model.module
         if inner is None:
             return model

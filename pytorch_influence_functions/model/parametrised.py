@@ -42,32 +42,62 @@ class Parametrised:
         ValueError: no parameter is left to differentiate.
     """
 
-    def __init__(self, model: nn.Module, parameters: str | Sequence[str] | None, device: torch.device | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: str | Sequence[str] | None,
+        device: torch.device | None,
+    ) -> None:
         self.model = unwrapped(model)
         self.cast: torch.dtype | None = None
-        with LOCK:  # another thread may have its own parameters in the model's places
+        with (
+            LOCK
+        ):  # another thread may have its own parameters in the model's places
             self._take_parameters(parameters, device)
 
-    def _take_parameters(self, parameters: str | Sequence[str] | None, device: torch.device | None) -> None:
+    def _take_parameters(
+        self,
+        parameters: str | Sequence[str] | None,
+        device: torch.device | None,
+    ) -> None:
         """Copy the chosen parameters into theta, and keep the others and the buffers."""
         chosen = select_parameters(self.model, parameters)
         first = next(iter(chosen.values()))
         self.device = first.device if device is None else device
-        self.names, self.shapes = list(chosen), [p.shape for p in chosen.values()]
+        self.names, self.shapes = (
+            list(chosen),
+            [p.shape for p in chosen.values()],
+        )
         self.sizes = [p.numel() for p in chosen.values()]
         self.dtypes = [p.dtype for p in chosen.values()]
         # sums of many gradients drown in half precision, so that vectors are in single precision at least
         self.dtype = torch.promote_types(widest(self.dtypes), torch.float32)
         with torch.inference_mode(False):
-            parts = [p.detach().reshape(-1).to(self.device, self.dtype) for p in chosen.values()]
+            parts = [
+                p.detach().reshape(-1).to(self.device, self.dtype)
+                for p in chosen.values()
+            ]
             self.theta = torch.cat(parts).clone()
-            self._fixed = {n: p.detach().to(self.device) for n, p in self.model.named_parameters() if n not in chosen}
-            self._fixed |= {n: b.detach().clone().to(self.device) for n, b in self.model.named_buffers()}
-            self.leaves = [part.requires_grad_() for part in self.unflatten(self.theta.detach())]
+            self._fixed = {
+                n: p.detach().to(self.device)
+                for n, p in self.model.named_parameters()
+                if n not in chosen
+            }
+            self._fixed |= {
+                n: b.detach().clone().to(self.device)
+                for n, b in self.model.named_buffers()
+            }
+            self.leaves = [
+                part.requires_grad_()
+                for part in self.unflatten(self.theta.detach())
+            ]
         self._find_places()
 
     def _find_places(self) -> None:
-        self._slots, self._modules = find_slots(self.model), list(self.model.modules())
+        self._slots, self._modules = (
+            find_slots(self.model),
+            list(self.model.modules()),
+        )
 
     @property
     def P(self) -> int:
@@ -77,17 +107,29 @@ class Parametrised:
     def in_precision(self: Own, dtype: torch.dtype) -> Own:
         """The same objective with the model, its inputs and the vectors in another precision."""
         twin = copy.copy(self)
-        twin.cast, twin.dtype, twin.dtypes = dtype, dtype, [dtype] * len(self.dtypes)
+        twin.cast, twin.dtype, twin.dtypes = (
+            dtype,
+            dtype,
+            [dtype] * len(self.dtypes),
+        )
         twin.theta = self.theta.to(dtype)
-        twin.leaves = [part.requires_grad_() for part in twin.unflatten(twin.theta.detach())]
-        twin._fixed = {name: t.to(dtype) if t.is_floating_point() else t for name, t in self._fixed.items()}
+        twin.leaves = [
+            part.requires_grad_()
+            for part in twin.unflatten(twin.theta.detach())
+        ]
+        twin._fixed = {
+            name: t.to(dtype) if t.is_floating_point() else t
+            for name, t in self._fixed.items()
+        }
         return twin
 
     def at(self: Own, theta: Tensor) -> Own:
         """The same objective at other parameters [P]."""
         twin = copy.copy(self)
         twin.theta = theta.detach()
-        twin.leaves = [part.requires_grad_() for part in twin.unflatten(twin.theta)]
+        twin.leaves = [
+            part.requires_grad_() for part in twin.unflatten(twin.theta)
+        ]
         return twin
 
     def double(self: Own) -> Own:
@@ -100,22 +142,36 @@ class Parametrised:
 
     # ---- flat and structured
 
-    def flatten(self, tensors: Sequence[Tensor], name: str = "tensors") -> Tensor:
+    def flatten(
+        self, tensors: Sequence[Tensor], name: str = "tensors"
+    ) -> Tensor:
         """Tensors shaped like the parameters -> [P].
 
         Raises:
             ValueError: they are not; the message calls them `name`.
         """
-        shapes, found = [tuple(shape) for shape in self.shapes], [tuple(t.shape) for t in tensors]
+        shapes, found = (
+            [tuple(shape) for shape in self.shapes],
+            [tuple(t.shape) for t in tensors],
+        )
         if shapes != found:
-            raise ValueError(f"{name}: expected tensors shaped like the parameters, {shapes}, got {found}")
-        return torch.cat([t.detach().reshape(-1).to(self.device, self.dtype) for t in tensors])
+            raise ValueError(
+                f"{name}: expected tensors shaped like the parameters, {shapes}, got {found}"
+            )
+        return torch.cat(
+            [
+                t.detach().reshape(-1).to(self.device, self.dtype)
+                for t in tensors
+            ]
+        )
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """[P] -> tensors shaped like the parameters."""
         return [
             part.view(shape) if len(shape) != 1 else part
-            for part, shape in zip(vector.split(self.sizes), self.shapes, strict=True)
+            for part, shape in zip(
+                vector.split(self.sizes), self.shapes, strict=True
+            )
         ]
 
     @contextlib.contextmanager

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp
 
-from ..data.batch import Batch, flatten_tree
+from ..data.batch import Batch
 from ..data.samples import Samples, shapes_of
 from .alone import first_look, require_repeatable, warn_of_company
 from .door import first_gradients, first_losses, require_dependence
-from .gradients import forward_products, gradient, vmap_gradients
+from .fast_paths import FastPaths
 from .linear import look_at_outputs, precision_of_loss, same
 from .objective import Objective, Paths
 
@@ -30,7 +27,9 @@ LOOKED_AT = 32
 """Samples whose shapes are looked at, so that short and long sequences stand in the batch that a model is tried on."""
 
 
-def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> None:
+def probe(
+    objective: Objective, samples: Samples, most: int = MOST_PROBED
+) -> None:
     """Find which ways of computing give the model's true values, and set `objective.paths` and `samples.apart`.
 
     Tried on at most `most` samples.
@@ -40,7 +39,9 @@ def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> No
         TypeError, ValueError: the loss cannot take the batch, or is not the same when it is computed twice.
     """
     objective.paths, samples.apart, samples.shapes = Paths(), False, None
-    indices, uniform = _different(samples, max(2, min(samples.batch_size, most)))
+    indices, uniform = _different(
+        samples, max(2, min(samples.batch_size, most))
+    )
     alone = [samples.sample(i) for i in indices]
     _look_for_mutation(objective, alone[0], samples, indices[0])
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
@@ -50,7 +51,9 @@ def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> No
     require_repeatable(objective, samples.name, alone, losses)
     require_dependence(objective, samples)
     truth = first_gradients(objective, alone, samples.name)
-    telling = truth.norm(dim=1).argsort(descending=True, stable=True)[:2].tolist()  # a masked sample says nothing
+    telling = (
+        truth.norm(dim=1).argsort(descending=True, stable=True)[:2].tolist()
+    )  # a masked sample says nothing
     look_at_outputs(objective, [alone[i] for i in telling], truth[telling])
     batch = _rows(objective, samples, indices, losses)
     warn_of_company(objective, samples, indices, losses, truth, uniform)
@@ -59,14 +62,24 @@ def probe(objective: Objective, samples: Samples, most: int = MOST_PROBED) -> No
         logger.info(
             "%s: a sample collated with others is not what it is alone (padding, time first), so that samples go "
             "through the model one at a time, which is slow; a collate_fn that pads to a fixed length, or a mask in "
-            "the loss, lets them go together", samples.name,
-        )  # fmt: skip
+            "the loss, lets them go together",
+            samples.name,
+        )
         return
     samples.shapes = shapes_of(alone[0]) if uniform else None
-    _try_fast_paths(objective, batch, losses, truth, _large(samples, indices))
-    slow = [name for name, allowed in objective.paths._asdict().items() if allowed is False]
+    FastPaths(
+        objective, batch, losses, truth, _large(samples, indices)
+    ).try_all()
+    slow = [
+        name
+        for name, allowed in objective.paths._asdict().items()
+        if allowed is False
+    ]
     if slow:
-        logger.info("the model does not allow %s; a slower way gives the same numbers", ", ".join(slow))
+        logger.info(
+            "the model does not allow %s; a slower way gives the same numbers",
+            ", ".join(slow),
+        )
 
 
 def _spread(n: int, count: int) -> list[int]:
@@ -80,22 +93,34 @@ def _spread(n: int, count: int) -> list[int]:
 
 def _different(samples: Samples, count: int) -> tuple[list[int], bool]:
     """Indices of `count` samples, of as many shapes as there are; and whether those looked at have one shape."""
-    shapes = {i: shapes_of(samples.sample(i)) for i in _spread(samples.n, min(samples.n, LOOKED_AT))}
-    first_of_each = list({shape: i for i, shape in reversed(shapes.items())}.values())
+    shapes = {
+        i: shapes_of(samples.sample(i))
+        for i in _spread(samples.n, min(samples.n, LOOKED_AT))
+    }
+    first_of_each = list(
+        {shape: i for i, shape in reversed(shapes.items())}.values()
+    )
     if len(first_of_each) == 1:
         return _spread(samples.n, count), True
     others = [i for i in shapes if i not in first_of_each]
     return sorted([*first_of_each, *others][:count]), False
 
 
-def _look_for_mutation(objective: Objective, one: Batch, samples: Samples, index: int) -> None:
+def _look_for_mutation(
+    objective: Objective, one: Batch, samples: Samples, index: int
+) -> None:
     """Give the model copies of its inputs where it changes them in place (`x.div_(255)`, `x.requires_grad_()`)."""
     before = [(t._version, t.requires_grad) for t in one.leaves]
     first_look(objective, samples, one, index)
     first_losses(objective, [one], samples.name)
-    objective.mutates = before != [(t._version, t.requires_grad) for t in one.leaves]
+    objective.mutates = before != [
+        (t._version, t.requires_grad) for t in one.leaves
+    ]
     if objective.mutates:
-        logger.info("%s: the model changes its inputs in place; it gets copies", samples.name)
+        logger.info(
+            "%s: the model changes its inputs in place; it gets copies",
+            samples.name,
+        )
 
 
 def _choose_precision(objective: Objective, one: Batch) -> None:
@@ -108,19 +133,33 @@ def _choose_precision(objective: Objective, one: Batch) -> None:
     try:
         found = twin.losses(twin.theta, one).detach()
     except RuntimeError as error:
-        logger.info("the model is computed in %s, single precision is refused: %s", lowest, str(error).splitlines()[0])
+        logger.info(
+            "the model is computed in %s, single precision is refused: %s",
+            lowest,
+            str(error).splitlines()[0],
+        )
         return
     # the loss itself was rounded to half precision after some layers of it: this only tells another function apart
-    if bool((found - own).abs().max() <= 64 * torch.finfo(lowest).eps * (1 + own.abs().max())):
+    if bool(
+        (found - own).abs().max()
+        <= 64 * torch.finfo(lowest).eps * (1 + own.abs().max())
+    ):
         vars(objective).update(vars(twin))
-        logger.info("the model has parameters in %s; it is computed in single precision", lowest)
+        logger.info(
+            "the model has parameters in %s; it is computed in single precision",
+            lowest,
+        )
 
 
-def _rows(objective: Objective, samples: Samples, indices: list[int], losses: Tensor) -> Batch | None:
+def _rows(
+    objective: Objective, samples: Samples, indices: list[int], losses: Tensor
+) -> Batch | None:
     """The samples collated together, if each row of that batch has the loss of the sample collated alone."""
     batch = samples.take(indices)
     objective.paths = objective.paths._replace(rows=True)
-    if batch.sliceable and same(objective, lambda: objective.losses(objective.theta, batch), losses):
+    if batch.sliceable and same(
+        objective, lambda: objective.losses(objective.theta, batch), losses
+    ):
         return batch
     objective.paths = objective.paths._replace(rows=False)
     return None
@@ -133,79 +172,3 @@ def _large(samples: Samples, indices: list[int]) -> tuple[Batch, Tensor] | None:
     if not large.sliceable or len(rows) == len(indices):
         return None
     return large, torch.tensor([rows.index(i) for i in indices])
-
-
-def _try_fast_paths(
-    objective: Objective, batch: Batch, losses: Tensor, truth: Tensor, large: tuple[Batch, Tensor] | None
-) -> None:
-    theta, v = objective.theta, truth.sum(0)
-    two = torch.stack([v, 2 * v])
-
-    def twice(rows: Tensor) -> Tensor:
-        return rows if large is None else torch.cat([rows, rows])
-
-    def attempt(path: str, value: Callable[[], Tensor], expected: Tensor) -> None:
-        before = objective.paths
-        chosen: dict[str, Any] = {path: True}
-        objective.paths = before._replace(**chosen)
-        if not same(objective, value, expected):
-            objective.paths = before
-
-    def outputs() -> Tensor:
-        return _both(lambda one: _flat(objective.batch_outputs(theta, one), one.size), batch, large)
-
-    def batched() -> Tensor:
-        return _both(lambda one: objective.losses(theta, one), batch, large)
-
-    def losses_of_outputs() -> Tensor:
-        return objective.output_losses(objective.outputs(theta, batch), batch)
-
-    attempt("vmap", lambda: vmap_gradients(objective, batch), truth)
-    if objective.refused is not None:
-        pass  # what the outputs say of the loss is not its gradient, or says nothing
-    elif objective.model_loss is not None or objective.head is not None:
-        _try(lambda: attempt("outputs", outputs, twice(_outputs_alone(objective, batch))))
-        if objective.paths.outputs:
-            attempt("loss", losses_of_outputs, losses)
-            attempt("batched", batched, twice(losses))
-    else:
-        objective.paths = objective.paths._replace(outputs=True, loss=True)
-        attempt("batched", batched, twice(losses))
-        if not objective.paths.batched:
-            objective.paths = objective.paths._replace(loss=False)
-            attempt("batched", batched, twice(losses))
-        if not objective.paths.batched:
-            objective.paths = objective.paths._replace(outputs=False, loss=False)
-            attempt("loss", losses_of_outputs, losses)
-    if objective.paths.batched and not same(objective, lambda: gradient(objective, batch), truth.mean(0)):
-        objective.paths = objective.paths._replace(outputs=False, loss=False, batched=False)
-    attempt("forward", lambda: jvp(lambda t: objective.losses(t, batch), (theta,), (v,))[1], truth @ v)
-    attempt("stacked", lambda: forward_products(objective, batch, two), two @ truth.T)
-
-
-def _both(value: Callable[[Batch], Tensor], batch: Batch, large: tuple[Batch, Tensor] | None) -> Tensor:
-    """The rows of a small batch, and those of the same samples in a large one below them."""
-    if large is None:
-        return value(batch)
-    rows, places = large
-    return torch.cat([value(batch), value(rows)[places.to(batch.leaves[0].device)]])
-
-
-def _outputs_alone(objective: Objective, batch: Batch) -> Tensor:
-    rows = [_flat(objective.batch_outputs(objective.theta, one), 1) for one in batch.singles()]
-    return torch.cat(rows).detach()
-
-
-def _flat(outputs: object, size: int) -> Tensor:
-    """Outputs laid end to end, a row for each sample."""
-    return torch.cat([leaf.reshape(size, -1) for leaf in flatten_tree(outputs)[0]], 1)
-
-
-def _try(attempt: Callable[[], None]) -> None:
-    """A model whose outputs cannot be had (called twice, not tensors) has no such path."""
-    try:
-        attempt()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        logger.debug("no outputs: %s", error)

@@ -28,26 +28,45 @@ MANY = 16
 """From so many vectors on `torch.func` costs less than batched double backward also where parameters are used once."""
 
 
-def hessian_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
+def hessian_products(
+    objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK
+) -> Tensor:
     """H v for each row v of `vectors` [K, P], H over the batch, `stack` of them at a time -> [K, P]."""
     if objective.paths.twice is False:
         return differences_of_gradients(objective, batch, vectors)
     together = min(len(vectors), stack) > 1 and objective.paths.hessian
     if together and (len(vectors) >= MANY or reuse(objective, batch) >= REUSED):
-        slope: Callable[[Tensor], Tensor] = grad(lambda theta: objective.loss(theta, batch))
+        slope: Callable[[Tensor], Tensor] = grad(
+            lambda theta: objective.loss(theta, batch)
+        )
         pullback = vjp(slope, objective.theta)[1]
-        return in_stacks(lambda part: cast(Tensor, vmap(pullback)(part)[0]), vectors, stack)
+        return in_stacks(
+            lambda part: cast(Tensor, vmap(pullback)(part)[0]), vectors, stack
+        )
     if not together:
         return _double_backward(objective, batch, vectors)
     theta = objective.theta.detach().requires_grad_()
-    (g,) = torch.autograd.grad(objective.loss(theta, batch), theta, create_graph=True)
-    return in_stacks(lambda part: _pulled_back(g, theta, part), vectors, stack) if g.requires_grad else 0 * vectors
+    (g,) = torch.autograd.grad(
+        objective.loss(theta, batch), theta, create_graph=True
+    )
+    return (
+        in_stacks(lambda part: _pulled_back(g, theta, part), vectors, stack)
+        if g.requires_grad
+        else 0 * vectors
+    )
 
 
-def _double_backward(objective: Objective, batch: Batch, vectors: Tensor) -> Tensor:
+def _double_backward(
+    objective: Objective, batch: Batch, vectors: Tensor
+) -> Tensor:
     """H v one vector at a time, in the parameters' own shapes."""
     theta = objective.leaves
-    first = torch.autograd.grad(objective.loss(theta, batch), theta, create_graph=True, materialize_grads=True)
+    first = torch.autograd.grad(
+        objective.loss(theta, batch),
+        theta,
+        create_graph=True,
+        materialize_grads=True,
+    )
     curved = [i for i, g in enumerate(first) if g.requires_grad]
     if not curved:
         return torch.zeros_like(vectors)
@@ -57,22 +76,35 @@ def _double_backward(objective: Objective, batch: Batch, vectors: Tensor) -> Ten
         parts = objective.unflatten(v)
         along = [parts[i] for i in curved]
         more = k + 1 < len(vectors)
-        second = torch.autograd.grad(slopes, theta, along, retain_graph=more, materialize_grads=True)
+        second = torch.autograd.grad(
+            slopes, theta, along, retain_graph=more, materialize_grads=True
+        )
         rows.append(torch.cat([part.reshape(-1) for part in second]))
     return torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
 
 
 def _pulled_back(g: Tensor, theta: Tensor, vectors: Tensor) -> Tensor:
     (products,) = torch.autograd.grad(
-        g, theta, vectors, is_grads_batched=True, materialize_grads=True, retain_graph=True
+        g,
+        theta,
+        vectors,
+        is_grads_batched=True,
+        materialize_grads=True,
+        retain_graph=True,
     )
     return products.detach()
 
 
-def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK) -> Tensor:
+def gauss_newton_products(
+    objective: Objective, batch: Batch, vectors: Tensor, stack: int = STACK
+) -> Tensor:
     """G v for each row v of `vectors` [K, P], G over the batch, `stack` of them at a time -> [K, P]."""
-    if min(len(vectors), stack) == 1 or not (objective.paths.ggn and objective.paths.curved):
-        return torch.stack([_gauss_newton_product(objective, batch, v) for v in vectors])
+    if min(len(vectors), stack) == 1 or not (
+        objective.paths.ggn and objective.paths.curved
+    ):
+        return torch.stack(
+            [_gauss_newton_product(objective, batch, v) for v in vectors]
+        )
 
     def outputs(theta: Tensor) -> list[Tensor]:
         leaves, rebuild = objective.all_outputs(theta, batch)
@@ -80,24 +112,38 @@ def gauss_newton_products(objective: Objective, batch: Batch, vectors: Tensor, s
         return leaves
 
     rebuilders: list[Rebuild] = []
-    y, pullback = cast(tuple[list[Tensor], Callable[..., tuple[Tensor]]], vjp(outputs, objective.theta))
+    y, pullback = cast(
+        tuple[list[Tensor], Callable[..., tuple[Tensor]]],
+        vjp(outputs, objective.theta),
+    )
     loss_hessian = _loss_hessian(objective, batch, y, rebuilders[0])
 
     def product(v: Tensor) -> Tensor:
-        return pullback(loss_hessian(jvp(outputs, (objective.theta,), (v,))[1]))[0]
+        return pullback(
+            loss_hessian(jvp(outputs, (objective.theta,), (v,))[1])
+        )[0]
 
     return in_stacks(vmap(product), vectors, stack)
 
 
-def _gauss_newton_product(objective: Objective, batch: Batch, v: Tensor) -> Tensor:
+def _gauss_newton_product(
+    objective: Objective, batch: Batch, v: Tensor
+) -> Tensor:
     """G v for one vector [P]: the outputs and their derivative along v, the loss's Hessian, then back."""
     theta = objective.theta.detach().requires_grad_()
     y, u, rebuild = _outputs_along(objective, batch, theta, v)
-    w = _mean_loss_hessian(objective, batch, [part.detach() for part in y], rebuild)(u)
+    w = _mean_loss_hessian(
+        objective, batch, [part.detach() for part in y], rebuild
+    )(u)
     reached = [(a, b) for a, b in zip(y, w, strict=True) if a.requires_grad]
     if not reached:
         return torch.zeros_like(v)
-    return torch.autograd.grad([a for a, _ in reached], theta, [b for _, b in reached], materialize_grads=True)[0]
+    return torch.autograd.grad(
+        [a for a, _ in reached],
+        theta,
+        [b for _, b in reached],
+        materialize_grads=True,
+    )[0]
 
 
 def _outputs_along(
@@ -105,12 +151,16 @@ def _outputs_along(
 ) -> tuple[list[Tensor], list[Tensor], Rebuild]:
     """Outputs y at theta [P] with their graph, J v, and how to build what the model returned from y."""
     if objective.paths.tangent is None:
-        way = _true_tangent(objective, batch, theta.detach().requires_grad_(), v)
+        way = _true_tangent(
+            objective, batch, theta.detach().requires_grad_(), v
+        )
         objective.paths = objective.paths._replace(tangent=way)
     return TANGENTS[objective.paths.tangent or ""](objective, batch, theta, v)
 
 
-def _true_tangent(objective: Objective, batch: Batch, theta: Tensor, v: Tensor) -> str:
+def _true_tangent(
+    objective: Objective, batch: Batch, theta: Tensor, v: Tensor
+) -> str:
     """The first way to J v that exists and is true: w . (J v) = (J^T w) . v for some w."""
     for name, tangent in TANGENTS.items():
         try:
@@ -122,20 +172,30 @@ def _true_tangent(objective: Objective, batch: Batch, theta: Tensor, v: Tensor) 
             true, reason = False, str(error).splitlines()[0]
         if true:
             return name
-        logger.info("the model's outputs have no derivative by %s: %s", name, reason)
+        logger.info(
+            "the model's outputs have no derivative by %s: %s", name, reason
+        )
     raise NotImplementedError(NO_TANGENT)
 
 
-def _is_adjoint(found: tuple[list[Tensor], list[Tensor], Rebuild], theta: Tensor, v: Tensor) -> bool:
+def _is_adjoint(
+    found: tuple[list[Tensor], list[Tensor], Rebuild], theta: Tensor, v: Tensor
+) -> bool:
     y, u, _ = found
     generator = torch.Generator().manual_seed(0)
     w = [torch.randn(part.shape, generator=generator).to(part) for part in y]
     reached = [i for i, part in enumerate(y) if part.requires_grad]
     if not reached:
         return True
-    (pulled,) = torch.autograd.grad([y[i] for i in reached], theta, [w[i] for i in reached], materialize_grads=True)
+    (pulled,) = torch.autograd.grad(
+        [y[i] for i in reached],
+        theta,
+        [w[i] for i in reached],
+        materialize_grads=True,
+    )
     products = torch.stack([(a * b).sum() for a, b in zip(w, u, strict=True)])
-    size = sum(float(a.norm() * b.norm()) for a, b in zip(w, u, strict=True)) + float(pulled.norm() * v.norm())
+    size = float(pulled.norm() * v.norm())
+    size += sum(float(a.norm() * b.norm()) for a, b in zip(w, u, strict=True))
     slack: float = 64 * torch.finfo(theta.dtype).eps ** 0.5 * size
     return abs(float(products.sum()) - float(pulled @ v)) <= slack
 
@@ -145,10 +205,17 @@ def _dual_outputs(
 ) -> tuple[list[Tensor], list[Tensor], Rebuild]:
     """J v by forward mode, in the pass that computes y."""
     with forward_ad.dual_level():
-        leaves, rebuild = objective.all_outputs(forward_ad.make_dual(theta, v), batch)
+        leaves, rebuild = objective.all_outputs(
+            forward_ad.make_dual(theta, v), batch
+        )
         duals = [forward_ad.unpack_dual(leaf) for leaf in leaves]
     y = [dual.primal for dual in duals]
-    u = [torch.zeros_like(dual.primal) if dual.tangent is None else dual.tangent.detach() for dual in duals]
+    u = [
+        torch.zeros_like(dual.primal)
+        if dual.tangent is None
+        else dual.tangent.detach()
+        for dual in duals
+    ]
     return y, u, rebuild
 
 
@@ -159,9 +226,18 @@ def _twice_backward(
     y, rebuild = objective.all_outputs(theta, batch)
     reached = [part for part in y if part.requires_grad]
     w = [torch.zeros_like(part).requires_grad_() for part in reached]
-    (pulled,) = torch.autograd.grad(reached, theta, w, create_graph=True, materialize_grads=True)
-    along = iter(torch.autograd.grad(pulled, w, v, retain_graph=True, materialize_grads=True))
-    u = [next(along).detach() if part.requires_grad else torch.zeros_like(part) for part in y]
+    (pulled,) = torch.autograd.grad(
+        reached, theta, w, create_graph=True, materialize_grads=True
+    )
+    along = iter(
+        torch.autograd.grad(
+            pulled, w, v, retain_graph=True, materialize_grads=True
+        )
+    )
+    u = [
+        next(along).detach() if part.requires_grad else torch.zeros_like(part)
+        for part in y
+    ]
     return y, u, rebuild
 
 
@@ -171,13 +247,18 @@ def _differences_of_outputs(
     """J v from the outputs at two places, for backward passes that leave the graph."""
 
     def values(at: list[Tensor]) -> list[Tensor]:
-        return [part.detach() for part in objective.all_outputs(at[0], batch)[0]]
+        return [
+            part.detach() for part in objective.all_outputs(at[0], batch)[0]
+        ]
 
     y, rebuild = objective.all_outputs(theta, batch)
     return y, along(values, [theta.detach()], [v]), rebuild
 
 
-Tangent = Callable[[Objective, Batch, Tensor, Tensor], tuple[list[Tensor], list[Tensor], Rebuild]]
+Tangent = Callable[
+    [Objective, Batch, Tensor, Tensor],
+    tuple[list[Tensor], list[Tensor], Rebuild],
+]
 TANGENTS: dict[str, Tangent] = {
     "forward mode": _dual_outputs,
     "two backward passes": _twice_backward,
@@ -204,7 +285,9 @@ def _mean_loss_hessian(
     """The same without torch.func, which refuses a loss that takes gradients of its own; by differences if need be."""
     by = loss_hessian if objective.paths.curved else loss_hessian_in_double
     product = by(objective, y, rebuild, batch)
-    return lambda u: [w.to(part) / batch.size for w, part in zip(product(u), y, strict=True)]
+    return lambda u: [
+        w.to(part) / batch.size for w, part in zip(product(u), y, strict=True)
+    ]
 
 
 NO_TANGENT = (

@@ -29,17 +29,29 @@ def forgotten(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _own(module: nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if name not in STANDARD}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name not in STANDARD
+    }
 
 
 def _contents(own: dict[str, Any]) -> dict[str, Any]:
     """Copies of the lists and dicts among the attributes, which may be added to in place."""
-    return {name: value.copy() for name, value in own.items() if type(value) in (list, dict, set)}
+    return {
+        name: value.copy()
+        for name, value in own.items()
+        if type(value) in (list, dict, set)
+    }
 
 
-def _put_back(module: nn.Module, own: dict[str, Any], contents: dict[str, Any]) -> None:
+def _put_back(
+    module: nn.Module, own: dict[str, Any], contents: dict[str, Any]
+) -> None:
     now = vars(module)
-    for name in [name for name in now if name not in STANDARD and name not in own]:
+    for name in [
+        name for name in now if name not in STANDARD and name not in own
+    ]:
         del now[name]
     for name, value in own.items():
         if now.get(name) is not value:
@@ -54,7 +66,9 @@ def _same_items(value: Any, held: Any) -> bool:
     if len(value) != len(held):
         return False
     if isinstance(held, dict):
-        return all(key in value and value[key] is item for key, item in held.items())
+        return all(
+            key in value and value[key] is item for key, item in held.items()
+        )
     return all(one is other for one, other in zip(value, held, strict=True))
 
 

@@ -86,7 +86,11 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def _dense_gradients(model: nn.Module) -> Iterator[None]:
     """Sparse gradients of embeddings cannot be cut out of, or added to, one vector of all parameters."""
-    sparse = [module for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    sparse = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    ]
     sparse = [module for module in sparse if module.sparse]
     try:
         for module in sparse:
@@ -115,8 +119,15 @@ def _no_checkpoints() -> Iterator[None]:
     The second forward pass of a checkpoint runs in the backward pass, when the model's own parameters are back, and
     would differentiate these.
     """
-    inner = {"_checkpoint_without_reentrant_generator": _kept, "CheckpointFunction": _Kept}
-    before = {name: getattr(checkpoint, name) for name in inner if hasattr(checkpoint, name)}
+    inner = {
+        "_checkpoint_without_reentrant_generator": _kept,
+        "CheckpointFunction": _Kept,
+    }
+    before = {
+        name: getattr(checkpoint, name)
+        for name in inner
+        if hasattr(checkpoint, name)
+    }
     for name in before:
         setattr(checkpoint, name, inner[name])
     try:

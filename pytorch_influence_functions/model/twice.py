@@ -36,33 +36,55 @@ SURROGATE = (
 )
 
 
-def differences_of_gradients(objective: Objective, batch: Batch, vectors: Tensor, shorter: float = 1.0) -> Tensor:
+def differences_of_gradients(
+    objective: Objective, batch: Batch, vectors: Tensor, shorter: float = 1.0
+) -> Tensor:
     """H v for each row v of `vectors` [K, P] from two gradients of the mean loss, in double precision if it runs."""
     try:
-        found = _differences(objective.double(), batch, vectors.double(), shorter)
-    except (RuntimeError, TypeError):  # a model that runs in its own precision only
+        found = _differences(
+            objective.double(), batch, vectors.double(), shorter
+        )
+    except (
+        RuntimeError,
+        TypeError,
+    ):  # a model that runs in its own precision only
         found = _differences(objective, batch, vectors, shorter)
     return found.to(vectors)
 
 
-def _differences(objective: Objective, batch: Batch, vectors: Tensor, shorter: float) -> Tensor:
+def _differences(
+    objective: Objective, batch: Batch, vectors: Tensor, shorter: float
+) -> Tensor:
     def slope(theta: list[Tensor]) -> list[Tensor]:
         return [gradient(objective.at(theta[0]), batch)]
 
-    return torch.cat([along(slope, [objective.theta], [v], shorter)[0].unsqueeze(0) for v in vectors])
+    return torch.cat(
+        [
+            along(slope, [objective.theta], [v], shorter)[0].unsqueeze(0)
+            for v in vectors
+        ]
+    )
 
 
-def try_second_derivative(objective: Objective, batch: Batch, v: Tensor, product: Product) -> None:
+def try_second_derivative(
+    objective: Objective, batch: Batch, v: Tensor, product: Product
+) -> None:
     """Set `paths.twice`: whether an automatic product H v, v [P], over a few samples is the gradient's derivative."""
     row = v.unsqueeze(0)
-    expected, shorter = (differences_of_gradients(objective, batch, row, factor) for factor in (1.0, 3.0))
+    expected, shorter = (
+        differences_of_gradients(objective, batch, row, factor)
+        for factor in (1.0, 3.0)
+    )
     objective.paths = objective.paths._replace(twice=True)
     try:
         found = product(objective, batch, row)
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        logger.info("Hessian products come from differences of gradients: %s", str(error).splitlines()[0])
+        logger.info(
+            "Hessian products come from differences of gradients: %s",
+            str(error).splitlines()[0],
+        )
         objective.paths = objective.paths._replace(twice=False, hessian=False)
         return
     if is_derivative([found], [expected], [shorter]):
@@ -70,7 +92,10 @@ def try_second_derivative(objective: Objective, batch: Batch, v: Tensor, product
     if not _is_gradient(objective, batch, v):
         logger.warning(SURROGATE)
         return
-    warn(MISSING.format(float((found - expected).norm() / expected.norm())), ModelWarning)
+    warn(
+        MISSING.format(float((found - expected).norm() / expected.norm())),
+        ModelWarning,
+    )
     objective.paths = objective.paths._replace(twice=False, hessian=False)
 
 
@@ -81,5 +106,8 @@ def _is_gradient(objective: Objective, batch: Batch, v: Tensor) -> bool:
         return [objective.loss(theta[0], batch).detach().reshape(1)]
 
     slope = (gradient(objective, batch) @ v).reshape(1)
-    expected, shorter = (along(value, [objective.theta.detach()], [v], factor) for factor in (1.0, 3.0))
+    expected, shorter = (
+        along(value, [objective.theta.detach()], [v], factor)
+        for factor in (1.0, 3.0)
+    )
     return is_derivative([slope], expected, shorter)

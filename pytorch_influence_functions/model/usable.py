@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,30 +28,45 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
     """
     places = parameter_places(objective)
     named = objective.model.named_modules()
-    layers = [layer for name, module in named for layer in _layers(name, module, places)]
+    layers = [
+        layer
+        for name, module in named
+        for layer in _layers(name, module, places)
+    ]
     layers = _seen(objective, layers, batch)
     if not layers:
         return []
     try:
         return _true(objective, layers, batch)
     except (RuntimeError, IndexError, NotImplementedError) as error:
-        logger.info("EKFAC sees no layer of this model on its own: %s", str(error).splitlines()[0])
+        logger.info(
+            "EKFAC sees no layer of this model on its own: %s",
+            str(error).splitlines()[0],
+        )
         return []
 
 
-def _true(objective: Objective, layers: list[Layer], batch: Batch) -> list[Layer]:
+def _true(
+    objective: Objective, layers: list[Layer], batch: Batch
+) -> list[Layer]:
     """Each layer in the layout in which its gradients are right; without those for which none is."""
     singles = list(batch.singles())
-    together = singles if batch.parts or not objective.paths.outputs else [batch]
+    together = (
+        singles if batch.parts or not objective.paths.outputs else [batch]
+    )
     seen = [_gradients_of(objective, layers, one) for one in together]
     usable = []
     for i, layer in enumerate(layers):
         tried = (layer._replace(layout=layout) for layout in LAYOUTS)
-        right = next((option for option in tried if _is_right(option, i, seen)), None)
+        right = next(
+            (option for option in tried if _is_right(option, i, seen)), None
+        )
         if right is None and len(together) == 1:
             right = _shared(objective, layer, batch)
         if right is None:
-            _left_out(layer.name, "its gradient is no sum of outer products by sample")
+            _left_out(
+                layer.name, "its gradient is no sum of outer products by sample"
+            )
         else:
             usable.append(right)
     return usable
@@ -62,7 +78,11 @@ def _shared(objective: Objective, layer: Layer, batch: Batch) -> Layer | None:
     try:
         seen = [_gradients_of(objective, [option], batch)]
     except (RuntimeError, IndexError, ValueError) as error:
-        logger.debug("%s is not shared by the samples: %s", layer.name, str(error).splitlines()[0])
+        logger.debug(
+            "%s is not shared by the samples: %s",
+            layer.name,
+            str(error).splitlines()[0],
+        )
         return None
     return option if _is_right(option, 0, seen) else None
 
@@ -76,19 +96,36 @@ class _Tried(NamedTuple):
     """[B, P]"""
 
 
-def _gradients_of(objective: Objective, layers: Sequence[Layer], batch: Batch) -> _Tried:
+def _gradients_of(
+    objective: Objective, layers: Sequence[Layer], batch: Batch
+) -> _Tried:
     seen = forward(objective, layers, batch)
     generator = torch.Generator().manual_seed(0)
-    e = [torch.randn(part.shape, generator=generator).to(part) for part in seen.y]
+    e = [
+        torch.randn(part.shape, generator=generator).to(part) for part in seen.y
+    ]
     flat = [out for parts in seen.outs for out in parts]
-    each = iter(torch.autograd.grad(seen.y, flat, e, retain_graph=True, materialize_grads=True, allow_unused=True))
+    each = iter(
+        torch.autograd.grad(
+            seen.y,
+            flat,
+            e,
+            retain_graph=True,
+            materialize_grads=True,
+            allow_unused=True,
+        )
+    )
     gradients = [[next(each) for _ in parts] for parts in seen.outs]
     rows = []
     for i, one in enumerate(batch.singles()):
         theta = objective.theta.detach().requires_grad_()
         y = attached(numbers_of(objective.batch_outputs(theta, one))[0], theta)
         cotangents = [part[i : i + 1] for part in e]
-        rows.append(torch.autograd.grad(y, theta, cotangents, materialize_grads=True, allow_unused=True)[0])
+        rows.append(
+            torch.autograd.grad(
+                y, theta, cotangents, materialize_grads=True, allow_unused=True
+            )[0]
+        )
     return _Tried(seen.raw, gradients, torch.stack(rows))
 
 
@@ -101,12 +138,20 @@ def _is_right(layer: Layer, i: int, tried: Sequence[_Tried]) -> bool:
         a = torch.cat([layer.inputs(x, size) for x in one.inputs[i]], 1)
         pairs = zip(one.gradients[i], one.inputs[i], strict=True)
         g = torch.cat([layer.outputs(g, x, size) for g, x in pairs], 1)
-        return outer_products(g.transpose(1, 2), a.transpose(1, 2), layer.classes).flatten(1)
+        return outer_products(
+            g.transpose(1, 2), a.transpose(1, 2), layer.classes
+        ).flatten(1)
 
-    return all(agrees(lambda one=one: found(one), gather(layer, one.truth).flatten(1)) for one in tried)  # type: ignore[misc]
+    for one in tried:
+        expected = gather(layer, one.truth).flatten(1)
+        if not agrees(functools.partial(found, one), expected):
+            return False
+    return True
 
 
-def _layers(name: str, module: nn.Module, places: dict[str, slice]) -> list[Layer]:
+def _layers(
+    name: str, module: nn.Module, places: dict[str, slice]
+) -> list[Layer]:
     """A module's parameters that are trained: one layer, or its weight and its bias apart."""
     prefix = f"{name}." if name else ""
     weight, bias = places.get(f"{prefix}weight"), places.get(f"{prefix}bias")
@@ -117,34 +162,61 @@ def _layers(name: str, module: nn.Module, places: dict[str, slice]) -> list[Laye
         return []
     layers = []
     for part in parts:
-        own = name if len(parts) == 1 else f"{prefix}{'weight' if part.weight else 'bias'}"
-        layers.append(Layer(own, module, weight if part.weight else None, bias if part.bias else None, part.rule))
+        own = (
+            name
+            if len(parts) == 1
+            else f"{prefix}{'weight' if part.weight else 'bias'}"
+        )
+        layers.append(
+            Layer(
+                own,
+                module,
+                weight if part.weight else None,
+                bias if part.bias else None,
+                part.rule,
+            )
+        )
     return layers
 
 
-def _seen(objective: Objective, layers: Sequence[Layer], batch: Batch) -> list[Layer]:
+def _seen(
+    objective: Objective, layers: Sequence[Layer], batch: Batch
+) -> list[Layer]:
     """The layers that the model calls, and whether it changes what they return in place."""
-    outputs: dict[str, list[tuple[Any, int]]] = {layer.name: [] for layer in layers}
+    outputs: dict[str, list[tuple[Any, int]]] = {
+        layer.name: [] for layer in layers
+    }
 
     def keep(name: str, output: Any) -> None:
         outputs[name].append((output, getattr(output, "_version", 0)))
 
     handles = [
-        layer.module.register_forward_hook(lambda _m, _i, output, name=layer.name: keep(name, output))
+        layer.module.register_forward_hook(
+            lambda _m, _i, output, name=layer.name: keep(name, output)
+        )
         for layer in layers
     ]
     try:
-        objective.batch_outputs(objective.theta.detach().requires_grad_(), next(batch.singles()))
+        objective.batch_outputs(
+            objective.theta.detach().requires_grad_(), next(batch.singles())
+        )
     finally:
         for handle in handles:
             handle.remove()
     result = []
     for layer in layers:
         calls = outputs[layer.name]
-        if not all(isinstance(output, Tensor) and output.requires_grad for output, _ in calls):
-            _left_out(layer.name, "what it returns is no tensor with a gradient")
+        if not all(
+            isinstance(output, Tensor) and output.requires_grad
+            for output, _ in calls
+        ):
+            _left_out(
+                layer.name, "what it returns is no tensor with a gradient"
+            )
         elif calls:
-            changed = any(output._version != version for output, version in calls)
+            changed = any(
+                output._version != version for output, version in calls
+            )
             result.append(layer._replace(copied=changed))
     return result
 
@@ -157,5 +229,8 @@ def parameter_places(objective: Objective) -> dict[str, slice]:
     """Where each parameter lies in theta."""
     ends = torch.tensor(objective.sizes).cumsum(0).tolist()
     return {
-        name: slice(end - size, end) for name, size, end in zip(objective.names, objective.sizes, ends, strict=True)
+        name: slice(end - size, end)
+        for name, size, end in zip(
+            objective.names, objective.sizes, ends, strict=True
+        )
     }

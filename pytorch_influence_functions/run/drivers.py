@@ -26,14 +26,23 @@ from ..show.results import InfluenceResult, entry, harmful_and_helpful
 from ..utils import log_to
 from .files import RunFiles, writable_folder
 from .select import require_writable, select_test_samples
-from .store import own_folder, read_chains, read_rows, save_gradients, save_solutions
+from .store import (
+    own_folder,
+    read_chains,
+    read_rows,
+    save_gradients,
+    save_solutions,
+)
 
 logger = logging.getLogger(__name__)
 Options = Config | Mapping[str, Any] | None
 
 
 def calc_img_wise(
-    config: Options, model: nn.Module, train_loader: DataLoader[Any], test_loader: DataLoader[Any]
+    config: Options,
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    test_loader: DataLoader[Any],
 ) -> InfluenceResult:
     """Influence of every training sample on test samples, a group of test samples at a time.
 
@@ -58,7 +67,10 @@ def calc_img_wise(
 
 
 def calc_all_grad_then_test(
-    config: Options, model: nn.Module, train_loader: DataLoader[Any], test_loader: DataLoader[Any]
+    config: Options,
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    test_loader: DataLoader[Any],
 ) -> InfluenceResult:
     """The same as `calc_img_wise`, with every `grad_z` and `s_test` computed once, stored and read back.
 
@@ -70,18 +82,29 @@ def calc_all_grad_then_test(
 
 
 def calc_influences(
-    config: Options, model: nn.Module, train_loader: DataLoader[Any], test_loader: DataLoader[Any]
+    config: Options,
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    test_loader: DataLoader[Any],
 ) -> InfluenceResult:
     """`calc_img_wise` or `calc_all_grad_then_test`, as `config["calc_method"]` says."""
-    return _run(config, model, train_loader, test_loader, Config.of(config).calc_method)
+    return _run(
+        config, model, train_loader, test_loader, Config.of(config).calc_method
+    )
 
 
 def _run(
-    config: Options, model: nn.Module, train_loader: DataLoader[Any], test_loader: DataLoader[Any], method: str
+    config: Options,
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    test_loader: DataLoader[Any],
+    method: str,
 ) -> InfluenceResult:
     options = Config.of(config, calc_method=method)
     with log_to(options.log_filename):
-        tests = Samples(test_loader, name="test_loader", progress=options.progress)
+        tests = Samples(
+            test_loader, name="test_loader", progress=options.progress
+        )
         labels = tests.labels()
         indices = _selected(options, labels)
         num = int(options.test_sample_num) or len(indices)
@@ -101,9 +124,22 @@ def _run(
             raise
         files.write_meta(_meta(options, influence, indices, finished=False))
         collected = _Collected(files, influence, options.top_k)
-        for part, scores, chains, residual, seconds in METHODS[method](influence, tests, indices):
-            collected.add(part, [labels[i] for i in part], scores, chains, residual, seconds)
-            logger.info("%d of %d test samples are done", len(collected.influences), len(indices))
+        for part, scores, chains, residual, seconds in METHODS[method](
+            influence, tests, indices
+        ):
+            collected.add(
+                part,
+                [labels[i] for i in part],
+                scores,
+                chains,
+                residual,
+                seconds,
+            )
+            logger.info(
+                "%d of %d test samples are done",
+                len(collected.influences),
+                len(indices),
+            )
         files.write_meta(_meta(options, influence, indices, finished=True))
         files.finish()
         return collected.result()
@@ -120,7 +156,9 @@ Group = tuple[list[int], Tensor, Tensor | None, Tensor, float]
 """Test indices, scores [k, n], those of each chain [r, k, n] or None, relative residuals [k], seconds per sample."""
 
 
-def _img_wise(influence: InfluenceFunction, tests: Samples, indices: Sequence[int]) -> Iterator[Group]:
+def _img_wise(
+    influence: InfluenceFunction, tests: Samples, indices: Sequence[int]
+) -> Iterator[Group]:
     begin = time.perf_counter()
     for group, scores, chains in influence.groups(tests, indices):
         seconds = (time.perf_counter() - begin) / len(group.indices)
@@ -128,21 +166,39 @@ def _img_wise(influence: InfluenceFunction, tests: Samples, indices: Sequence[in
         begin = time.perf_counter()
 
 
-def _all_grad_then_test(influence: InfluenceFunction, tests: Samples, indices: Sequence[int]) -> Iterator[Group]:
+def _all_grad_then_test(
+    influence: InfluenceFunction, tests: Samples, indices: Sequence[int]
+) -> Iterator[Group]:
     begin = time.perf_counter()
     parent = influence.config.save_folder
     with own_folder(parent, "grad_z") as grads_folder:
         save_gradients(influence, grads_folder)
     with own_folder(parent, "s_test") as solutions_folder:
         residuals = save_solutions(influence, solutions_folder, tests, indices)
-    influence.notes["stored"] = {"grad_z": str(grads_folder), "s_test": str(solutions_folder)}
-    (grads, _), (solutions, _) = read_rows(grads_folder, "grad_z"), read_chains(solutions_folder)
+    influence.notes["stored"] = {
+        "grad_z": str(grads_folder),
+        "s_test": str(solutions_folder),
+    }
+    (grads, _), (solutions, _) = (
+        read_rows(grads_folder, "grad_z"),
+        read_chains(solutions_folder),
+    )
     for start in range(0, len(indices), influence.group_size):
         part = list(indices[start : start + influence.group_size])
-        stored = torch.stack(solutions[start : start + len(part)]).transpose(0, 1)
-        chains = _scores_of_rows(stored.flatten(0, 1), grads).view(len(stored), len(part), -1)
+        stored = torch.stack(solutions[start : start + len(part)]).transpose(
+            0, 1
+        )
+        chains = _scores_of_rows(stored.flatten(0, 1), grads).view(
+            len(stored), len(part), -1
+        )
         seconds = (time.perf_counter() - begin) / len(part)
-        yield part, chains.mean(0), chains if len(chains) > 1 else None, residuals[start : start + len(part)], seconds
+        yield (
+            part,
+            chains.mean(0),
+            chains if len(chains) > 1 else None,
+            residuals[start : start + len(part)],
+            seconds,
+        )
         begin = time.perf_counter()
 
 
@@ -152,14 +208,19 @@ METHODS = {"img_wise": _img_wise, "all_grad_then_test": _all_grad_then_test}
 def _scores_of_rows(solutions: Tensor, grads: Any, block: int = 4096) -> Tensor:
     """Stored solutions [K, P] times stored gradients [n, P], over n -> [K, n]."""
     n = len(grads)
-    parts = [solutions @ torch.from_numpy(np.asarray(grads[i : i + block])).T for i in range(0, n, block)]
+    parts = [
+        solutions @ torch.from_numpy(np.asarray(grads[i : i + block])).T
+        for i in range(0, n, block)
+    ]
     return torch.cat(parts, dim=1) / n
 
 
 class _Collected:
     """Entries of the finished test samples, and the sum of their influences."""
 
-    def __init__(self, files: RunFiles, influence: InfluenceFunction, top_k: int) -> None:
+    def __init__(
+        self, files: RunFiles, influence: InfluenceFunction, top_k: int
+    ) -> None:
         self.files, self.top_k = files, top_k
         self.influences: dict[str, dict[str, Any]] = {}
         self.total = np.zeros(influence.samples.n)
@@ -177,30 +238,54 @@ class _Collected:
         first = len(self.influences)
         entries = {
             str(first + k): entry(
-                scores[k].numpy(), label=labels[k], index=index, seconds=seconds, residual=float(residual[k]),
-                top_k=self.top_k, chains=None if chains is None else chains[:, k].numpy(),
+                scores[k].numpy(),
+                label=labels[k],
+                index=index,
+                seconds=seconds,
+                residual=float(residual[k]),
+                top_k=self.top_k,
+                chains=None if chains is None else chains[:, k].numpy(),
             )
             for k, index in enumerate(part)
-        }  # fmt: skip
+        }
         self.files.write_part(entries)
         self.influences |= entries
         self.total += scores.double().sum(0).numpy()
 
     def result(self) -> InfluenceResult:
         """The entries, and the two orders by mean influence."""
-        return InfluenceResult(self.influences, *harmful_and_helpful(self.total / max(len(self.influences), 1)))
+        return InfluenceResult(
+            self.influences,
+            *harmful_and_helpful(self.total / max(len(self.influences), 1)),
+        )
 
 
-def _meta(options: Config, influence: InfluenceFunction, indices: Sequence[int], finished: bool) -> dict[str, Any]:
+def _meta(
+    options: Config,
+    influence: InfluenceFunction,
+    indices: Sequence[int],
+    finished: bool,
+) -> dict[str, Any]:
     return {
-        "config": options.asdict(), "test_sample_indices": list(indices), "train_dataset_size": influence.samples.n,
-        "parameters": dict(zip(influence.objective.names, map(list, influence.objective.shapes), strict=True)),
-        "solver": influence.report, "finished": finished,
+        "config": options.asdict(),
+        "test_sample_indices": list(indices),
+        "train_dataset_size": influence.samples.n,
+        "parameters": dict(
+            zip(
+                influence.objective.names,
+                map(list, influence.objective.shapes),
+                strict=True,
+            )
+        ),
+        "solver": influence.report,
+        "finished": finished,
         "versions": {
-            "pytorch_influence_functions": version(), "torch": torch.__version__, "numpy": np.__version__,
+            "pytorch_influence_functions": version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
             "python": platform.python_version(),
         },
-    }  # fmt: skip
+    }
 
 
 def version() -> str:

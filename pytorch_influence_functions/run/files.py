@@ -42,7 +42,9 @@ class RunFiles:
 
     def finish(self) -> None:
         """Put the parts together into the result file and remove them."""
-        joined = b", ".join(path.read_bytes().strip()[1:-1] for path in self._first)
+        joined = b", ".join(
+            path.read_bytes().strip()[1:-1] for path in self._first
+        )
         write_atomically(self.result, b"{" + joined + b"}")
         shutil.rmtree(self.parts, ignore_errors=True)
 
@@ -71,7 +73,9 @@ def writable_folder(given: str | os.PathLike[str], key: str) -> Path:
 
 
 def _unwritable(key: str, folder: Path, error: OSError) -> OSError:
-    return OSError(f"{key}: cannot write to {folder} ({error.strerror}); give a folder you can write to")
+    return OSError(
+        f"{key}: cannot write to {folder} ({error.strerror}); give a folder you can write to"
+    )
 
 
 def _take_names(folder: Path, start: int, num: int) -> tuple[Path, Path, Path]:

@@ -19,7 +19,13 @@ def select_test_samples(options: Config, labels: Sequence[Any]) -> list[int]:
     if not options.test_sample_num and not options.start:
         return list(range(len(labels)))
     by_class = indices_per_class(labels, options.num_classes)
-    return [i for c in by_class for i in slice_of_class(by_class[c], c, options.start, options.test_sample_num or None)]
+    return [
+        i
+        for c in by_class
+        for i in slice_of_class(
+            by_class[c], c, options.start, options.test_sample_num or None
+        )
+    ]
 
 
 def require_writable(labels: Sequence[Any], indices: Sequence[int]) -> None:
@@ -43,7 +49,9 @@ class ByClass(dict[int, list[int]]):
         raise KeyError(key)
 
 
-def indices_per_class(labels: Sequence[Any], num_classes: int | None = None) -> dict[int, list[int]]:
+def indices_per_class(
+    labels: Sequence[Any], num_classes: int | None = None
+) -> dict[int, list[int]]:
     """{class: indices}, for the classes 0 to num_classes - 1 or those that occur.
 
     Raises:
@@ -51,8 +59,14 @@ def indices_per_class(labels: Sequence[Any], num_classes: int | None = None) -> 
     """
     rows: dict[int, list[int]] = {}
     for index, label in enumerate(labels):
-        label = label[0] if isinstance(label, list) and len(label) == 1 else label
-        if not isinstance(label, int | float) or not math.isfinite(label) or int(label) != label:
+        label = (
+            label[0] if isinstance(label, list) and len(label) == 1 else label
+        )
+        if (
+            not isinstance(label, int | float)
+            or not math.isfinite(label)
+            or int(label) != label
+        ):
             raise ValueError(
                 f"test_loader: test samples are taken per class, which needs whole numbers as labels, but the label of "
                 f"sample {index} is {label!r}; set config['test_sample_num'] and ['test_sample_start_per_class'] to "
@@ -63,7 +77,9 @@ def indices_per_class(labels: Sequence[Any], num_classes: int | None = None) -> 
     return {c: rows.get(c, []) for c in classes}
 
 
-def slice_of_class(rows: list[int], class_id: int, start: int, num: int | None) -> list[int]:
+def slice_of_class(
+    rows: list[int], class_id: int, start: int, num: int | None
+) -> list[int]:
     """`num` indices of one class from position `start` on; all that follow for None."""
     stop = len(rows) if num is None else start + int(num)
     if stop > len(rows) or start >= max(len(rows), 1):
@@ -75,20 +91,31 @@ def slice_of_class(rows: list[int], class_id: int, start: int, num: int | None) 
 
 
 def get_dataset_sample_ids_per_class(
-    class_id: int, num_samples: int, test_loader: DataLoader[Any], start_index: int = 0
+    class_id: int,
+    num_samples: int,
+    test_loader: DataLoader[Any],
+    start_index: int = 0,
 ) -> list[int]:
     """Indices of `num_samples` samples of one class, from its `start_index`-th on, in the order of the data set.
 
     Raises:
         ValueError: the class has fewer samples.
     """
-    num, start = require_whole(num_samples, "num_samples", 0), require_whole(start_index, "start_index", 0)
+    num, start = (
+        require_whole(num_samples, "num_samples", 0),
+        require_whole(start_index, "start_index", 0),
+    )
     labels = Samples(test_loader, name="test_loader", progress=False).labels()
-    return slice_of_class(indices_per_class(labels).get(class_id, []), class_id, start, num)
+    return slice_of_class(
+        indices_per_class(labels).get(class_id, []), class_id, start, num
+    )
 
 
 def get_dataset_sample_ids(
-    num_samples: int, test_loader: DataLoader[Any], num_classes: int | None = None, start_index: int = 0
+    num_samples: int,
+    test_loader: DataLoader[Any],
+    num_classes: int | None = None,
+    start_index: int = 0,
 ) -> tuple[dict[int, list[int]], list[int]]:
     """`num_samples` indices of each class, from its `start_index`-th sample on.
 
@@ -98,8 +125,13 @@ def get_dataset_sample_ids(
     Raises:
         ValueError: a class has fewer samples.
     """
-    num, start = require_whole(num_samples, "num_samples", 0), require_whole(start_index, "start_index", 0)
+    num, start = (
+        require_whole(num_samples, "num_samples", 0),
+        require_whole(start_index, "start_index", 0),
+    )
     labels = Samples(test_loader, name="test_loader", progress=False).labels()
     by_class = indices_per_class(labels, num_classes)
-    chosen = ByClass({c: slice_of_class(rows, c, start, num) for c, rows in by_class.items()})
+    chosen = ByClass(
+        {c: slice_of_class(rows, c, start, num) for c, rows in by_class.items()}
+    )
     return chosen, [i for rows in chosen.values() for i in rows]

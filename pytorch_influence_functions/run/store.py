@@ -43,12 +43,25 @@ class RowWriter:
     """
 
     def __init__(
-        self, folder: Path, name: str, shape: Sequence[int], dtype: torch.dtype, manifest: dict[str, Any]
+        self,
+        folder: Path,
+        name: str,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        manifest: dict[str, Any],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.partial = folder / f"{name}.npy", _own_file(folder, name)
+        self.path, self.partial = (
+            folder / f"{name}.npy",
+            _own_file(folder, name),
+        )
         self.manifest = manifest
-        self.array: Any = open_memmap(self.partial, mode="w+", dtype=_numpy_dtype(dtype), shape=tuple(shape))
+        self.array: Any = open_memmap(
+            self.partial,
+            mode="w+",
+            dtype=_numpy_dtype(dtype),
+            shape=tuple(shape),
+        )
         try:
             _reserve(self.partial)
         except OSError:
@@ -59,7 +72,10 @@ class RowWriter:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.array = None
         self.partial.unlink(missing_ok=True)
@@ -95,9 +111,13 @@ class RowWriter:
 
 def _own_file(folder: Path, name: str) -> Path:
     """An empty file that no other writer has, readable as any other file is."""
-    handle, path = tempfile.mkstemp(dir=folder, prefix=f"{name}.npy.", suffix=".partial")
+    handle, path = tempfile.mkstemp(
+        dir=folder, prefix=f"{name}.npy.", suffix=".partial"
+    )
     os.close(handle)
-    Path(path).unlink()  # what NumPy creates in its place has the permissions that the user's umask gives
+    Path(
+        path
+    ).unlink()  # what NumPy creates in its place has the permissions that the user's umask gives
     return Path(path)
 
 
@@ -186,7 +206,9 @@ def read_rows(folder: Path, name: str) -> tuple[Any, dict[str, Any]]:
     path = Path(folder).expanduser() / f"{name}.npy"
     if not path.exists() or not path.with_suffix(".json").exists():
         partial = any(path.parent.glob(f"{path.name}*.partial"))
-        why = "only an unfinished one is there" if partial else "nothing is there"
+        why = (
+            "only an unfinished one is there" if partial else "nothing is there"
+        )
         raise FileNotFoundError(
             f"expected {path} and its manifest, but {why}; write them with calc_{name} or calc_all_grad_then_test"
         )
@@ -200,9 +222,13 @@ def _require_same(path: Path, manifest: dict[str, Any], name: str) -> None:
     try:
         found = _identity(path)
     except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: expected a whole NumPy array, but it cannot be read ({error}); {again}") from error
+        raise ValueError(
+            f"{path}: expected a whole NumPy array, but it cannot be read ({error}); {again}"
+        ) from error
     for key, value in found.items():
-        if manifest.get(key, value) != value:  # version 1.0.0 noted the shape alone
+        if (
+            manifest.get(key, value) != value
+        ):  # version 1.0.0 noted the shape alone
             raise ValueError(
                 f"{path}: its manifest says {key} {manifest[key]}, the array has {value}; they are of two runs: {again}"
             )
@@ -212,44 +238,67 @@ def read_chains(folder: Path) -> tuple[list[Tensor], dict[str, Any]]:
     """The stored s_test of each test sample [r, P], mapped from disk, and the manifest."""
     rows, manifest = read_rows(folder, "s_test")
     counts = manifest.get("chains") or [rows.shape[1]] * len(rows)
-    return [torch.from_numpy(np.asarray(row))[:count] for row, count in zip(rows, counts, strict=True)], manifest
+    return [
+        torch.from_numpy(np.asarray(row))[:count]
+        for row, count in zip(rows, counts, strict=True)
+    ], manifest
 
 
 def as_parameters(row: Tensor, shapes: Sequence[Sequence[int]]) -> list[Tensor]:
     """A row [P] as tensors of the parameters' shapes, without a copy."""
     sizes = [int(np.prod(shape)) for shape in shapes]
-    return [part.view(*shape) for part, shape in zip(row.split(sizes), shapes, strict=True)]
+    return [
+        part.view(*shape)
+        for part, shape in zip(row.split(sizes), shapes, strict=True)
+    ]
 
 
 def _numpy_dtype(dtype: torch.dtype) -> Any:
     return np.float64 if dtype == torch.float64 else np.float32
 
 
-def save_gradients(influence: InfluenceFunction, folder: Path, start: int = 0) -> Path:
+def save_gradients(
+    influence: InfluenceFunction, folder: Path, start: int = 0
+) -> Path:
     """Write the loss gradient of every training sample from `start` on to `folder` [n - start, P]."""
     indices = range(start, influence.samples.n)
     shape = (len(indices), influence.objective.P)
-    with RowWriter(folder, "grad_z", shape, influence.objective.dtype, _shapes(influence)) as writer:
+    with RowWriter(
+        folder, "grad_z", shape, influence.objective.dtype, _shapes(influence)
+    ) as writer:
         for rows, block in influence.gradient_rows(indices, text="grad_z"):
             writer.write([i - start for i in rows], block)
         return writer.close()
 
 
-def save_solutions(influence: InfluenceFunction, folder: Path, tests: Samples, indices: Sequence[int]) -> Tensor:
+def save_solutions(
+    influence: InfluenceFunction,
+    folder: Path,
+    tests: Samples,
+    indices: Sequence[int],
+) -> Tensor:
     """Write s_test of these test samples to `folder` [K, r, P] -> relative residuals [K].
 
     With r = "auto" each group has its own number of recursions; `chains` in the manifest has it for each test sample,
     and rows behind it are zero.
     """
     objective = influence.objective
-    most = MOST_CHAINS if influence.config.r == "auto" else int(influence.config.r)
+    most = (
+        MOST_CHAINS if influence.config.r == "auto" else int(influence.config.r)
+    )
     shape = (len(indices), most, objective.P)
     manifest = {**_shapes(influence), "indices": list(indices)}
     chains: list[int] = []
     residuals = []
-    with RowWriter(folder, "s_test", shape, objective.dtype, manifest) as writer:
+    with RowWriter(
+        folder, "s_test", shape, objective.dtype, manifest
+    ) as writer:
         for group in influence.solutions(tests, indices):
-            own = group.vectors.unsqueeze(1) if group.chains is None else group.chains.transpose(0, 1)
+            own = (
+                group.vectors.unsqueeze(1)
+                if group.chains is None
+                else group.chains.transpose(0, 1)
+            )
             writer.write(range(len(chains), len(chains) + len(own)), own)
             chains += [own.shape[1]] * len(own)
             residuals.append(group.residual)

@@ -43,20 +43,39 @@ def plot_influences(
     entries = getattr(result, "influences", result)
     keys = list(entries)[:5] if tests is None else list(tests)
     figure, axes = plt.subplots(
-        len(keys), 2 * show + 1, figsize=(1.25 * (2 * show + 1) + 0.6, 1.75 * len(keys) + 0.5), squeeze=False
+        len(keys),
+        2 * show + 1,
+        figsize=(1.25 * (2 * show + 1) + 0.6, 1.75 * len(keys) + 0.5),
+        squeeze=False,
     )
     for row, key in zip(axes, keys, strict=True):
         entry = entries[key]
-        _image(row[0], test_dataset[entry["num_in_dataset"]][0], f"test, label {entry['label']}", NEUTRAL)
-        for axis, index in zip(row[1:], [*entry["helpful"][:show], *entry["harmful"][:show]], strict=True):
+        _image(
+            row[0],
+            test_dataset[entry["num_in_dataset"]][0],
+            f"test, label {entry['label']}",
+            NEUTRAL,
+        )
+        for axis, index in zip(
+            row[1:],
+            [*entry["helpful"][:show], *entry["harmful"][:show]],
+            strict=True,
+        ):
             image, label = train_dataset[index]
             influence = float(entry["influence"][index])
             note = f"\n{notes[index]}" if notes and index in notes else ""
             colour = HELPFUL if influence > 0 else HARMFUL
-            _image(axis, image, f"label {plain(label)}{note}\n{influence:+.2g}", colour)
+            _image(
+                axis,
+                image,
+                f"label {plain(label)}{note}\n{influence:+.2g}",
+                colour,
+            )
     axes[0, 0].set_title("test image", fontsize=9)
     axes[0, 1].set_title("most helpful", fontsize=9, color=HELPFUL, loc="left")
-    axes[0, show + 1].set_title("most harmful", fontsize=9, color=HARMFUL, loc="left")
+    axes[0, show + 1].set_title(
+        "most harmful", fontsize=9, color=HARMFUL, loc="left"
+    )
     return _finished(figure, path)
 
 
@@ -76,7 +95,9 @@ def plot_leave_one_out(
     axis.scatter(x, y, s=14, color="#2166ac", zorder=2)
     axis.set_xlabel("predicted change of the test loss")
     axis.set_ylabel("actual change after retraining")
-    axis.set_title(f"{title}\nPearson {np.corrcoef(x, y)[0, 1]:.3f}".strip(), fontsize=10)
+    axis.set_title(
+        f"{title}\nPearson {np.corrcoef(x, y)[0, 1]:.3f}".strip(), fontsize=10
+    )
     return _finished(figure, path)
 
 
@@ -110,7 +131,9 @@ def plot_damping_curve(
     for name, row in values.items():
         axis.semilogx(dampings, row, marker="o", markersize=3, label=name)
     if chosen is not None:
-        axis.axvline(chosen, color=HARMFUL, linewidth=1, label=f"chosen: {chosen:.3g}")
+        axis.axvline(
+            chosen, color=HARMFUL, linewidth=1, label=f"chosen: {chosen:.3g}"
+        )
     axis.set_xlabel("damping")
     axis.legend(frameon=False, fontsize=8)
     return _finished(figure, path)
@@ -120,20 +143,34 @@ def _pyplot() -> Any:
     try:
         from matplotlib import pyplot as plt
     except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'pytorch_influence_functions[plot]'") from error
+        raise ImportError(
+            "pictures need matplotlib: pip install 'pytorch_influence_functions[plot]'"
+        ) from error
     return plt
 
 
 def _axis(axis: Axes | None) -> tuple[Any, Any]:
-    figure, axes = _pyplot().subplots(figsize=(4.6, 4.0)) if axis is None else (axis.figure, axis)
+    figure, axes = (
+        _pyplot().subplots(figsize=(4.6, 4.0))
+        if axis is None
+        else (axis.figure, axis)
+    )
     return figure, axes
 
 
 def _image(axis: Any, image: Any, text: str, colour: str) -> None:
     pixels = torch.as_tensor(np.asarray(image), dtype=torch.float32)
-    pixels = pixels.movedim(0, -1) if pixels.dim() == 3 and pixels.shape[0] in (1, 3) else pixels
-    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(1e-12)
-    axis.imshow(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray_r")
+    pixels = (
+        pixels.movedim(0, -1)
+        if pixels.dim() == 3 and pixels.shape[0] in (1, 3)
+        else pixels
+    )
+    pixels = (pixels - pixels.min()) / (pixels.max() - pixels.min()).clamp_min(
+        1e-12
+    )
+    axis.imshow(
+        pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels, cmap="gray_r"
+    )
     axis.set_xlabel(text, fontsize=7.5, color=colour)
     axis.set_xticks([])
     axis.set_yticks([])

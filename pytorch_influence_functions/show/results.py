@@ -40,13 +40,17 @@ def as_numbers(row: Row) -> list[float]:
     if row.dtype != np.float32:
         exact: list[float] = wide.tolist()
         return exact
-    exponent = np.floor(np.log10(np.abs(wide), where=wide != 0, out=np.zeros_like(wide)))
+    exponent = np.floor(
+        np.log10(np.abs(wide), where=wide != 0, out=np.zeros_like(wide))
+    )
     power = POWERS[8 - exponent.astype(int) + 31]
     numbers: list[float] = (np.rint(wide * power) / power).tolist()
     return numbers
 
 
-def harmful_and_helpful(influence: Row, top_k: int | None = None) -> tuple[list[int], list[int]]:
+def harmful_and_helpful(
+    influence: Row, top_k: int | None = None
+) -> tuple[list[int], list[int]]:
     """Training indices by influence [n], smallest first and largest first; ties in the order of the index."""
     harmful = np.argsort(influence, kind="stable")[:top_k]
     helpful = np.argsort(-influence, kind="stable")[:top_k]
@@ -72,7 +76,12 @@ def entry(
             "resolved": resolved_ends(chains, top_k),
         }
     return {
-        "label": label, "num_in_dataset": index, "time_calc_influence_s": seconds, "influence": as_numbers(influence),
+        "label": label,
+        "num_in_dataset": index,
+        "time_calc_influence_s": seconds,
+        "influence": as_numbers(influence),
         **errors,
-        "harmful": harmful, "helpful": helpful, "relative_residual": residual,
-    }  # fmt: skip
+        "harmful": harmful,
+        "helpful": helpful,
+        "relative_residual": residual,
+    }

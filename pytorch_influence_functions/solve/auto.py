@@ -76,24 +76,40 @@ def auto(problem: Problem, damping: Damping | None) -> Prepared:
             continue
         if prepared is None:
             continue
-        logger.info('solver="auto" takes %s: %s', prepared.report["chosen"], prepared.report["why"])
+        logger.info(
+            'solver="auto" takes %s: %s',
+            prepared.report["chosen"],
+            prepared.report["why"],
+        )
         left_out = {"left_out": refused} if refused else {}
-        return dataclasses.replace(prepared, report={**prepared.report, **left_out})
+        return dataclasses.replace(
+            prepared, report={**prepared.report, **left_out}
+        )
     raise ValueError("config['solver'] = 'auto': " + "; ".join(refused))
 
 
 def _because(prepared: Prepared, chosen: str, why: str) -> Prepared:
-    return dataclasses.replace(prepared, report={"chosen": chosen, "why": why, **prepared.report})
+    return dataclasses.replace(
+        prepared, report={"chosen": chosen, "why": why, **prepared.report}
+    )
 
 
 def _exact(problem: Problem, damping: Damping | None) -> Prepared | None:
     """`exact`, where it costs little."""
     size, need = dense_form(problem)
     work = _dense_work(problem)
-    if size > EXACT_SIZE or work > EXACT_WORK or need > problem.budget.held_ways:
+    if (
+        size > EXACT_SIZE
+        or work > EXACT_WORK
+        or need > problem.budget.held_ways
+    ):
         return None
     if damping is None:
-        damping = damping_by_low_rank(problem) if _has_gauss_newton(problem) else damping_by_steps(problem)
+        damping = (
+            damping_by_low_rank(problem)
+            if _has_gauss_newton(problem)
+            else damping_by_steps(problem)
+        )
     why = f"a dense matrix of size {size} costs little ({work:.1e} operations)"
     return _because(exact(problem, damping), "exact", why)
 
@@ -108,7 +124,9 @@ def _low_rank(problem: Problem, damping: Damping | None) -> Prepared | None:
         damping = damping_by_low_rank(problem, basis)
     dense = f"a dense matrix of size {size} costs {_dense_work(problem):.1e} operations"
     why = f"{dense} ({EXACT_WORK:.0e} would be little), {len(basis.J)} exact rows of G fit"
-    return _because(_by_low_rank(problem, basis, damping), "low rank plus EKFAC", why)
+    return _because(
+        _by_low_rank(problem, basis, damping), "low rank plus EKFAC", why
+    )
 
 
 def _ekfac(problem: Problem, damping: Damping | None) -> Prepared | None:
@@ -118,16 +136,26 @@ def _ekfac(problem: Problem, damping: Damping | None) -> Prepared | None:
     factors = build(problem)
     if damping is None:
         damping = damping_by_ekfac(problem, factors)
-    memory = f"the {problem.budget.held_ways / 2**20:.0f} MiB or the work there is"
+    memory = (
+        f"the {problem.budget.held_ways / 2**20:.0f} MiB or the work there is"
+    )
     why = f"{FEWEST_ROWS} rows of {problem.objective.P} parameters do not fit {memory}"
-    return _because(solver(problem, factors, damping), "ekfac", f"{why}; raise config['max_memory'] for better")
+    return _because(
+        solver(problem, factors, damping),
+        "ekfac",
+        f"{why}; raise config['max_memory'] for better",
+    )
 
 
 def _cg(problem: Problem, damping: Damping | None) -> Prepared:
     """Conjugate gradients, which need nothing but products."""
     if damping is None:
         damping = damping_by_steps(problem)
-    why = "EKFAC cannot be had for this model" if _has_gauss_newton(problem) else "the curvature is the Hessian"
+    why = (
+        "EKFAC cannot be had for this model"
+        if _has_gauss_newton(problem)
+        else "the curvature is the Hessian"
+    )
     return _because(conjugate_gradient(problem, damping), "cg", why)
 
 
@@ -135,7 +163,11 @@ def _lissa(problem: Problem, damping: Damping | None) -> Prepared:
     """LiSSA, which needs only products over minibatches."""
     if damping is None:
         damping = damping_by_steps(problem)
-    return _because(lissa(problem, damping), "lissa", "no other solver can be used for this model")
+    return _because(
+        lissa(problem, damping),
+        "lissa",
+        "no other solver can be used for this model",
+    )
 
 
 WAYS: dict[str, Way] = {
@@ -170,7 +202,9 @@ def affordable_rows(problem: Problem) -> int:
 # ---- the low-rank form as a solver
 
 
-def _by_low_rank(problem: Problem, basis: LowRank, damping: Damping) -> Prepared:
+def _by_low_rank(
+    problem: Problem, basis: LowRank, damping: Damping
+) -> Prepared:
     """Solve with the low-rank form, and a step along its residual where there are few test samples."""
     system = System(problem, damping.value)
     product = heavy_product(problem, basis)
@@ -199,8 +233,12 @@ def _by_low_rank(problem: Problem, basis: LowRank, damping: Damping) -> Prepared
             s.add_(M(v - damped(s)), alpha=length)
         most = f"{tests} test samples (at most {STEPPED})"
         reason = f"{most}, {work:.1e} operations for a product each (at most {WORK:.0e})"
-        logger.debug("%d exact rows, a step of %.3g: %s", len(M.J), length, reason)
-        return Solution(s, report={"rows": len(M.J), "step": length, "step_why": reason})
+        logger.debug(
+            "%d exact rows, a step of %.3g: %s", len(M.J), length, reason
+        )
+        return Solution(
+            s, report={"rows": len(M.J), "step": length, "step_why": reason}
+        )
 
     def self_products() -> Tensor:
         return by_gradients(problem, inverse(None).quadratic)
@@ -208,7 +246,9 @@ def _by_low_rank(problem: Problem, basis: LowRank, damping: Damping) -> Prepared
     return Prepared(system, solve, damping.report, self_products=self_products)
 
 
-def _step_length(problem: Problem, product: Callable[[Tensor], Tensor], M: Woodbury) -> float:
+def _step_length(
+    problem: Problem, product: Callable[[Tensor], Tensor], M: Woodbury
+) -> float:
     """How far to go along d = M (v - (G + lambda I) M v): the median of exact line searches, 0 where they fail.
 
     They are those of a few training samples' gradients, so that a test sample's score does not depend on its group.
@@ -216,7 +256,12 @@ def _step_length(problem: Problem, product: Callable[[Tensor], Tensor], M: Woodb
     n = problem.samples.n
     few = sorted({i * n // LINE_SEARCHES for i in range(LINE_SEARCHES)})
     batches = problem.samples.ordered(problem.gradient_batch, few)
-    v = torch.cat([per_sample_gradients(problem.objective, batch, problem.max_bytes) for batch in batches])
+    v = torch.cat(
+        [
+            per_sample_gradients(problem.objective, batch, problem.max_bytes)
+            for batch in batches
+        ]
+    )
     r = v - product(M(v))
     d = M(r)
     length = float(((r * d).sum(1) / (d * product(d)).sum(1)).median())

@@ -34,16 +34,35 @@ def conjugate_gradient(problem: Problem, damping: Damping) -> Prepared:
     system = System(problem, damping.value)
     config = problem.config
     remedy = OTHER_CURVATURE if problem.curvature.kind == "hessian" else ""
-    M: Map = build(problem).inverse(damping.value) if config.preconditioner else _itself
+    M: Map = (
+        build(problem).inverse(damping.value)
+        if config.preconditioner
+        else _itself
+    )
 
     def solve(v: Tensor, tests: int) -> Solution:
         limit = min(MOST_ITERATIONS, 2 * v.shape[1])
         tolerance = config.tolerance
         if tolerance is None:
             tolerance = torch.finfo(v.dtype).eps * ROUNDING
-        with progress_bar("Conjugate gradients", total=limit, unit="step", enabled=config.progress) as bar:
-            s, rest, steps = iterate(system, v, M, tolerance=tolerance, limit=limit, remedy=remedy, progress=bar.update)
-        return Solution(s, Residual.exact(rest, v), report={"steps": steps.tolist()})
+        with progress_bar(
+            "Conjugate gradients",
+            total=limit,
+            unit="step",
+            enabled=config.progress,
+        ) as bar:
+            s, rest, steps = iterate(
+                system,
+                v,
+                M,
+                tolerance=tolerance,
+                limit=limit,
+                remedy=remedy,
+                progress=bar.update,
+            )
+        return Solution(
+            s, Residual.exact(rest, v), report={"steps": steps.tolist()}
+        )
 
     return Prepared(system, solve, damping.report)
 
@@ -91,7 +110,9 @@ def iterate(
         DivergenceError: a product is not finite.
     """
     size = torch.frexp(v.abs().amax(1, keepdim=True))[1]
-    v = torch.ldexp(v, -size)  # by a power of two, without rounding, so that squares of small numbers stay numbers
+    v = torch.ldexp(
+        v, -size
+    )  # by a power of two, without rounding, so that squares of small numbers stay numbers
     solved, rest = torch.zeros_like(v), torch.zeros_like(v)
     steps = torch.zeros(len(v), dtype=torch.long)
     goal = tolerance * v.norm(dim=1)
@@ -128,10 +149,14 @@ def _start(v: Tensor, wanted: Tensor, M: Map) -> _Rows:
 def _advance(rows: _Rows, Ap: Tensor, remedy: str) -> Tensor:
     """Go along each direction to where the quadratic form is least, in place -> the rows that cannot, as a mask [k]."""
     if not bool(Ap.isfinite().all()):
-        raise DivergenceError("conjugate gradients: a product with the curvature is NaN or infinite")
+        raise DivergenceError(
+            "conjugate gradients: a product with the curvature is NaN or infinite"
+        )
     pAp = torch.linalg.vecdot(rows.p, Ap)
     squares = rows.p.square().sum(1)
-    torch.maximum(rows.largest, Ap.norm(dim=1) / squares.sqrt(), out=rows.largest)
+    torch.maximum(
+        rows.largest, Ap.norm(dim=1) / squares.sqrt(), out=rows.largest
+    )
     _require_positive(pAp / squares, rows.largest, remedy)
     alpha = rows.rz / pAp
     ended: Tensor = ~((pAp > 0) & (rows.rz > 0) & alpha.isfinite())

@@ -48,11 +48,15 @@ Point = tuple[float, float]
 def prediction_error(actual: Tensor, predicted: Tensor) -> float:
     """Relative error over the halves, median over the samples; [halves, samples] each; infinite where not finite."""
     tiny = torch.finfo(actual.dtype).tiny
-    each = (actual - predicted).square().sum(0) / actual.square().sum(0).clamp_min(tiny)
+    each = (actual - predicted).square().sum(0) / actual.square().sum(
+        0
+    ).clamp_min(tiny)
     return float(each.sqrt().nan_to_num(math.inf, math.inf).median())
 
 
-def search(error: Callable[[float], float], start: float, target: float = TARGET) -> tuple[float, list[Point]]:
+def search(
+    error: Callable[[float], float], start: float, target: float = TARGET
+) -> tuple[float, list[Point]]:
     """The lambda at which a falling `error` reaches `target`, and every (lambda, error) that was tried.
 
     Steps from `start` until two values bracket the target, then regula falsi in the logarithms until they are close
@@ -115,7 +119,10 @@ def _between(low: Point, high: Point, target: float) -> float:
 
 
 def choose_damping(
-    problem: Problem, shift: Callable[[Tensor, float], Tensor], mean_eigenvalue: float, target: float = TARGET
+    problem: Problem,
+    shift: Callable[[Tensor, float], Tensor],
+    mean_eigenvalue: float,
+    target: float = TARGET,
 ) -> Damping:
     """Choose lambda; the curve that led to it is in the report.
 
@@ -149,9 +156,15 @@ def _plain(error: float) -> float | None:
     return error if math.isfinite(error) else None
 
 
-def _tell(damping: float, error: float, target: float, curve: list[Point]) -> None:
+def _tell(
+    damping: float, error: float, target: float, curve: list[Point]
+) -> None:
     missed = abs(error / target - 1) >= 0.3
-    note = ": the target is out of reach, so it is the end of the search" if missed else ""
+    note = (
+        ": the target is out of reach, so it is the end of the search"
+        if missed
+        else ""
+    )
     logger.info(
         "damping = %.4g, chosen from the model: the error of predicted loss changes is %.3g there (target %.3g)%s; "
         "tried %s",
@@ -163,7 +176,11 @@ def _tell(damping: float, error: float, target: float, curve: list[Point]) -> No
     )
 
 
-def error_curve(problem: Problem, shift: Callable[[Tensor, float], Tensor], dampings: Sequence[float]) -> list[float]:
+def error_curve(
+    problem: Problem,
+    shift: Callable[[Tensor, float], Tensor],
+    dampings: Sequence[float],
+) -> list[float]:
     """The prediction error at each of these dampings, by which `choose_damping` chooses; arguments as there."""
     rule = _Rule(problem, shift)
     return [rule.error(damping) for damping in dampings]
@@ -177,18 +194,31 @@ class _Rule:
         shift: ([K, P], lambda) -> (G + lambda I)^-1 of each row.
     """
 
-    def __init__(self, problem: Problem, shift: Callable[[Tensor, float], Tensor]) -> None:
+    def __init__(
+        self, problem: Problem, shift: Callable[[Tensor, float], Tensor]
+    ) -> None:
         self.problem, self.shift, n = problem, shift, problem.samples.n
         generator = torch.Generator().manual_seed(problem.config.seed)
-        halves = [torch.randperm(n, generator=generator)[: max(1, n // 2)] for _ in range(HALVES)]
-        self.halves = torch.stack([torch.zeros(n).index_fill(0, half, 1) for half in halves])
-        chosen: list[int] = torch.randperm(n, generator=generator)[:SAMPLES].sort().values.tolist()
+        halves = [
+            torch.randperm(n, generator=generator)[: max(1, n // 2)]
+            for _ in range(HALVES)
+        ]
+        self.halves = torch.stack(
+            [torch.zeros(n).index_fill(0, half, 1) for half in halves]
+        )
+        chosen: list[int] = (
+            torch.randperm(n, generator=generator)[:SAMPLES]
+            .sort()
+            .values.tolist()
+        )
         size = problem.budget.precise_batch(problem.activations)
         self.batches = list(problem.samples.ordered(size, chosen))
         self.objective, self.losses = self._precise(problem.objective)
         together = problem.budget.halves(problem.row, HALVES)
         self._parts = self.halves.split(together)
-        self._gradients = self.gradients(self.halves) if len(self._parts) == 1 else None
+        self._gradients = (
+            self.gradients(self.halves) if len(self._parts) == 1 else None
+        )
 
     def _precise(self, own: Objective) -> tuple[Objective, Tensor]:
         """The objective in double precision and its losses; in its own where the model runs in no other."""
@@ -196,22 +226,45 @@ class _Rule:
         try:
             return double, self._losses(double)
         except RuntimeError as error:
-            logger.info("changes of the loss are computed in %s: %s", own.dtype, str(error).splitlines()[0])
+            logger.info(
+                "changes of the loss are computed in %s: %s",
+                own.dtype,
+                str(error).splitlines()[0],
+            )
             return own, self._losses(own)
 
     def gradients(self, halves: Tensor) -> Tensor:
         """(1/n) of the summed gradients of each of these halves [h, n] -> [h, P]."""
         problem, objective = self.problem, self.problem.objective
-        total = torch.zeros(len(halves), objective.P, dtype=objective.dtype, device=objective.device)
-        size = max(1, min(problem.scoring_batch, int(problem.budget.product / (2 * len(halves) * problem.activations))))
+        total = torch.zeros(
+            len(halves),
+            objective.P,
+            dtype=objective.dtype,
+            device=objective.device,
+        )
+        size = max(
+            1,
+            min(
+                problem.scoring_batch,
+                int(
+                    problem.budget.product
+                    / (2 * len(halves) * problem.activations)
+                ),
+            ),
+        )
         for batch in problem.samples.ordered(size, text="Damping: gradients"):
             theta = objective.theta.detach().requires_grad_()
             losses = objective.losses(theta, batch)
             weights = halves[:, torch.as_tensor(batch.indices)].to(losses)
             if objective.paths.vmap:
-                total += torch.autograd.grad(losses, theta, weights, is_grads_batched=True)[0]
+                total += torch.autograd.grad(
+                    losses, theta, weights, is_grads_batched=True
+                )[0]
             else:
-                each = [torch.autograd.grad(losses, theta, w, retain_graph=True)[0] for w in weights]
+                each = [
+                    torch.autograd.grad(losses, theta, w, retain_graph=True)[0]
+                    for w in weights
+                ]
                 total += torch.stack(each)
         return total / problem.samples.n
 
@@ -219,7 +272,11 @@ class _Rule:
         """The prediction error at this damping; as many halves at a time as the memory holds."""
         actual, predicted = [], []
         for halves in self._parts:
-            gradients = self.gradients(halves) if self._gradients is None else self._gradients
+            gradients = (
+                self.gradients(halves)
+                if self._gradients is None
+                else self._gradients
+            )
             shifts = self.shift(gradients, damping)
             actual.append(self._changes(shifts))
             predicted.append(self._predicted(shifts).to(actual[-1]))
@@ -227,15 +284,37 @@ class _Rule:
 
     def _changes(self, shifts: Tensor) -> Tensor:
         """Actual changes of the samples' losses at the parameters plus each shift [h, P] -> [h, samples]."""
-        return torch.stack([self._losses(self.objective, shift) - self.losses for shift in shifts])
+        return torch.stack(
+            [
+                self._losses(self.objective, shift) - self.losses
+                for shift in shifts
+            ]
+        )
 
     def _predicted(self, shifts: Tensor) -> Tensor:
         """The same to first order."""
-        objective, max_bytes = self.problem.objective, self.problem.budget.product
-        return torch.cat([gradient_products(objective, batch, shifts, max_bytes) for batch in self.batches], 1)
+        objective, max_bytes = (
+            self.problem.objective,
+            self.problem.budget.product,
+        )
+        return torch.cat(
+            [
+                gradient_products(objective, batch, shifts, max_bytes)
+                for batch in self.batches
+            ],
+            1,
+        )
 
-    def _losses(self, objective: Objective, shift: Tensor | None = None) -> Tensor:
+    def _losses(
+        self, objective: Objective, shift: Tensor | None = None
+    ) -> Tensor:
         """Loss of each of the samples at the parameters, shifted by `shift` [P]."""
-        theta = objective.theta if shift is None else objective.theta + shift.to(objective.theta)
+        theta = (
+            objective.theta
+            if shift is None
+            else objective.theta + shift.to(objective.theta)
+        )
         with torch.no_grad():
-            return torch.cat([objective.losses(theta, batch) for batch in self.batches])
+            return torch.cat(
+                [objective.losses(theta, batch) for batch in self.batches]
+            )

@@ -35,7 +35,9 @@ def ekfac(problem: Problem, damping: Damping | None = None) -> Prepared:
     require_gauss_newton(problem)
     factors = build(problem)
     if damping is None:
-        damping = choose_damping(problem, _shift(factors), factors.mean_eigenvalue, DAMPING_TARGET)
+        damping = choose_damping(
+            problem, _shift(factors), factors.mean_eigenvalue, DAMPING_TARGET
+        )
     return solver(problem, factors, damping)
 
 
@@ -63,9 +65,14 @@ def solver(problem: Problem, factors: Ekfac, damping: Damping) -> Prepared:
     def self_products() -> Tensor:
         if len(factors.outside) == 0:
             return _by_layers(problem, factors, damping.value)
-        return by_gradients(problem, lambda g: factors.quadratic(g, damping.value))
+        return by_gradients(
+            problem, lambda g: factors.quadratic(g, damping.value)
+        )
 
-    facts = {"mean_eigenvalue": factors.mean_eigenvalue, "layers": len(factors.blocks)}
+    facts = {
+        "mean_eigenvalue": factors.mean_eigenvalue,
+        "layers": len(factors.blocks),
+    }
     return Prepared(
         System(problem, damping.value),
         solve,
@@ -80,31 +87,49 @@ def _by_layers(problem: Problem, factors: Ekfac, damping: float) -> Tensor:
     layers = [block.layer for block in factors.blocks]
     weights = 1 / (factors.eigenvalues + damping).unsqueeze(0)
     result = torch.zeros(problem.samples.n, dtype=problem.objective.dtype)
-    for batch in problem.samples.ordered(batch_size(problem, layers), text="Self-influence"):
+    for batch in problem.samples.ordered(
+        batch_size(problem, layers), text="Self-influence"
+    ):
         for one in batch.parts or (batch,):
-            found = _quadratic_by_layers(problem.objective, factors, weights, one, problem.budget.product)
+            found = _quadratic_by_layers(
+                problem.objective, factors, weights, one, problem.budget.product
+            )
             result[torch.as_tensor(one.indices)] = found.detach().cpu()
     return result
 
 
 def _quadratic_by_layers(
-    objective: Objective, factors: Ekfac, weights: Tensor, batch: Batch, max_bytes: float
+    objective: Objective,
+    factors: Ekfac,
+    weights: Tensor,
+    batch: Batch,
+    max_bytes: float,
 ) -> Tensor:
     """The quadratic form with `weights` [1, P] in the eigenbasis of each sample's gradient -> [B]."""
     layers = [block.layer for block in factors.blocks]
     seen = forward(objective, layers, batch)
     y = [part.detach().requires_grad_() for part in seen.y]
     losses = objective.output_losses(seen.rebuild(y), batch).sum()
-    e = list(torch.autograd.grad(losses, y, materialize_grads=True, allow_unused=True))
+    e = list(
+        torch.autograd.grad(
+            losses, y, materialize_grads=True, allow_unused=True
+        )
+    )
     g, _ = backward(layers, seen, e, batch.size)
     total = objective.theta.new_zeros(batch.size)
-    for block, x, d in zip(factors.blocks, layer_inputs(layers, seen, batch.size), g, strict=True):
+    for block, x, d in zip(
+        factors.blocks, layer_inputs(layers, seen, batch.size), g, strict=True
+    ):
         left, right = block.rotated(d, x)
-        total = total + _weighted_squares(left, right, gather(block.layer, weights)[0], max_bytes)
+        total = total + _weighted_squares(
+            left, right, gather(block.layer, weights)[0], max_bytes
+        )
     return total
 
 
-def _weighted_squares(g: Tensor, a: Tensor, w: Tensor, max_bytes: float) -> Tensor:
+def _weighted_squares(
+    g: Tensor, a: Tensor, w: Tensor, max_bytes: float
+) -> Tensor:
     """Sum of w (sum_t g_t a_t^T)^2 of each sample; g [B, groups, T, out], a [B, groups, T, in] -> [B]."""
     if is_one_hot(a):
         return one_hot_weighted_squares(g, a, w)
@@ -113,13 +138,23 @@ def _weighted_squares(g: Tensor, a: Tensor, w: Tensor, max_bytes: float) -> Tens
         return (once.squeeze(2) * a[:, :, 0].square()).sum((1, 2))
     size = few(g, a, max_bytes)
     pairs = zip(g.split(size), a.split(size), strict=True)
-    return torch.cat([((p.mT @ q).square() * w).sum((1, 2, 3)) for p, q in pairs])
+    return torch.cat(
+        [((p.mT @ q).square() * w).sum((1, 2, 3)) for p, q in pairs]
+    )
 
 
-def by_gradients(problem: Problem, quadratic: Callable[[Tensor], Tensor]) -> Tensor:
+def by_gradients(
+    problem: Problem, quadratic: Callable[[Tensor], Tensor]
+) -> Tensor:
     """The quadratic form [K, P] -> [K] of the gradient of each training sample -> [n], on the CPU."""
     result = torch.zeros(problem.samples.n, dtype=problem.objective.dtype)
-    for batch in problem.samples.ordered(problem.gradient_batch, text="Self-influence"):
-        gradients = per_sample_gradients(problem.objective, batch, problem.max_bytes)
-        result[torch.as_tensor(batch.indices)] = quadratic(gradients).detach().cpu()
+    for batch in problem.samples.ordered(
+        problem.gradient_batch, text="Self-influence"
+    ):
+        gradients = per_sample_gradients(
+            problem.objective, batch, problem.max_bytes
+        )
+        result[torch.as_tensor(batch.indices)] = (
+            quadratic(gradients).detach().cpu()
+        )
     return result

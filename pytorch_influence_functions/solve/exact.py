@@ -16,9 +16,10 @@ from torch.func import jacrev, vmap
 
 from ..data.batch import Batch
 from ..model.budget import MIB
-from ..model.likelihoods import likelihood, signed_roots
+from ..model.likelihoods import likelihood
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
+from ..model.roots import signed_roots
 from ..utils import progress_bar
 from .errors import DivergenceError
 from .problem import Problem
@@ -43,16 +44,28 @@ def exact(problem: Problem, damping: Damping) -> Prepared:
             "'cg' or 'ekfac', fewer config['parameters'], or a larger config['max_memory']"
         )
     dual = size < P and damping.value > 0
-    inverse = _dual(problem, damping.value) if dual else _primal(problem, damping.value)
+    inverse = (
+        _dual(problem, damping.value)
+        if dual
+        else _primal(problem, damping.value)
+    )
 
     def solve(v: Tensor, tests: int) -> Solution:
         s, rest = inverse(v.double())
         residual = Residual.exact(rest, v.double())
-        single = Residual(*(part.to(v) for part in (residual.relative, residual.stderr, rest)))
+        single = Residual(
+            *(part.to(v) for part in (residual.relative, residual.stderr, rest))
+        )
         return Solution(s.to(v), single)
 
-    form = {"form": "dual", "size": size} if dual else {"form": "primal", "size": P}
-    return Prepared(System(problem, damping.value), solve, {**damping.report, **form})
+    form = (
+        {"form": "dual", "size": size}
+        if dual
+        else {"form": "primal", "size": P}
+    )
+    return Prepared(
+        System(problem, damping.value), solve, {**damping.report, **form}
+    )
 
 
 def dense_form(problem: Problem) -> tuple[int, float]:
@@ -62,7 +75,9 @@ def dense_form(problem: Problem) -> tuple[int, float]:
     if rows is None or rows >= P:
         matrices = 3 * P**2  # H, its damped copy, its factor
         return P, double * matrices
-    return rows, double * (2 * rows**2 + rows * P)  # A, its products and their factor
+    return rows, double * (
+        2 * rows**2 + rows * P
+    )  # A, its products and their factor
 
 
 Inverse = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -75,17 +90,25 @@ def _primal(problem: Problem, damping: float) -> Inverse:
     damped = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) == 0:
-        return lambda v: _with_residual(torch.cholesky_solve(v.T, L).T, v, damped)
-    LU, pivots, singular = torch.linalg.lu_factor_ex(damped)  # an indefinite Hessian
+        return lambda v: _with_residual(
+            torch.cholesky_solve(v.T, L).T, v, damped
+        )
+    LU, pivots, singular = torch.linalg.lu_factor_ex(
+        damped
+    )  # an indefinite Hessian
     if int(singular) != 0:
         raise DivergenceError(
             f"config['solver'] = 'exact': the {problem.curvature.kind} with damping {damping:g} is singular; set "
             "config['damping'] above 0"
         )
-    return lambda v: _with_residual(torch.linalg.lu_solve(LU, pivots, v.T).T, v, damped)
+    return lambda v: _with_residual(
+        torch.linalg.lu_solve(LU, pivots, v.T).T, v, damped
+    )
 
 
-def _with_residual(s: Tensor, v: Tensor, damped: Tensor) -> tuple[Tensor, Tensor]:
+def _with_residual(
+    s: Tensor, v: Tensor, damped: Tensor
+) -> tuple[Tensor, Tensor]:
     return s, v - s @ damped
 
 
@@ -105,7 +128,9 @@ def _all_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     """A [n C, P], and the sign of each of its rows."""
     objective = problem.objective
     count, done = dual_rows(problem) or 0, 0
-    A = torch.zeros(count, objective.P, dtype=torch.float64, device=objective.device)
+    A = torch.zeros(
+        count, objective.P, dtype=torch.float64, device=objective.device
+    )
     signs = torch.ones_like(A[:, 0])
     one_sample = count / problem.samples.n * objective.P * A.element_size()
     for batch in problem.samples.ordered(problem.budget.row_block(one_sample)):
@@ -129,14 +154,24 @@ def _factor(gram: Tensor, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
 def dense_curvature(problem: Problem) -> Tensor:
     """The curvature over the whole training set as a matrix [P, P]."""
     P, theta = problem.objective.P, problem.objective.theta
-    total, text = torch.zeros(P, P, dtype=theta.dtype, device=theta.device), f"Dense {problem.curvature.kind}"
-    with progress_bar(text, total=problem.samples.n, unit="sample", enabled=problem.config.progress) as bar:
+    total, text = (
+        torch.zeros(P, P, dtype=theta.dtype, device=theta.device),
+        f"Dense {problem.curvature.kind}",
+    )
+    with progress_bar(
+        text,
+        total=problem.samples.n,
+        unit="sample",
+        enabled=problem.config.progress,
+    ) as bar:
         for batch in problem.samples.ordered(problem.batch):
             size = problem.curvature.stack(batch)
             for start in range(0, P, size):
-                rows = torch.zeros(min(size, P - start), P, dtype=theta.dtype, device=theta.device)
+                rows = theta.new_zeros(min(size, P - start), P)
                 rows[:, start:].fill_diagonal_(1)
-                total[start : start + size] += problem.curvature(batch, rows) * (batch.size / problem.samples.n)
+                product = problem.curvature(batch, rows)
+                share = batch.size / problem.samples.n
+                total[start : start + size].add_(product, alpha=share)
             bar.update(batch.size)
     return total
 
@@ -153,13 +188,19 @@ def dual_rows(problem: Problem) -> int | None:
     return problem.samples.n * sum(leaf.numel() for leaf in leaves)
 
 
-def gauss_newton_rows(objective: Objective, batch: Batch) -> tuple[Tensor, Tensor]:
+def gauss_newton_rows(
+    objective: Objective, batch: Batch
+) -> tuple[Tensor, Tensor]:
     r"""W_i J_i of each sample of a batch, W_i^T S_i W_i = \nabla^2_y \ell_i, and the signs S_i -> [B C, P], [B C]."""
     if batch.parts:
         parts = [gauss_newton_rows(objective, one) for one in batch.parts]
-        return torch.cat([rows for rows, _ in parts]), torch.cat([signs for _, signs in parts])
+        return torch.cat([rows for rows, _ in parts]), torch.cat(
+            [signs for _, signs in parts]
+        )
     y, rebuild = numbers_of(objective.outputs(objective.theta, batch))
-    W, signs = signed_roots(likelihood(objective, y, rebuild, batch).hessians().double())
+    W, signs = signed_roots(
+        likelihood(objective, y, rebuild, batch).hessians().double()
+    )
     J = _jacobians(objective, batch)
     return (W @ J.double()).flatten(0, 1).detach(), signs.flatten()
 
@@ -176,12 +217,16 @@ def _jacobians(objective: Objective, batch: Batch) -> Tensor:
 
 def _jacobians_by_vmap(objective: Objective, batch: Batch) -> Tensor:
     def output(theta: Tensor, *leaves: Tensor) -> Tensor:
-        one = Batch([leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0])
+        one = Batch(
+            [leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0]
+        )
         y, _ = numbers_of(objective.outputs(theta, one))
         return torch.cat([part.reshape(-1) for part in y])
 
     over = tuple(0 for _ in batch.leaves)
-    J: Tensor = vmap(jacrev(output), in_dims=(None, *over))(objective.theta, *batch.leaves)
+    J: Tensor = vmap(jacrev(output), in_dims=(None, *over))(
+        objective.theta, *batch.leaves
+    )
     return J
 
 
@@ -190,5 +235,10 @@ def _jacobian(objective: Objective, one: Batch) -> Tensor:
     theta = objective.theta.detach().requires_grad_()
     y, _ = numbers_of(objective.outputs(theta, one))
     flat = torch.cat([part.reshape(-1).to(objective.dtype) for part in y])
-    rows = [torch.autograd.grad(part, theta, retain_graph=True, materialize_grads=True)[0] for part in flat]
+    rows = [
+        torch.autograd.grad(
+            part, theta, retain_graph=True, materialize_grads=True
+        )[0]
+        for part in flat
+    ]
     return torch.stack(rows)

@@ -62,26 +62,40 @@ class Ekfac:
         outside: indices of the parameters outside the layers, whose coordinates are themselves.
     """
 
-    def __init__(self, blocks: list[Block], eigenvalues: Tensor, outside: Tensor) -> None:
-        self.blocks, self.eigenvalues, self.outside = blocks, eigenvalues, outside
+    def __init__(
+        self, blocks: list[Block], eigenvalues: Tensor, outside: Tensor
+    ) -> None:
+        self.blocks, self.eigenvalues, self.outside = (
+            blocks,
+            eigenvalues,
+            outside,
+        )
 
     def to_eigenbasis(self, v: Tensor) -> Tensor:
         """Each row of v [K, P] in the eigenbasis -> [K, P]."""
         result = v.clone()
         for block in self.blocks:
-            scatter(block.layer, block.to_eigenbasis(gather(block.layer, v)), result)
+            scatter(
+                block.layer, block.to_eigenbasis(gather(block.layer, v)), result
+            )
         return result
 
     def from_eigenbasis(self, v: Tensor) -> Tensor:
         """The inverse of `to_eigenbasis`."""
         result = v.clone()
         for block in self.blocks:
-            scatter(block.layer, block.from_eigenbasis(gather(block.layer, v)), result)
+            scatter(
+                block.layer,
+                block.from_eigenbasis(gather(block.layer, v)),
+                result,
+            )
         return result
 
     def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
         """(G + damping I)^exponent of each row of v [K, P] -> [K, P]."""
-        return self.apply(v, lambda eigenvalues: (eigenvalues + damping) ** exponent)
+        return self.apply(
+            v, lambda eigenvalues: (eigenvalues + damping) ** exponent
+        )
 
     def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
         """The map (G + damping I)^-1 of stacks [K, P] -> [K, P]."""
@@ -98,7 +112,9 @@ class Ekfac:
 
     def apply(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         """f(G) of each row of v [K, P] -> [K, P], f of the eigenvalues."""
-        return self.from_eigenbasis(self.to_eigenbasis(v) * function(self.eigenvalues))
+        return self.from_eigenbasis(
+            self.to_eigenbasis(v) * function(self.eigenvalues)
+        )
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -114,24 +130,36 @@ def build(problem: Problem) -> Ekfac:
 def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
     """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
     layers, n = passes.layers, passes.problem.samples.n
-    theta, max_bytes = passes.problem.objective.theta, passes.problem.budget.product
+    theta, max_bytes = (
+        passes.problem.objective.theta,
+        passes.problem.budget.product,
+    )
     eigenvalues = torch.zeros_like(theta).unsqueeze(0)
     A: dict[int, Tensor] = {}
     S: dict[int, Tensor] = {}
     for seen in passes:
         eigenvalues[0, passes.outside] += seen.outside / n
-        for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
+        for i, (x, g) in enumerate(
+            zip(seen.inputs, _kept(seen, keep), strict=True)
+        ):
             if (i, "in") not in passes.axes:
                 _add(A, i, second_moment(x))
             if (i, "out") not in passes.axes:
                 _add(S, i, second_moment(g.flatten(0, 1)))
     # each factor is let go once its eigenvectors are there
-    blocks = [Block(layer, _eigenvectors(A, i, n), _eigenvectors(S, i, n)) for i, layer in enumerate(layers)]
+    blocks = [
+        Block(layer, _eigenvectors(A, i, n), _eigenvectors(S, i, n))
+        for i, layer in enumerate(layers)
+    ]
     squares: dict[int, Tensor] = {}
     for seen in passes:
-        for i, (x, g) in enumerate(zip(seen.inputs, _kept(seen, keep), strict=True)):
+        for i, (x, g) in enumerate(
+            zip(seen.inputs, _kept(seen, keep), strict=True)
+        ):
             left, right = blocks[i].rotated(g, x)
-            _add(squares, i, _squares(left, right, layers[i].classes, max_bytes))
+            _add(
+                squares, i, _squares(left, right, layers[i].classes, max_bytes)
+            )
     for i, layer in enumerate(layers):
         scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
     return Ekfac(blocks, eigenvalues[0], passes.outside)
@@ -158,12 +186,16 @@ def _eigenvectors(sums: dict[int, Tensor], i: int, n: int) -> Tensor | None:
     return torch.linalg.eigh(sums.pop(i).div_(n))[1] if i in sums else None
 
 
-def _squares(g: Tensor, a: Tensor, classes: int | None, max_bytes: float) -> Tensor:
+def _squares(
+    g: Tensor, a: Tensor, classes: int | None, max_bytes: float
+) -> Tensor:
     """Sum over draws and samples of (sum_t g_t a_t^T)^2; g [D, B, groups, T, out], a [B, groups, T, in]."""
     if classes is not None:
         return one_hot_squares(g, a, classes)
     if g.shape[3] == 1:
-        return g[:, :, :, 0].square().sum(0).permute(1, 2, 0) @ a[:, :, 0].square().transpose(0, 1)
+        return g[:, :, :, 0].square().sum(0).permute(1, 2, 0) @ a[
+            :, :, 0
+        ].square().transpose(0, 1)
     size = few(g[0], a, max_bytes)
     total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
     for draw in g:
@@ -174,19 +206,39 @@ def _squares(g: Tensor, a: Tensor, classes: int | None, max_bytes: float) -> Ten
 
 def few(g: Tensor, a: Tensor, max_bytes: float) -> int:
     """How many samples' gradients of a layer to hold at once; g [B, groups, T, out], a [B, groups, T, in]."""
-    return outer_block(g.shape[1] * g.shape[3] * a.shape[3] * a.element_size(), max_bytes)
+    return outer_block(
+        g.shape[1] * g.shape[3] * a.shape[3] * a.element_size(), max_bytes
+    )
 
 
-def eigenbasis_rows(objective: Objective, factors: Ekfac, seen: Seen, draws: Tensor, places: Tensor) -> Tensor:
+def eigenbasis_rows(
+    objective: Objective,
+    factors: Ekfac,
+    seen: Seen,
+    draws: Tensor,
+    places: Tensor,
+) -> Tensor:
     """The gradients J_i^T e_ik of these (draw, place in the batch) pairs, in the eigenbasis -> [len(draws), P]."""
-    rows = torch.zeros(len(draws), objective.P, dtype=objective.dtype, device=objective.device)
-    for block, x, g in zip(factors.blocks, seen.inputs, seen.gradients, strict=True):
+    rows = torch.zeros(
+        len(draws), objective.P, dtype=objective.dtype, device=objective.device
+    )
+    for block, x, g in zip(
+        factors.blocks, seen.inputs, seen.gradients, strict=True
+    ):
         left, right = block.rotated(g[draws, places], x[places])
-        scatter(block.layer, outer_products(left, right, block.layer.classes), rows)
+        scatter(
+            block.layer, outer_products(left, right, block.layer.classes), rows
+        )
     if len(factors.outside):
         batch = seen.batch
         e = [part[draws, places] for part in seen.cotangents]
         if batch.size > 1:
-            batch = batch._replace(leaves=[t[places] for t in batch.leaves], size=len(places), indices=places.tolist())
-        rows[:, factors.outside] = output_rows(objective, batch, e)[:, factors.outside]
+            batch = batch._replace(
+                leaves=[t[places] for t in batch.leaves],
+                size=len(places),
+                indices=places.tolist(),
+            )
+        rows[:, factors.outside] = output_rows(objective, batch, e)[
+            :, factors.outside
+        ]
     return rows

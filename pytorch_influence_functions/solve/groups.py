@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -39,3 +40,13 @@ def split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
     """Parts of at most `size`, in order."""
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
+
+
+def shared_facts(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What was the same for all groups of a run, beside how many test samples each had."""
+    first = groups[0] if groups else {}
+    return {
+        key: value
+        for key, value in first.items()
+        if key != "tests" and all(other.get(key) == value for other in groups)
+    }

@@ -71,7 +71,9 @@ def average(system: System, step: Step, v: Tensor) -> Solution:
     s = torch.stack(chains)
     longest = max(max(recursion.steps) for recursion in done)
     count = samples_of_certificate(system, longest)
-    residual = system.certificate(v, s.mean(0), count, seed=system.config.seed + 2)
+    residual = system.certificate(
+        v, s.mean(0), count, seed=system.config.seed + 2
+    )
     return Solution(
         s.mean(0),
         residual,
@@ -97,7 +99,10 @@ def enough(system: System, chains: list[Tensor]) -> bool:
         return len(chains) >= int(system.config.r)
     if len(chains) < 2:
         return False
-    return len(chains) >= MOST_CHAINS or stable_fraction(system, torch.stack(chains)) >= STABLE
+    return (
+        len(chains) >= MOST_CHAINS
+        or stable_fraction(system, torch.stack(chains)) >= STABLE
+    )
 
 
 def stable_fraction(system: System, chains: Tensor) -> float:
@@ -116,7 +121,11 @@ def sampled_scores(problem: Problem, chains: Tensor) -> Row:
     vectors = chains.flatten(0, 1)
     parts = []
     for batch in problem.samples.ordered(problem.scoring_batch, indices):
-        parts.append(gradient_products(problem.objective, batch, vectors, problem.max_bytes))
+        parts.append(
+            gradient_products(
+                problem.objective, batch, vectors, problem.max_bytes
+            )
+        )
     scores: Row = torch.cat(parts, 1).view(*chains.shape[:2], -1).cpu().numpy()
     return scores
 
@@ -125,4 +134,7 @@ def samples_of_certificate(system: System, steps: int) -> int:
     """How many training samples the last residual is measured on: all, where that costs little beside the recursion."""
     batch_size = system.samples.batch_size
     read = steps * batch_size
-    return min(system.samples.n, max(LEAST_CERTIFIED, 16 * batch_size, int(CHECK_COST * read)))
+    return min(
+        system.samples.n,
+        max(LEAST_CERTIFIED, 16 * batch_size, int(CHECK_COST * read)),
+    )

@@ -55,12 +55,22 @@ class LowRank:
     @property
     def mean_eigenvalue(self) -> float:
         """tr(G) / P."""
-        return self.factors.mean_eigenvalue + float(self.J.square().sum()) / self.J.shape[1]
+        return (
+            self.factors.mean_eigenvalue
+            + float(self.J.square().sum()) / self.J.shape[1]
+        )
 
     def heaviest(self, share: float) -> list[int]:
         """The fewest training samples that hold this share of the trace of G, in order."""
         order = self.weights.argsort(descending=True, stable=True)
-        count = int((self.weights[order].cumsum(0) < share * self.weights.sum()).sum()) + 1
+        count = (
+            int(
+                (
+                    self.weights[order].cumsum(0) < share * self.weights.sum()
+                ).sum()
+            )
+            + 1
+        )
         indices: list[int] = order[:count].sort().values.tolist()
         return indices
 
@@ -89,30 +99,45 @@ class Woodbury:
         """The inverse of each row of v [K, P] -> [K, P]."""
         scaled = self.factors.to_eigenbasis(v) / self.D
         inside: Tensor = torch.cholesky_solve(self.J @ scaled.T, self.L)
-        return self.factors.from_eigenbasis(scaled - (inside.T @ self.J) / self.D)
+        return self.factors.from_eigenbasis(
+            scaled - (inside.T @ self.J) / self.D
+        )
 
     def quadratic(self, v: Tensor) -> Tensor:
         """v_k . (its inverse) of each row of v [K, P] -> [K]."""
         v = self.factors.to_eigenbasis(v)
         scaled = v / self.D
-        inside: Tensor = torch.linalg.solve_triangular(self.L, self.J @ scaled.T, upper=False)
+        inside: Tensor = torch.linalg.solve_triangular(
+            self.L, self.J @ scaled.T, upper=False
+        )
         return (v * scaled).sum(1) - inside.square().sum(0)
 
 
 def low_rank(problem: Problem, rows: int) -> LowRank:
     """Find the largest `rows` rows of G, and fit EKFAC to the others."""
     passes = Passes(problem, DIRECTIONS)
-    norms = torch.cat([_norms(seen) for seen in passes], 1)  # samples come in order
+    norms = torch.cat(
+        [_norms(seen) for seen in passes], 1
+    )  # samples come in order
     weights, candidates = norms.sum(0), norms[: _exact(passes)]
     taken = torch.zeros_like(norms, dtype=torch.bool)
     if candidates.numel() and rows:
-        taken.view(-1)[candidates.flatten().topk(min(rows, candidates.numel())).indices] = True
+        taken.view(-1)[
+            candidates.flatten().topk(min(rows, candidates.numel())).indices
+        ] = True
     factors = fit(passes, ~taken)
-    J = torch.cat([*_rows(passes, factors, taken), problem.objective.theta.new_zeros(0, problem.objective.P)])
+    J = torch.cat(
+        [
+            *_rows(passes, factors, taken),
+            problem.objective.theta.new_zeros(0, problem.objective.P),
+        ]
+    )
     J /= problem.samples.n**0.5
     J = J[J.square().sum(1).argsort(descending=True)]
     outside = factors.outside
-    factors.eigenvalues[outside] = (factors.eigenvalues[outside] - J[:, outside].square().sum(0)).clamp_min(0)
+    factors.eigenvalues[outside] = (
+        factors.eigenvalues[outside] - J[:, outside].square().sum(0)
+    ).clamp_min(0)
     if bool(taken.all()):
         factors.eigenvalues.zero_()  # no row is left, only rounding, and noise outside the layers
     return LowRank(factors, J, weights)
@@ -128,9 +153,12 @@ def _exact(passes: Passes) -> int:
 def _norms(seen: Seen) -> Tensor:
     r"""\|g_ik\|^2 in the layers; without any \|e_ik\|^2 in its place -> [D, B]."""
     if not seen.inputs:
-        return torch.stack([e.flatten(2).square().sum(2) for e in seen.cotangents]).sum(0)
+        return torch.stack(
+            [e.flatten(2).square().sum(2) for e in seen.cotangents]
+        ).sum(0)
     layers = [
-        torch.stack([_outer_norms(x, draw) for draw in g]) for x, g in zip(seen.inputs, seen.gradients, strict=True)
+        torch.stack([_outer_norms(x, draw) for draw in g])
+        for x, g in zip(seen.inputs, seen.gradients, strict=True)
     ]
     return torch.stack(layers).sum(0)
 
@@ -151,10 +179,19 @@ def _rows(passes: Passes, factors: Ekfac, taken: Tensor) -> Iterator[Tensor]:
     """The rows that are taken, in the eigenbasis [., P]."""
     objective = passes.problem.objective
     for seen in passes:
-        draws, places = taken[:, torch.as_tensor(seen.batch.indices, device=taken.device)].nonzero(as_tuple=True)
-        row = 8 * (objective.P * objective.theta.element_size() + activation_bytes(objective, seen.batch))
+        draws, places = taken[
+            :, torch.as_tensor(seen.batch.indices, device=taken.device)
+        ].nonzero(as_tuple=True)
+        row = 8 * (
+            objective.P * objective.theta.element_size()
+            + activation_bytes(objective, seen.batch)
+        )
         size = max(1, int(passes.problem.max_bytes / row))
-        for k, i in zip(draws.split(size), places.split(size), strict=True) if len(draws) else ():
+        for k, i in (
+            zip(draws.split(size), places.split(size), strict=True)
+            if len(draws)
+            else ()
+        ):
             yield eigenbasis_rows(objective, factors, seen, k, i)
 
 
@@ -171,22 +208,36 @@ class Shift:
 
     def __call__(self, g: Tensor, damping: float) -> Tensor:
         """[K, P] -> [K, P]."""
-        M = self.basis.inverse(damping, ROWS_FOR_DAMPING if self.steps else 2 * ROWS_FOR_DAMPING)
+        M = self.basis.inverse(
+            damping, ROWS_FOR_DAMPING if self.steps else 2 * ROWS_FOR_DAMPING
+        )
         if self.steps:
             try:
-                return iterate(lambda p: self.product(p) + damping * p, g, M, tolerance=0.0, limit=self.steps)[0]
-            except NegativeCurvatureError:  # a loss that is not convex in the model's output
+                return iterate(
+                    lambda p: self.product(p) + damping * p,
+                    g,
+                    M,
+                    tolerance=0.0,
+                    limit=self.steps,
+                )[0]
+            except (
+                NegativeCurvatureError
+            ):  # a loss that is not convex in the model's output
                 self.steps = 0
         return M(g)
 
 
-def heavy_product(problem: Problem, basis: LowRank) -> Callable[[Tensor], Tensor]:
+def heavy_product(
+    problem: Problem, basis: LowRank
+) -> Callable[[Tensor], Tensor]:
     """V -> G V over the training samples that hold nearly all of its trace."""
     indices = basis.heaviest(SHARE)
     G = problem.with_gauss_newton().curvature
 
     def product(v: Tensor) -> Tensor:
-        return G.over(problem.samples.ordered(problem.batch, indices), v) * (len(indices) / problem.samples.n)
+        return G.over(problem.samples.ordered(problem.batch, indices), v) * (
+            len(indices) / problem.samples.n
+        )
 
     return product
 
@@ -194,10 +245,18 @@ def heavy_product(problem: Problem, basis: LowRank) -> Callable[[Tensor], Tensor
 def product_work(problem: Problem) -> float:
     """Floating-point operations of one product G v over the training set, about; a CUDA device does 50 at a time."""
     uses = max(1.0, reuse(problem.objective, problem.samples.take([0])))
-    return 6 * uses * problem.objective.P * problem.samples.n / (50 if problem.objective.device.type == "cuda" else 1)
+    return (
+        6
+        * uses
+        * problem.objective.P
+        * problem.samples.n
+        / (50 if problem.objective.device.type == "cuda" else 1)
+    )
 
 
-def damping_by_low_rank(problem: Problem, basis: LowRank | None = None) -> Damping:
+def damping_by_low_rank(
+    problem: Problem, basis: LowRank | None = None
+) -> Damping:
     """Choose lambda; `basis` is the low-rank form of the problem's G where it is already there."""
     basis = low_rank(problem, ROWS_FOR_DAMPING) if basis is None else basis
     return choose_damping(problem, Shift(problem, basis), basis.mean_eigenvalue)
@@ -210,16 +269,26 @@ def damping_by_ekfac(problem: Problem, factors: Ekfac) -> Damping:
         return factors.power(v, damping, -1)
 
     if not _steps_are_cheap(problem):
-        return choose_damping(problem, inverse, factors.mean_eigenvalue, DAMPING_TARGET)
-    return choose_damping(problem, _stepped(problem, inverse, EKFAC_STEPS), factors.mean_eigenvalue)
+        return choose_damping(
+            problem, inverse, factors.mean_eigenvalue, DAMPING_TARGET
+        )
+    return choose_damping(
+        problem,
+        _stepped(problem, inverse, EKFAC_STEPS),
+        factors.mean_eigenvalue,
+    )
 
 
 def damping_by_steps(problem: Problem) -> Damping:
     """Choose lambda from products with G alone."""
     v = problem.random_vector(problem.config.seed)
     product = problem.product(v.unsqueeze(0))[0]
-    mean_eigenvalue = abs(float(product @ v / (v @ v)))  # Hutchinson's estimate of tr(G) / P
-    return choose_damping(problem, _stepped(problem, lambda g, _: g, PLAIN_STEPS), mean_eigenvalue)
+    mean_eigenvalue = abs(
+        float(product @ v / (v @ v))
+    )  # Hutchinson's estimate of tr(G) / P
+    return choose_damping(
+        problem, _stepped(problem, lambda g, _: g, PLAIN_STEPS), mean_eigenvalue
+    )
 
 
 def _stepped(
@@ -235,8 +304,12 @@ def _stepped(
             return inverse(r, damping)
 
         try:
-            return iterate(product, g, preconditioned, tolerance=0.0, limit=steps)[0]
-        except NegativeCurvatureError:  # the Hessian, at a lambda that is too small for it
+            return iterate(
+                product, g, preconditioned, tolerance=0.0, limit=steps
+            )[0]
+        except (
+            NegativeCurvatureError
+        ):  # the Hessian, at a lambda that is too small for it
             return torch.full_like(g, torch.nan)
 
     return shift
@@ -246,6 +319,10 @@ def _steps_are_cheap(problem: Problem) -> bool:
     return 5 * 2 * HALVES * product_work(problem) <= WORK
 
 
-def error_curve_by_low_rank(problem: Problem, dampings: Sequence[float]) -> list[float]:
+def error_curve_by_low_rank(
+    problem: Problem, dampings: Sequence[float]
+) -> list[float]:
     """The prediction error at each of these dampings, as `damping="auto"` sees it."""
-    return error_curve(problem, Shift(problem, low_rank(problem, ROWS_FOR_DAMPING)), dampings)
+    return error_curve(
+        problem, Shift(problem, low_rank(problem, ROWS_FOR_DAMPING)), dampings
+    )

@@ -17,10 +17,18 @@ from torch.func import vjp, vmap
 from ..data.batch import Batch
 from ..model import draws
 from ..model.budget import DIAGONAL_BLOCK, MIB
-from ..model.layers import Forward, Layer, backward, forward, gather, layer_inputs
-from ..model.likelihoods import DENSE_OUTPUTS, likelihood, roots
+from ..model.layers import (
+    Forward,
+    Layer,
+    backward,
+    forward,
+    gather,
+    layer_inputs,
+)
+from ..model.likelihoods import DENSE_OUTPUTS, likelihood
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
+from ..model.roots import roots
 from ..model.usable import parameter_places, usable_layers
 from .problem import Problem
 
@@ -50,7 +58,13 @@ class Seen(NamedTuple):
     @property
     def bytes(self) -> int:
         """What it holds."""
-        tensors = [*self.batch.leaves, *self.inputs, *self.cotangents, *self.gradients, self.outside]
+        tensors = [
+            *self.batch.leaves,
+            *self.inputs,
+            *self.cotangents,
+            *self.gradients,
+            self.outside,
+        ]
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
@@ -69,7 +83,9 @@ class Passes:
 
     def __init__(self, problem: Problem, top: int | None = None) -> None:
         self.problem, self.top, objective = problem, top, problem.objective
-        self.layers = usable_layers(objective, problem.samples.take([0, problem.samples.n // 2]))
+        self.layers = usable_layers(
+            objective, problem.samples.take([0, problem.samples.n // 2])
+        )
         self.axes = _axes(problem, self.layers)
         outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:
@@ -88,7 +104,10 @@ class Passes:
             yield seen
             if kept is not None:
                 kept.append(seen)
-                if seen.bytes / seen.batch.size * self.problem.samples.n > self.problem.max_bytes / 4:
+                if (
+                    seen.bytes / seen.batch.size * self.problem.samples.n
+                    > self.problem.max_bytes / 4
+                ):
                     kept = None
         self._kept = kept
 
@@ -97,7 +116,9 @@ class Passes:
         total: Tensor | float = 0.0
         for batch in self.problem.samples.ordered(size, text="EKFAC"):
             for one in batch.parts or (batch,):
-                seen, sums = seen_by_layers(self.problem, self.layers, one, self.top, self.outside)
+                seen, sums = seen_by_layers(
+                    self.problem, self.layers, one, self.top, self.outside
+                )
                 total = total + sums
                 end = one.indices[-1] + 1
                 if end % block and end < self.problem.samples.n:
@@ -120,7 +141,11 @@ class Passes:
 
 
 def seen_by_layers(
-    problem: Problem, layers: Sequence[Layer], batch: Batch, top: int | None, outside: Tensor
+    problem: Problem,
+    layers: Sequence[Layer],
+    batch: Batch,
+    top: int | None,
+    outside: Tensor,
 ) -> tuple[Seen, Tensor]:
     """What the layers see of a batch, and for each draw the summed gradients outside them [D, outside]."""
     objective = problem.objective
@@ -131,9 +156,13 @@ def seen_by_layers(
     for e in es:
         g, of_all = backward(layers, one, e, batch.size, len(outside) > 0)
         gradients.append(g)
-        sums.append(objective.theta.new_zeros(0) if of_all is None else of_all[outside])
+        sums.append(
+            objective.theta.new_zeros(0) if of_all is None else of_all[outside]
+        )
     none = objective.theta.new_zeros(len(outside))
-    return Seen(batch, inputs, _stacked(es), _stacked(gradients), none), torch.stack(sums)
+    return Seen(
+        batch, inputs, _stacked(es), _stacked(gradients), none
+    ), torch.stack(sums)
 
 
 def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -146,12 +175,16 @@ def together(problem: Problem) -> bool:
     return problem.objective.paths.rows and problem.objective.paths.outputs
 
 
-def batch_size(problem: Problem, layers: Sequence[Layer], top: int | None = None) -> int:
+def batch_size(
+    problem: Problem, layers: Sequence[Layer], top: int | None = None
+) -> int:
     """Training samples in one pass of the layers, by what they see of the first one."""
     if not together(problem):
         return 1
     one = problem.samples.take([0])
-    seen, _ = seen_by_layers(problem, layers, one, top, problem.objective.theta.new_zeros(0).long())
+    seen, _ = seen_by_layers(
+        problem, layers, one, top, problem.objective.theta.new_zeros(0).long()
+    )
     count = sum(part[0, 0].numel() for part in seen.cotangents)
     # the loss's Hessian in the outputs, its eigenvectors and what they are computed in, all in double precision
     dense = 5 * 8 * count**2 if len(seen.cotangents[0]) > 1 else 0
@@ -174,33 +207,58 @@ def _axes(problem: Problem, layers: Sequence[Layer]) -> set[tuple[int, str]]:
     Of one-hot inputs they are the eigenvectors, since no two of them are one together. Otherwise it is an
     approximation, for the largest factors, until the others fit the memory.
     """
-    theta, item = problem.objective.theta, problem.objective.theta.element_size()
-    one_hot = {(i, "in") for i, layer in enumerate(layers) if layer.classes is not None}
-    sides = [side for i, layer in enumerate(layers) for side in _sides(i, layer, theta) if side.place not in one_hot]
+    theta, item = (
+        problem.objective.theta,
+        problem.objective.theta.element_size(),
+    )
+    one_hot = {
+        (i, "in") for i, layer in enumerate(layers) if layer.classes is not None
+    }
+    sides = [
+        side
+        for i, layer in enumerate(layers)
+        for side in _sides(i, layer, theta)
+        if side.place not in one_hot
+    ]
     sides.sort(key=lambda side: side.numbers)
     left_out = [side for side in sides if side.size > LARGEST_FACTOR]
     sides = [side for side in sides if side.size <= LARGEST_FACTOR]
     # the eigenvectors of one factor are computed beside all factors and those that are done
-    while sides and item * (sum(side.numbers for side in sides) + 3 * sides[-1].numbers) > problem.budget.held_ways:
+    while (
+        sides
+        and item * (sum(side.numbers for side in sides) + 3 * sides[-1].numbers)
+        > problem.budget.held_ways
+    ):
         left_out.append(sides.pop())
     for (i, which), size, numbers in left_out:
         logger.info(
             "EKFAC: the factor of %s (%s, %d, %.0f MiB) is too large, for the work or for config['max_memory']; a "
-            "diagonal stands for it", layers[i].name, which, size, item * numbers / MIB,
-        )  # fmt: skip
+            "diagonal stands for it",
+            layers[i].name,
+            which,
+            size,
+            item * numbers / MIB,
+        )
     return one_hot | {side.place for side in left_out}
 
 
 def _sides(i: int, layer: Layer, theta: Tensor) -> list[Side]:
     _, groups, outputs, inputs = gather(layer, theta.unsqueeze(0)).shape
-    return [Side((i, "in"), inputs, groups * inputs**2), Side((i, "out"), outputs, groups * outputs**2)]
+    return [
+        Side((i, "in"), inputs, groups * inputs**2),
+        Side((i, "out"), outputs, groups * outputs**2),
+    ]
 
 
 # ---- one batch
 
 
 def pseudo_gradients(
-    objective: Objective, seen: Forward, batch: Batch, seed: int, top: int | None = None
+    objective: Objective,
+    seen: Forward,
+    batch: Batch,
+    seed: int,
+    top: int | None = None,
 ) -> list[list[Tensor]]:
     r"""Output gradients e whose second moment is the loss's Hessian in the outputs: \sum_e e e^T = \nabla^2_y \ell_i.
 
@@ -220,7 +278,9 @@ def pseudo_gradients(
     es = [_split_like(W[:, k] * signs[:, k : k + 1], y) for k in range(top)]
     if top < count:
         numbers = draws.normal(seed, batch.indices, count - top, W.device).to(W)
-        es.append(_split_like((numbers.unsqueeze(1) @ W[:, top:]).squeeze(1), y))
+        es.append(
+            _split_like((numbers.unsqueeze(1) @ W[:, top:]).squeeze(1), y)
+        )
     return es
 
 
@@ -233,17 +293,29 @@ def directions(count: int, top: int) -> int:
 
 def _split_like(flat: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
     parts = flat.split([leaf[0].numel() for leaf in leaves], 1)
-    return [part.reshape(leaf.shape).to(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+    return [
+        part.reshape(leaf.shape).to(leaf)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
 
 
-def output_rows(objective: Objective, batch: Batch, e: Sequence[Tensor]) -> Tensor:
+def output_rows(
+    objective: Objective, batch: Batch, e: Sequence[Tensor]
+) -> Tensor:
     """J_i^T e_i of each sample of a batch (or of its only one), e its output gradients [rows, ...] -> [rows, P]."""
     if batch.size == 1 or not objective.paths.vmap:
-        return torch.cat([_output_row(objective, batch, e, i) for i in range(len(e[0]))])
+        return torch.cat(
+            [_output_row(objective, batch, e, i) for i in range(len(e[0]))]
+        )
 
     def one(cotangents: tuple[Tensor, ...], *leaves: Tensor) -> Tensor:
-        single = Batch([leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0])
-        pullback = vjp(lambda theta: numbers_of(objective.outputs(theta, single))[0], objective.theta)[1]
+        single = Batch(
+            [leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0]
+        )
+        pullback = vjp(
+            lambda theta: numbers_of(objective.outputs(theta, single))[0],
+            objective.theta,
+        )[1]
         row: Tensor = pullback([part.unsqueeze(0) for part in cotangents])[0]
         return row
 
@@ -251,17 +323,23 @@ def output_rows(objective: Objective, batch: Batch, e: Sequence[Tensor]) -> Tens
     return rows
 
 
-def _output_row(objective: Objective, batch: Batch, e: Sequence[Tensor], i: int) -> Tensor:
+def _output_row(
+    objective: Objective, batch: Batch, e: Sequence[Tensor], i: int
+) -> Tensor:
     one = batch if batch.size == 1 else batch.rows(i, i + 1)
     theta = objective.theta.detach().requires_grad_()
     y = attached(numbers_of(objective.batch_outputs(theta, one))[0], theta)
     cotangents = [part[i : i + 1] for part in e]
-    (row,) = torch.autograd.grad(y, theta, cotangents, allow_unused=True, materialize_grads=True)
+    (row,) = torch.autograd.grad(
+        y, theta, cotangents, allow_unused=True, materialize_grads=True
+    )
     return row.unsqueeze(0)
 
 
 def _tell(objective: Objective, outside: Tensor) -> None:
     places = parameter_places(objective)
-    names = [name for name, place in places.items() if bool(outside[place].any())]
+    names = [
+        name for name, place in places.items() if bool(outside[place].any())
+    ]
     if names:
         logger.info("EKFAC: a diagonal block is used for %s", ", ".join(names))

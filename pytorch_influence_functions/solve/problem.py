@@ -21,7 +21,12 @@ from ..model.gradients import activation_bytes
 from ..model.objective import Objective
 from ..model.probe import MOST_PROBED, probe
 from ..utils import random_state, warn
-from .errors import CurvatureWarning, DeviceWarning, NegativeCurvatureError, VaryingDataWarning
+from .errors import (
+    CurvatureWarning,
+    DeviceWarning,
+    NegativeCurvatureError,
+    VaryingDataWarning,
+)
 
 logger = logging.getLogger(__name__)
 MOST_TOGETHER = 64
@@ -70,7 +75,9 @@ class Problem:
                 yield
             except BaseException as error:
                 _close(self.samples, *others)
-                if isinstance(error, Exception) and not isinstance(error, NegativeCurvatureError):
+                if isinstance(error, Exception) and not isinstance(
+                    error, NegativeCurvatureError
+                ):
                     self._explain(error)
                 raise
 
@@ -88,7 +95,9 @@ class Problem:
     def random_vector(self, seed: int) -> Tensor:
         """A standard normal vector [P], the same on every device."""
         generator = torch.Generator().manual_seed(seed)
-        draw = torch.randn(self.objective.P, generator=generator, dtype=torch.float32)
+        draw = torch.randn(
+            self.objective.P, generator=generator, dtype=torch.float32
+        )
         return draw.to(self.objective.device, self.objective.dtype)
 
     def with_gauss_newton(self) -> Problem:
@@ -133,7 +142,10 @@ class Problem:
     @property
     def gradient_batch(self) -> int:
         """Samples at a time whose gradients are held."""
-        return min(self.scoring_batch, self.budget.gradient_batch(self.activations, self.row))
+        return min(
+            self.scoring_batch,
+            self.budget.gradient_batch(self.activations, self.row),
+        )
 
     def group_size(self, most: int, held: int) -> int:
         """How many test samples are solved together: what the memory holds, at most `most`, `held` vectors each."""
@@ -178,13 +190,26 @@ def make_problem(
     budget = Budget.of(config.max_memory, device)
     budget.require(objective.P, objective.theta.nbytes)
     with random_state(config.seed), objective.active():
-        samples = Samples(train_loader, device=device, name="train_loader", progress=config.progress)
+        samples = Samples(
+            train_loader,
+            device=device,
+            name="train_loader",
+            progress=config.progress,
+        )
         warn_if_varying(samples)
-        probe(objective, samples, budget.probed(objective.theta.nbytes, MOST_PROBED))
+        probe(
+            objective,
+            samples,
+            budget.probed(objective.theta.nbytes, MOST_PROBED),
+        )
     if or_hessian and objective.refused is not None:
         logger.info("the curvature is the Hessian: %s", objective.refused)
         curvature = "hessian"
-    if not or_hessian and objective.once is not None and config.curvature is None:
+    if (
+        not or_hessian
+        and objective.once is not None
+        and config.curvature is None
+    ):
         raise ValueError(objective.once)
     kind = Curvature(objective, config.curvature or curvature, budget.product)
     return Problem(objective, samples, kind, config, budget)
@@ -209,7 +234,9 @@ def choose_device(gpu: int, model: nn.Module) -> torch.device:
         ValueError: there is no such CUDA device.
     """
     if gpu < 0:
-        if isinstance(model, nn.Module) and any(p.is_cuda for p in model.parameters()):
+        if isinstance(model, nn.Module) and any(
+            p.is_cuda for p in model.parameters()
+        ):
             warn(
                 "the model is on a CUDA device, but config['gpu'] = -1 computes on the CPU; set config['gpu'] to the "
                 "device's id to use it",
@@ -217,7 +244,9 @@ def choose_device(gpu: int, model: nn.Module) -> torch.device:
             )
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise ValueError(f"config['gpu'] = {gpu}, but torch finds no CUDA here; set config['gpu'] = -1 for the CPU")
+        raise ValueError(
+            f"config['gpu'] = {gpu}, but torch finds no CUDA here; set config['gpu'] = -1 for the CPU"
+        )
     devices = torch.cuda.device_count()
     if gpu >= devices:
         raise ValueError(

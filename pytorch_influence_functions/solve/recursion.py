@@ -58,8 +58,15 @@ class Recursion:
         restarts: the most of any row.
     """
 
-    def __init__(self, system: System, step: Step, v: Tensor, scale: Tensor, chain: int) -> None:
-        self.system, self.config, self.step, self.chain = system, system.config, step, chain
+    def __init__(
+        self, system: System, step: Step, v: Tensor, scale: Tensor, chain: int
+    ) -> None:
+        self.system, self.config, self.step, self.chain = (
+            system,
+            system.config,
+            step,
+            chain,
+        )
         self.auto = self.config.recursion_depth == "auto"
         self.limit = LONGEST if self.auto else int(self.config.recursion_depth)
         self.seed = self.config.seed + chain * SEED_STRIDE
@@ -74,9 +81,17 @@ class Recursion:
     def run(self) -> Tensor:
         """Recurse until every row is done -> s [K, P]."""
         text = f"LiSSA, chain {self.chain + 1}" if self.chain else "LiSSA"
-        next_check = FIRST_CHECK if self.config.tolerance is not None else self.limit // 2
-        with progress_bar(text, total=self.limit, unit="step", enabled=self.config.progress) as bar:
-            for j, batch in enumerate(self.system.samples.random(seed=self.seed), 1):
+        next_check = (
+            FIRST_CHECK
+            if self.config.tolerance is not None
+            else self.limit // 2
+        )
+        with progress_bar(
+            text, total=self.limit, unit="step", enabled=self.config.progress
+        ) as bar:
+            for j, batch in enumerate(
+                self.system.samples.random(seed=self.seed), 1
+            ):
                 self._advance(batch)
                 bar.update()
                 if j % NORM_EVERY == 0 or j == self.limit:
@@ -111,13 +126,19 @@ class Recursion:
         """Raise the scale, or give up, where the norm has left the range in which a solution can lie."""
         rows, damping = self.rows, self.system.damping
         norm = rows.h.norm(dim=1)
-        far = FAR * rows.scale / damping if damping > 0 else torch.full_like(norm, FAR_UNDAMPED)
+        far = (
+            FAR * rows.scale / damping
+            if damping > 0
+            else torch.full_like(norm, FAR_UNDAMPED)
+        )
         away = ~(norm <= rows.rest.norm(dim=1) * far)
         if not bool(away.any()):
             return
         along = self._require_positive(j, rows.h, away)
         if bool((rows.restarts[away] >= RESTARTS).any()):
-            size = float((norm / rows.scale)[away].nan_to_num(math.inf, math.inf).max())
+            size = float(
+                (norm / rows.scale)[away].nan_to_num(math.inf, math.inf).max()
+            )
             raise DivergenceError(
                 f"LiSSA diverged at step {j} (norm of s {size:.3g}, {self._state(away)}): "
                 "set a larger config['scale'] or config['damping'], or a larger batch_size in the train_loader"
@@ -131,7 +152,9 @@ class Recursion:
         """
         instead = self.system.problem.random_vector(j)
         finite = u.norm(dim=1).isfinite()
-        found = rayleigh(self.system, torch.where(finite[:, None], u, instead)[mask])
+        found = rayleigh(
+            self.system, torch.where(finite[:, None], u, instead)[mask]
+        )
         along = torch.zeros_like(u[:, 0]).masked_scatter(mask, found)
         lowest = float(found.min())
         if lowest < -self.system.damping:
@@ -145,7 +168,10 @@ class Recursion:
 
     def _state(self, mask: Tensor) -> str:
         """The recursion's numbers, for its messages."""
-        scale, restarts = float(self.rows.scale[mask].max()), int(self.rows.restarts[mask].max())
+        scale, restarts = (
+            float(self.rows.scale[mask].max()),
+            int(self.rows.restarts[mask].max()),
+        )
         return f"scale {scale:.3g}, lambda {self.system.damping:.3g}, {restarts} restarts"
 
     def _restart(self, mask: Tensor, factor: Tensor) -> None:
@@ -156,7 +182,9 @@ class Recursion:
         rows.scale = before * factor
         rows.restarts = rows.restarts + mask
         rows.go_on_from(rows.good * factor[:, None], mask)
-        self._tell_restart(float(before[mask].max()), float(rows.scale[mask].max()))
+        self._tell_restart(
+            float(before[mask].max()), float(rows.scale[mask].max())
+        )
         self.restarts = max(self.restarts, int(rows.restarts.max()))
 
     def _tell_restart(self, before: float, after: float) -> None:
@@ -175,7 +203,9 @@ class Recursion:
         if j == self.limit or self.config.tolerance is not None:
             self._check(j)
         else:
-            self.rows.go_on_from(self.rows.h, torch.ones_like(self.rows.places, dtype=torch.bool))
+            self.rows.go_on_from(
+                self.rows.h, torch.ones_like(self.rows.places, dtype=torch.bool)
+            )
 
     def _check(self, j: int) -> None:
         """Measure the residual of each row; rows that reached the tolerance, no longer gain, or ran all steps leave.
@@ -186,7 +216,9 @@ class Recursion:
         s, residual = self._estimate(j)
         better, grown = self._compare(residual)
         if bool(grown.any()):
-            self._require_positive(j, rows.h if residual.rows is None else residual.rows, grown)
+            self._require_positive(
+                j, rows.h if residual.rows is None else residual.rows, grown
+            )
         gained = residual.relative < 0.95 * rows.best
         rows.best = torch.where(better, residual.relative, rows.best)
         rows.kept = torch.where(better[:, None], s, rows.kept)
@@ -207,7 +239,12 @@ class Recursion:
         """The last iterate or the average of the later ones, whichever has the smaller residual, row by row."""
         rows, k = self.rows, len(self.rows)
         both = torch.cat([rows.last, rows.average])
-        of = self.system.certificate(rows.v.repeat(2, 1), both, self._samples_of_check(j), seed=self.seed + 1)
+        of = self.system.certificate(
+            rows.v.repeat(2, 1),
+            both,
+            self._samples_of_check(j),
+            seed=self.seed + 1,
+        )
         first, second = of.relative.split(k)
         better = torch.arange(k, device=both.device) + k * (second < first)
         return both[better], of.at(better)
@@ -216,9 +253,15 @@ class Recursion:
         """How many training samples a check at step j reads."""
         n, batch_size = self.system.samples.n, self.system.samples.batch_size
         read = j * batch_size
-        if 2 * n <= EXACT_COST * read:  # for the last iterate and for the average
+        if (
+            2 * n <= EXACT_COST * read
+        ):  # for the last iterate and for the average
             return n
-        least = LEAST_CHECKED if self.config.tolerance is None else LEAST_WITHOUT_TOLERANCE
+        least = (
+            LEAST_CHECKED
+            if self.config.tolerance is None
+            else LEAST_WITHOUT_TOLERANCE
+        )
         return min(n, max(least * batch_size, int(CHECK_COST * read)))
 
     def _compare(self, residual: Residual) -> tuple[Tensor, Tensor]:
@@ -232,12 +275,18 @@ class Recursion:
         better = residual.relative <= bar
         return better, ~better
 
-    def _ended(self, j: int, residual: Residual, gained: Tensor, grown: Tensor) -> Tensor:
+    def _ended(
+        self, j: int, residual: Residual, gained: Tensor, grown: Tensor
+    ) -> Tensor:
         """Which rows are done, and why."""
         rows = self.rows
-        reached = residual.relative + residual.stderr <= (self.config.tolerance or -math.inf)
+        reached = residual.relative + residual.stderr <= (
+            self.config.tolerance or -math.inf
+        )
         known = residual.stderr < 0.2 * residual.relative
-        forgotten = j * self.system.damping > 2 * rows.scale  # the start has fallen by e^-2
+        forgotten = (
+            j * self.system.damping > 2 * rows.scale
+        )  # the start has fallen by e^-2
         settled = known & forgotten & ~grown
         rows.stalls = torch.where(gained, 0, rows.stalls + settled)
         stalled = (rows.stalls >= 2) & self.auto
@@ -250,7 +299,9 @@ class Recursion:
         """Take the rows of `mask` out of the stack with the best solution of each, v / scale where none beat s = 0."""
         left = self.rows.at(mask)
         found = (left.best < self.first)[:, None]
-        self.solved[left.places] = torch.where(found, left.kept, left.v / left.scale[:, None])
+        self.solved[left.places] = torch.where(
+            found, left.kept, left.v / left.scale[:, None]
+        )
         self.scale[left.places] = left.scale
         for row in left.places.tolist():
             self.steps[row] = j

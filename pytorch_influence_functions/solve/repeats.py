@@ -28,11 +28,20 @@ def resolved(chains: Row, k: int, draws: int = 64) -> float:
     weights = generator.standard_normal((draws, r)) * (2 / (r * (r - 1))) ** 0.5
     weights *= ((r - 1) / generator.chisquare(r - 1, (draws, 1))) ** 0.5
     top = set(np.argpartition(-mean, k - 1)[:k].tolist())
-    again = (np.argpartition(-(mean + w @ (chains - mean)), k - 1)[:k] for w in weights)
-    return float(np.mean([len(top.intersection(new.tolist())) for new in again]))
+    again = (
+        np.argpartition(-(mean + w @ (chains - mean)), k - 1)[:k]
+        for w in weights
+    )
+    return float(
+        np.mean([len(top.intersection(new.tolist())) for new in again])
+    )
 
 
 def resolved_ends(chains: Row, top_k: int) -> dict[str, float]:
     """`resolved` at both ends of the list, for k = `top_k` or a tenth of the training set, whichever is less."""
     k = max(1, min(top_k, chains.shape[1] // 10))
-    return {"k": k, "helpful": resolved(chains, k), "harmful": resolved(-chains, k)}
+    return {
+        "k": k,
+        "helpful": resolved(chains, k),
+        "harmful": resolved(-chains, k),
+    }

@@ -42,7 +42,10 @@ class Rows:
     @classmethod
     def start(cls, v: Tensor, scale: Tensor, first: float) -> Rows:
         """h_0 = v; `first` is the relative residual of no solution at all."""
-        zeros, none = torch.zeros_like(v), torch.zeros(len(v), dtype=torch.long, device=v.device)
+        zeros, none = (
+            torch.zeros_like(v),
+            torch.zeros(len(v), dtype=torch.long, device=v.device),
+        )
         return cls(
             places=torch.arange(len(v), device=v.device),
             v=v,
@@ -65,7 +68,9 @@ class Rows:
     def at(self, mask: Tensor) -> Rows:
         """Those rows."""
         fields = dataclasses.fields(self)
-        return Rows(**{field.name: getattr(self, field.name)[mask] for field in fields})
+        return Rows(
+            **{field.name: getattr(self, field.name)[mask] for field in fields}
+        )
 
     @property
     def last(self) -> Tensor:

@@ -32,7 +32,9 @@ class Step:
     factors: Ekfac | None = None
 
 
-def choose_scale(system: System, factors: Ekfac | None = None) -> tuple[System, Step]:
+def choose_scale(
+    system: System, factors: Ekfac | None = None
+) -> tuple[System, Step]:
     """The asked scale, raised where it is below the largest eigenvalue of a few minibatches of the recursion.
 
     The system comes with it: with the Gauss-Newton matrix where the Hessian is negative somewhere and the user left
@@ -42,7 +44,11 @@ def choose_scale(system: System, factors: Ekfac | None = None) -> tuple[System, 
     if system.curvature.kind == "hessian" and negative(system, spectrum):
         system = _without_negative_curvature(system, spectrum)
         eigenvalue, spectrum = measure(system, factors)
-    scale = _automatic(system, eigenvalue) if factors is None else MARGIN * eigenvalue
+    scale = (
+        _automatic(system, eigenvalue)
+        if factors is None
+        else MARGIN * eigenvalue
+    )
     return system, Step(max(scale, 1e-12), eigenvalue, spectrum, factors)
 
 
@@ -54,7 +60,9 @@ def _without_negative_curvature(system: System, spectrum: Spectrum) -> System:
             f"{message}, so the recursion cannot converge: set config['curvature'] = 'ggn', "
             f"or config['damping'] to at least {1.5 * abs(along):.3g}"
         )
-    return dataclasses.replace(system, problem=system.problem.instead_of_hessian(message))
+    return dataclasses.replace(
+        system, problem=system.problem.instead_of_hessian(message)
+    )
 
 
 def _automatic(system: System, eigenvalue: float) -> float:
@@ -75,19 +83,25 @@ def _automatic(system: System, eigenvalue: float) -> float:
     return scale
 
 
-def measure(system: System, factors: Ekfac | None = None) -> tuple[float, Spectrum]:
+def measure(
+    system: System, factors: Ekfac | None = None
+) -> tuple[float, Spectrum]:
     """Largest eigenvalue of single minibatches (the greatest of a few), and both ends over all of them together."""
     seed = system.config.seed
     start = system.problem.random_vector(seed)
     batches = take(system.samples.random(seed=seed), MINIBATCHES)
     single = [_largest(system, batch, start, factors) for batch in batches]
-    together = extreme_eigenvalues(lambda v: system.curvature.over(batches, v), start, 2 * SWEEPS)
+    together = extreme_eigenvalues(
+        lambda v: system.curvature.over(batches, v), start, 2 * SWEEPS
+    )
     if factors is None:
         single.append(together.largest)
     return max(single), together
 
 
-def _largest(system: System, batch: Batch, start: Tensor, factors: Ekfac | None) -> float:
+def _largest(
+    system: System, batch: Batch, start: Tensor, factors: Ekfac | None
+) -> float:
     r"""The largest eigenvalue of H, or of M^{-1/2} (H + \lambda I) M^{-1/2} with a preconditioner, over a minibatch."""
 
     def preconditioned(v: Tensor) -> Tensor:
@@ -103,7 +117,10 @@ def negative(system: System, spectrum: Spectrum) -> bool:
     """Whether the curvature along the lowest Ritz vector is below -lambda, on samples that did not choose it too."""
     if spectrum.smallest >= -system.damping:
         return False
-    return float(rayleigh(system, spectrum.lowest().unsqueeze(0))) < -system.damping
+    return (
+        float(rayleigh(system, spectrum.lowest().unsqueeze(0)))
+        < -system.damping
+    )
 
 
 def rayleigh(system: System, u: Tensor) -> Tensor:
@@ -112,6 +129,8 @@ def rayleigh(system: System, u: Tensor) -> Tensor:
     if system.samples.n <= FRESH * size:
         fresh = list(system.samples.ordered(size))
     else:
-        fresh = take(system.samples.random(size, seed=system.config.seed + 1), FRESH)
+        fresh = take(
+            system.samples.random(size, seed=system.config.seed + 1), FRESH
+        )
     u = u / row_norms(u)[:, None]
     return (system.curvature.over(fresh, u) * u).sum(1)

@@ -32,7 +32,10 @@ OWN_SYSTEM = "it is an approximation; config['solver'] = 'cg' with its precondit
 class Row(NamedTuple):
     """What is true of a solver."""
 
-    prepare: Callable[[Problem, Damping], Prepared] | Callable[[Problem, Damping | None], Prepared]
+    prepare: (
+        Callable[[Problem, Damping], Prepared]
+        | Callable[[Problem, Damping | None], Prepared]
+    )
     """Its set-up; it gets no damping where it is to choose that itself."""
     advice: str
     """What lowers a residual that is above the tolerance."""
@@ -67,8 +70,16 @@ SOLVERS: dict[str, Row] = {
         "a larger config['damping'] or a model in double precision lowers it",
         together=MANY_TOGETHER,
     ),
-    "ekfac": Row(ekfac, OWN_SYSTEM, together=MANY_TOGETHER, chooses_damping=True),
-    "auto": Row(auto, OWN_SYSTEM, together=MANY_TOGETHER, chooses_damping=True, or_hessian=True),
+    "ekfac": Row(
+        ekfac, OWN_SYSTEM, together=MANY_TOGETHER, chooses_damping=True
+    ),
+    "auto": Row(
+        auto,
+        OWN_SYSTEM,
+        together=MANY_TOGETHER,
+        chooses_damping=True,
+        or_hessian=True,
+    ),
 }
 
 
@@ -85,7 +96,9 @@ def prepare(problem: Problem) -> Prepared:
     """
     config, row = problem.config, row_of(problem.config)
     if config.preconditioner is not None and not row.preconditioned:
-        able = " and ".join(name for name, other in SOLVERS.items() if other.preconditioned)
+        able = " and ".join(
+            name for name, other in SOLVERS.items() if other.preconditioned
+        )
         raise ValueError(
             f"config['preconditioner'] = {config.preconditioner!r} is for {able}, not for "
             f"{config.solver_in_use[0]!r}; leave it out"
@@ -143,11 +156,18 @@ class Solver:
         try:
             solution = prepared.solve(v, tests)
         except NegativeCurvatureError as error:
-            if self.problem.config.curvature is not None or prepared.system.curvature.kind == "ggn":
+            if (
+                self.problem.config.curvature is not None
+                or prepared.system.curvature.kind == "ggn"
+            ):
                 raise
             if self._answered:
-                raise NegativeCurvatureError(f"{error}. {ONE_CURVATURE}") from error
-            self.problem = self.problem.instead_of_hessian(str(error).partition(":")[0])
+                raise NegativeCurvatureError(
+                    f"{error}. {ONE_CURVATURE}"
+                ) from error
+            self.problem = self.problem.instead_of_hessian(
+                str(error).partition(":")[0]
+            )
             self._prepared = None
             solution = self.prepared().solve(v, tests)
         self._answered = True

@@ -37,7 +37,9 @@ class Residual(NamedTuple):
     def exact(cls, rest: Tensor, v: Tensor) -> Residual:
         """Of the residual `rest` of each row of v, both [K, P]."""
         size = v.abs().amax(1, keepdim=True)
-        size.clamp_min_(torch.finfo(v.dtype).tiny)  # the squares of small numbers would be zero
+        size.clamp_min_(
+            torch.finfo(v.dtype).tiny
+        )  # the squares of small numbers would be zero
         relative = (rest / size).norm(dim=1) / row_norms(v / size)
         return cls(relative, torch.zeros_like(relative), rest)
 
@@ -83,7 +85,9 @@ class System:
         r"""(H_B + \lambda I) V over one batch, V [K, P] -> [K, P]."""
         return self.curvature(batch, vectors).add_(vectors, alpha=self.damping)
 
-    def certificate(self, v: Tensor, s: Tensor, count: int, seed: int) -> Residual:
+    def certificate(
+        self, v: Tensor, s: Tensor, count: int, seed: int
+    ) -> Residual:
         r"""Residual v - (H + \lambda I) s of each row over `count` random training samples; s, v [K, P].
 
         Over the whole set it is exact. Over m random minibatches with residuals \rho_j the estimate of \|\rho\|^2 is
@@ -98,7 +102,9 @@ class System:
         slope = (2 * relative * norm**2).clamp_min(torch.finfo(v.dtype).tiny)
         return Residual(relative, error / slope, None)
 
-    def _sampled_squares(self, v: Tensor, s: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    def _sampled_squares(
+        self, v: Tensor, s: Tensor, count: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
         """Estimate of the squared residual [K] and its standard error, from the spread of rho_j . rho_{j+1}."""
         pairs = count // (2 * self.samples.batch_size)
         m = 2 * max(FEWEST_PAIRS, min(MOST_PAIRS, pairs))

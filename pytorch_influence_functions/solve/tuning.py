@@ -52,15 +52,26 @@ def tune(
     """
     base = Config.of(config, **options)
     damping = base.replace(solver="lissa").fixed_damping
-    pilot = base.replace(solver="lissa", scale="auto", damping=damping, recursion_depth="auto", r=2, tolerance=accuracy)
+    pilot = base.replace(
+        solver="lissa",
+        scale="auto",
+        damping=damping,
+        recursion_depth="auto",
+        r=2,
+        tolerance=accuracy,
+    )
     problem = make_problem(model, train_loader, pilot, "hessian")
     with problem.guard():
-        system, step = choose_scale(System(problem, cast(float, pilot.fixed_damping)))
+        system, step = choose_scale(
+            System(problem, cast(float, pilot.fixed_damping))
+        )
         v = _pilot_gradients(problem, test_loader)
         solution = average(system, step, v)
         step = dataclasses.replace(step, scale=solution.report["scale"])
         full = sampled_scores(problem, cast(Tensor, solution.chains))
-        depth = math.ceil(MARGIN * max(max(chain) for chain in solution.report["steps"]))
+        depth = math.ceil(
+            MARGIN * max(max(chain) for chain in solution.report["steps"])
+        )
         shorter = _half(system, v, step, max(1, depth // 2))
     chosen = base.replace(
         solver="lissa",
@@ -70,19 +81,30 @@ def tune(
         recursion_depth=depth,
         r=_chains(full),
         tolerance=accuracy,
-    )  # fmt: skip
-    return chosen.because(*_reasons(base, chosen, step, system, solution.report, full, shorter))
+    )
+    return chosen.because(
+        *_reasons(base, chosen, step, system, solution.report, full, shorter)
+    )
 
 
-def _pilot_gradients(problem: Problem, test_loader: DataLoader[Any] | None) -> Tensor:
+def _pilot_gradients(
+    problem: Problem, test_loader: DataLoader[Any] | None
+) -> Tensor:
     progress = problem.config.progress
     device = problem.objective.device
     tests = problem.samples
     if test_loader is not None:
-        tests = Samples(test_loader, device=device, name="test_loader", progress=progress)
+        tests = Samples(
+            test_loader, device=device, name="test_loader", progress=progress
+        )
     count = min(PILOTS, tests.n)
     indices = [i * tests.n // count for i in range(count)]
-    return torch.cat([per_sample_gradients(problem.objective, tests.sample(i)) for i in indices])
+    return torch.cat(
+        [
+            per_sample_gradients(problem.objective, tests.sample(i))
+            for i in indices
+        ]
+    )
 
 
 def _half(system: System, v: Tensor, step: Step, depth: int) -> Row:
@@ -97,7 +119,8 @@ def agreement(one: Row, other: Row) -> float:
     """Fraction of the top tenth, at both ends, that two sets of scores [K, n] share."""
     k = max(1, one.shape[1] // 10)
     shared = [
-        len(np.intersect1d(np.argsort(sign * a)[:k], np.argsort(sign * b)[:k])) / k
+        len(np.intersect1d(np.argsort(sign * a)[:k], np.argsort(sign * b)[:k]))
+        / k
         for a, b in zip(one, other, strict=True)
         for sign in (1, -1)
     ]
@@ -111,7 +134,13 @@ def _chains(scores: Row) -> int:
 
 
 def _reasons(
-    base: Config, chosen: Config, step: Step, system: System, report: dict[str, Any], full: Row, shorter: Row
+    base: Config,
+    chosen: Config,
+    step: Step,
+    system: System,
+    report: dict[str, Any],
+    full: Row,
+    shorter: Row,
 ) -> list[str]:
     kept, half = agreement(full[0], full[1]), agreement(full[0], shorter[0])
     longest = max(max(chain) for chain in report["steps"])

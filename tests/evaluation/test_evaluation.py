@@ -8,10 +8,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from torch import nn
-from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
-
 from pytorch_influence_functions import InfluenceFunction, NonFiniteError
 from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.evaluation import (
@@ -26,6 +22,9 @@ from pytorch_influence_functions.evaluation import (
     retrain_on_subsets,
 )
 from pytorch_influence_functions.evaluation.held_out import HeldOutLoss
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 N, D, K, DECAY = 30, 4, 6, 0.1
 

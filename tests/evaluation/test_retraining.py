@@ -3,13 +3,12 @@
 import functools
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
-
-import pytorch_influence_functions as ptif
 
 pytestmark = pytest.mark.usefixtures("double")
 FEATURES, TRAIN, LEFT_OUT, RIDGE = 8, 400, 30, 0.02

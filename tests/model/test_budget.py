@@ -3,17 +3,16 @@
 import logging
 
 import pytest
-import torch
-from torch import nn
-from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
-
 import pytorch_influence_functions as ptif
+import torch
 from pytorch_influence_functions.model import budget
 from pytorch_influence_functions.model.budget import MIB, Budget
 from pytorch_influence_functions.solve import auto
 from pytorch_influence_functions.solve.exact import dense_curvature
 from pytorch_influence_functions.solve.factors import build
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 70  # more than two blocks of the diagonal outside the layers, and a ragged one

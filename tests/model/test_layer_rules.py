@@ -4,17 +4,8 @@ import copy
 import itertools
 
 import pytest
-import torch
-from cases import dense_gauss_newton, slow_gradients
-from definition import by_definition
-from torch import nn
-from torch.nn import functional as F
-from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.data import DataLoader, TensorDataset
-
 import pytorch_influence_functions as ptif
+import torch
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model.layer_rules import parts_of
 from pytorch_influence_functions.model.layers import backward, forward, gather, layer_inputs, scatter
@@ -24,6 +15,15 @@ from pytorch_influence_functions.model.probe import probe
 from pytorch_influence_functions.model.usable import usable_layers
 from pytorch_influence_functions.solve import auto, ekfac, passes
 from pytorch_influence_functions.solve.low_rank import low_rank
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, TensorDataset
+
+from cases import dense_gauss_newton, slow_gradients
+from definition import by_definition
 
 pytestmark = [
     pytest.mark.usefixtures("double"),

@@ -1,19 +1,19 @@
 """What layers see gives each sample's gradient: every rule, wherever the samples lie, against one sample at a time."""
 
 import pytest
-import torch
-from cases import slow_gradients
-from torch import nn
-from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
-
 import pytorch_influence_functions as ptif
+import torch
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model.layers import LAYOUTS, backward, forward, gather, layer_inputs, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.probe import probe
 from pytorch_influence_functions.model.usable import usable_layers
 from pytorch_influence_functions.solve import auto, passes
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from cases import slow_gradients
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 6

@@ -2,18 +2,17 @@
 
 import pytest
 import torch
-from torch import nn
-from torch.func import hessian
-from torch.nn import functional as F
-from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
-
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model import draws, likelihoods
 from pytorch_influence_functions.model.likelihoods import Categorical, Dense, Independent, likelihood
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outputs import numbers_of
 from pytorch_influence_functions.model.probe import probe
+from torch import nn
+from torch.func import hessian
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 6

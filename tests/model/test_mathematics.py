@@ -3,13 +3,8 @@
 import functools
 
 import pytest
-import torch
-from cases import CASES, N, dense_gauss_newton, make, slow_gradients, slow_hessian
-from torch import nn
-from torch.nn import functional as F
-from torch.testing import assert_close
-
 import pytorch_influence_functions as ptif
+import torch
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model.curvature import PRODUCTS, Curvature
 from pytorch_influence_functions.model.gradients import forward_products, gradient_products, per_sample_gradients
@@ -17,6 +12,11 @@ from pytorch_influence_functions.model.lanczos import extreme_eigenvalues
 from pytorch_influence_functions.model.objective import Objective, Paths
 from pytorch_influence_functions.model.probe import probe
 from pytorch_influence_functions.solve.exact import gauss_newton_rows
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+
+from cases import CASES, N, dense_gauss_newton, make, slow_gradients, slow_hessian
 
 pytestmark = pytest.mark.usefixtures("double")
 EXACT = {"rtol": 1e-8, "atol": 1e-11}

@@ -3,16 +3,16 @@
 import threading
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
-from cases import slow_gradients
+from pytorch_influence_functions.model.gradients import agrees
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
-import pytorch_influence_functions as ptif
-from pytorch_influence_functions.model.gradients import agrees
+from cases import slow_gradients
 
 N, LAMBDA = 24, 0.5
 X, T = torch.randn(N, 6, generator=torch.Generator().manual_seed(0)), torch.arange(N) % 3

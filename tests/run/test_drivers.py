@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import pytorch_influence_functions as ptif
 import torch
+from pytorch_influence_functions import calc_influence_function as drivers
+from pytorch_influence_functions import influence_function, utils
+from pytorch_influence_functions.member import Member
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
-
-import pytorch_influence_functions as ptif
-from pytorch_influence_functions import calc_influence_function as drivers
-from pytorch_influence_functions import influence_function, utils
-from pytorch_influence_functions.member import Member
 
 QUIET = {"progress": False, "recursion_depth": 40}
 

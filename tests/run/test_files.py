@@ -9,15 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from torch import nn
-from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
-
 import pytorch_influence_functions as ptif
+import torch
 from pytorch_influence_functions.run.files import RunFiles
 from pytorch_influence_functions.run.store import RowWriter, read_chains, read_rows
 from pytorch_influence_functions.show.results import as_numbers
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
 
 X, T = torch.randn(20, 6, generator=torch.Generator().manual_seed(0)), torch.arange(20) % 3
 

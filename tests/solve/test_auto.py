@@ -3,18 +3,18 @@
 import math
 
 import pytest
-import torch
-from cases import CASES, dense_gauss_newton, make, slow_gradients, slow_hessian
-from torch import nn
-from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
-
 import pytorch_influence_functions as ptif
+import torch
 from pytorch_influence_functions.solve import auto, damping
 from pytorch_influence_functions.solve.exact import dense_curvature
 from pytorch_influence_functions.solve.factors import build
 from pytorch_influence_functions.solve.low_rank import low_rank
 from pytorch_influence_functions.solve.system import System
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from cases import CASES, dense_gauss_newton, make, slow_gradients, slow_hessian
 
 pytestmark = pytest.mark.usefixtures("double")
 QUIET = {"progress": False}

@@ -7,20 +7,20 @@ import tempfile
 import warnings
 
 import pytest
-import torch
-from cases import make, slow_gradients, slow_hessian
-from torch import nn
-from torch.profiler import ProfilerActivity, profile
-from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
-
 import pytorch_influence_functions as ptif
+import torch
 from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.solve import lissa as lissa_module
 from pytorch_influence_functions.solve import scale as scale_module
 from pytorch_influence_functions.solve.problem import make_problem
 from pytorch_influence_functions.solve.solvers import Solver
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from cases import make, slow_gradients, slow_hessian
 
 QUIET = {"progress": False}
 pytestmark = pytest.mark.usefixtures("double")

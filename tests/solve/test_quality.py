@@ -8,15 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from cases import make, slow_gradients, slow_hessian
-from sklearn.datasets import load_digits
-from torch import nn
-from torch.nn import functional as F
-from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
-
 import pytorch_influence_functions as ptif
+import torch
 from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model.lanczos import extreme_eigenvalues
@@ -30,6 +23,13 @@ from pytorch_influence_functions.solve.repeats import resolved
 from pytorch_influence_functions.solve.scale import choose_scale
 from pytorch_influence_functions.solve.solvers import Solver
 from pytorch_influence_functions.solve.system import System
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from cases import make, slow_gradients, slow_hessian
 
 pytestmark = pytest.mark.usefixtures("double")
 QUIET = {"progress": False}

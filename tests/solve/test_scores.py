@@ -3,12 +3,12 @@
 import functools
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
-from cases import CASES, N, dense_gauss_newton, make, slow_gradients, slow_hessian
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import pytorch_influence_functions as ptif
+from cases import CASES, N, dense_gauss_newton, make, slow_gradients, slow_hessian
 
 pytestmark = pytest.mark.usefixtures("double")
 TESTS = [0, 3, 9]

@@ -3,16 +3,16 @@
 import functools
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
-from cases import dense_gauss_newton, slow_hessian
-from definition import by_definition
+from pytorch_influence_functions.solve import ekfac, passes
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
-import pytorch_influence_functions as ptif
-from pytorch_influence_functions.solve import ekfac, passes
+from cases import dense_gauss_newton, slow_hessian
+from definition import by_definition
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 23

@@ -3,14 +3,14 @@
 import functools
 
 import pytest
+import pytorch_influence_functions as ptif
 import torch
-from cases import slow_gradients
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, default_collate
 
-import pytorch_influence_functions as ptif
+from cases import slow_gradients
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 8

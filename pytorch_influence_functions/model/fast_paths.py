@@ -1,0 +1,161 @@
+"""Fast ways of computing, each tried on a batch whose true losses and gradients are known."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from ..data.batch import Batch, flatten_tree
+from .gradients import forward_products, gradient, vmap_gradients
+from .linear import same
+from .objective import Objective
+
+logger = logging.getLogger(__name__)
+
+
+class FastPaths:
+    """What is tried, one path after the other; each that gives the true numbers is set in `objective.paths`.
+
+    Args:
+        objective: of the model.
+        batch: samples collated together.
+        losses: of each alone [B].
+        truth: gradient of each alone [B, P].
+        large: a larger batch, and where the samples of `batch` stand in it; a model may branch on the size.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        batch: Batch,
+        losses: Tensor,
+        truth: Tensor,
+        large: tuple[Batch, Tensor] | None,
+    ) -> None:
+        self.objective, self.batch = objective, batch
+        self.losses, self.truth, self.large = losses, truth, large
+        self.theta = objective.theta
+
+    def try_all(self) -> None:
+        """Try every path, the ones that others stand on first."""
+        self._attempt("vmap", self._vmap_gradients, self.truth)
+        self._try_outputs()
+        self._require_gradient()
+        self._try_forward_mode()
+
+    # ---- outputs and losses
+
+    def _try_outputs(self) -> None:
+        """One call of the model for all samples, and the loss of each from its row of the outputs."""
+        objective = self.objective
+        if objective.refused is not None:
+            return  # what the outputs say of the loss is not its gradient, or nothing
+        if objective.model_loss is not None or objective.head is not None:
+            self._try_rows_of_outputs()
+            return
+        for outputs, loss in ((True, True), (True, False)):
+            self._set(outputs=outputs, loss=loss)
+            self._attempt("batched", self._batched, self._twice(self.losses))
+            if objective.paths.batched:
+                return
+        self._set(outputs=False, loss=False)
+        self._attempt("loss", self._losses_of_outputs, self.losses)
+
+    def _try_rows_of_outputs(self) -> None:
+        """The same where a row is what the model returns for that sample as a batch of one."""
+        try:
+            alone = self._outputs_alone()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # called twice, no tensors
+            logger.debug("no outputs: %s", error)
+            return
+        self._attempt("outputs", self._outputs, self._twice(alone))
+        if self.objective.paths.outputs:
+            self._attempt("loss", self._losses_of_outputs, self.losses)
+            self._attempt("batched", self._batched, self._twice(self.losses))
+
+    def _require_gradient(self) -> None:
+        """Give up what has the true losses and not their gradient."""
+        if not self.objective.paths.batched:
+            return
+        mean = self.truth.mean(0)
+        if not same(self.objective, self._mean_gradient, mean):
+            self._set(outputs=False, loss=False, batched=False)
+
+    # ---- derivatives
+
+    def _try_forward_mode(self) -> None:
+        v = self.truth.sum(0)
+        two = torch.stack([v, 2 * v])
+
+        def along() -> Tensor:
+            def losses(theta: Tensor) -> Tensor:
+                return self.objective.losses(theta, self.batch)
+
+            found: Tensor = jvp(losses, (self.theta,), (v,))[1]
+            return found
+
+        def stacked() -> Tensor:
+            return forward_products(self.objective, self.batch, two)
+
+        self._attempt("forward", along, self.truth @ v)
+        self._attempt("stacked", stacked, two @ self.truth.T)
+
+    # ---- what is compared
+
+    def _attempt(
+        self, path: str, value: Callable[[], Tensor], expected: Tensor
+    ) -> None:
+        """Set a path, and take it back where it does not give the expected numbers."""
+        before = self.objective.paths
+        self._set(**{path: True})
+        if not same(self.objective, value, expected):
+            self.objective.paths = before
+
+    def _set(self, **paths: Any) -> None:
+        self.objective.paths = self.objective.paths._replace(**paths)
+
+    def _vmap_gradients(self) -> Tensor:
+        return vmap_gradients(self.objective, self.batch)
+
+    def _mean_gradient(self) -> Tensor:
+        return gradient(self.objective, self.batch)
+
+    def _outputs(self) -> Tensor:
+        return self._both(self._rows)
+
+    def _batched(self) -> Tensor:
+        return self._both(lambda one: self.objective.losses(self.theta, one))
+
+    def _losses_of_outputs(self) -> Tensor:
+        outputs = self.objective.outputs(self.theta, self.batch)
+        return self.objective.output_losses(outputs, self.batch)
+
+    def _outputs_alone(self) -> Tensor:
+        rows = [self._rows(one) for one in self.batch.singles()]
+        return torch.cat(rows).detach()
+
+    def _rows(self, batch: Batch) -> Tensor:
+        """Outputs of a batch laid end to end, a row for each sample."""
+        leaves, _ = flatten_tree(
+            self.objective.batch_outputs(self.theta, batch)
+        )
+        return torch.cat([leaf.reshape(batch.size, -1) for leaf in leaves], 1)
+
+    def _both(self, value: Callable[[Batch], Tensor]) -> Tensor:
+        """The rows of the batch, and those of the same samples in the large one below them."""
+        if self.large is None:
+            return value(self.batch)
+        large, places = self.large
+        rows = value(large)
+        return torch.cat([value(self.batch), rows[places.to(rows.device)]])
+
+    def _twice(self, rows: Tensor) -> Tensor:
+        """What `_both` is to be."""
+        return rows if self.large is None else torch.cat([rows, rows])
