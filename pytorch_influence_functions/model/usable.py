@@ -77,12 +77,10 @@ def _shared(objective: Objective, layer: Layer, batch: Batch) -> Layer | None:
     option = layer._replace(shared=True)
     try:
         seen = [_gradients_of(objective, [option], batch)]
-    except (RuntimeError, IndexError, ValueError) as error:
-        logger.debug(
-            "%s is not shared by the samples: %s",
-            layer.name,
-            str(error).splitlines()[0],
-        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model may raise anything where a shape is another than it knows
+        logger.debug("%s is not shared by the samples: %s", layer.name, error)
         return None
     return option if _is_right(option, 0, seen) else None
 

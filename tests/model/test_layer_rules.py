@@ -376,6 +376,18 @@ def test_a_shared_layer_that_is_used_elsewhere_is_left_out():
     assert [layer.name for layer in layers_of(Twice(), TOKENS)] == ["embedding", "angle", "out"]
 
 
+def test_a_model_that_takes_no_other_shape_than_its_own():
+    class Strict(Positions):
+        def forward(self, x):
+            h = self.embedding(x)
+            if h.shape != (*x.shape, 4):
+                raise AssertionError("tokens of four numbers")
+            return self.out(torch.tanh(h @ self.embedding.weight.T @ self.embedding.weight).mean(1))
+
+    torch.manual_seed(0)
+    assert [layer.name for layer in layers_of(Strict(), TOKENS)] == ["out"]
+
+
 class Encoder(nn.Module):
     def __init__(self):
         super().__init__()
