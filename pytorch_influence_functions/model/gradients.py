@@ -207,9 +207,11 @@ def agrees(value: Callable[[], Tensor], expected: Tensor) -> bool:
     # a row that is small beside the others (a sample that is fitted well) carries the rounding of sums as large as they
     least = 1e-2 * _largest(expected) + 1e-3
     unit = ULPS * torch.finfo(expected.dtype).eps
-    for row, right in zip(
-        got, expected, strict=True
-    ):  # a row at a time: it may be as long as the parameters
+    if expected.dim() == 1:
+        slack = unit * (expected.abs() + least)
+        return bool(((got - expected).abs() <= slack).all())
+    # a row at a time: it may be as long as the parameters
+    for row, right in zip(got, expected, strict=True):
         slack = unit * (_largest(right) + least)
         if not bool(row.sub(right).abs_().max() <= slack):
             return False
