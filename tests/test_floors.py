@@ -17,7 +17,8 @@ ROOMS = {
     "run": 7,
 }
 BETWEEN = {
-    "utils": 0,
+    "utils": -1,
+    "rules": -1,
     "config": 0,
     "member": 4,
     "influence": 5,
