@@ -228,7 +228,7 @@ def test_the_remedy_of_negatives_of_the_batch():
 
 def test_batch_statistics():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 3))
-    with pytest.raises(ValueError, match="no running statistics.*track_running_stats=True"):
+    with pytest.raises(ValueError, match=r"no running statistics.*track_running_stats=True"):
         influence(model)
     model[1] = nn.BatchNorm1d(3, track_running_stats=True)
     assert bool(scores(model).isfinite().all())
