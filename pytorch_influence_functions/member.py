@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .config import Config
-from .data.batch import Batch, as_batch
+from .data.batch import UNCUT, Batch, as_batch
 from .data.labels import batch_labels, plain
 from .data.samples import Samples
 from .model.door import check_losses, check_mean
@@ -80,9 +80,8 @@ class Member:
         """The solution for the gradient of a batch's mean loss -> [P]."""
         with self.problem.guard():
             self._begin()
-            wrapped = as_batch(batch, name="test batch").to(
-                self.objective.device
-            )
+            wrapped = as_batch(batch, name="test batch")
+            wrapped = wrapped.to(self.objective.device)
             check_mean(self.objective, wrapped, "test batch")
             g = gradient(self.objective, wrapped).unsqueeze(0)
             require_finite(g, wrapped.indices, "test batch", "gradient")
@@ -196,6 +195,8 @@ class Member:
                 self.gradients_of(samples, indices) for indices in groups
             )
         batch = as_batch(tests, name="test batch").to(self.objective.device)
+        if batch.size > 1 and not self.objective.paths.rows:
+            raise ValueError(UNCUT)
         check_losses(self.objective, [batch], "test batch")
         return batch.size, (
             self.gradients(part, "test batch") for part in self._parts(batch)
