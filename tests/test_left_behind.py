@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 import pytorch_influence_functions as ptif
@@ -57,12 +58,11 @@ def is_open(fd):
 
 
 @pytest.fixture
-def temporary(tmp_path, monkeypatch):
-    """A folder of temporary files that is empty."""
-    folder = tmp_path / "temporary"
-    folder.mkdir()
-    monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    return folder
+def temporary(monkeypatch):
+    """A folder of temporary files that is empty; its name is short, since sockets of workers stand in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 class StopsAt:
