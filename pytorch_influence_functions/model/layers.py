@@ -137,7 +137,7 @@ def _shared(objective: Objective, layer: Layer, batch: Batch) -> Layer | None:
     option = layer._replace(shared=True)
     try:
         seen = [_gradients_of(objective, [option], batch)]
-    except (RuntimeError, IndexError, ValueError) as error:
+    except (RuntimeError, IndexError, ValueError, AssertionError) as error:
         logger.debug("%s is not shared by the samples: %s", layer.name, str(error).splitlines()[0])
         return None
     return option if _is_right(option, 0, seen) else None

@@ -20,7 +20,6 @@ from ..model.likelihoods import likelihood, signed_roots
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from ..utils import progress_bar
-from .errors import DivergenceError
 from .problem import Problem
 from .solution import Damping, Prepared, Solution
 from .system import Residual, System
@@ -78,9 +77,9 @@ def _primal(problem: Problem, damping: float) -> Inverse:
         return lambda v: _with_residual(torch.cholesky_solve(v.T, L).T, v, damped)
     LU, pivots, singular = torch.linalg.lu_factor_ex(damped)  # an indefinite Hessian
     if int(singular) != 0:
-        raise DivergenceError(
-            f"config['solver'] = 'exact': the {problem.curvature.kind} with damping {damping:g} is singular; set "
-            "config['damping'] above 0"
+        raise ValueError(
+            f"config['damping'] = {damping:g}: the damped curvature of {len(H)} parameters is singular, so that the "
+            "system has no one solution; use a larger config['damping']"
         )
     return lambda v: _with_residual(torch.linalg.lu_solve(LU, pivots, v.T).T, v, damped)
 

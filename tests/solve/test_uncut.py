@@ -204,7 +204,7 @@ def test_a_longer_sequence_that_comes_late_is_taken_alone():
     """Every sample that is looked at has one length; the one that has not is padded for all others of its batch."""
     torch.manual_seed(0)
     data = [(torch.randn(2, 4), k % 3) for k in range(100)]
-    data[51] = (torch.randn(5, 4), 0)
+    data[50] = (torch.randn(5, 4), 0)
     model = Pool(1, "mean")
     options = {"solver": "cg", "damping": LAMBDA, "tolerance": 1e-11, "progress": False}
     loaders = [DataLoader(data, batch_size=size, collate_fn=pad) for size in (20, 1)]
