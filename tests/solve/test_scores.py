@@ -71,7 +71,7 @@ def test_scores_with_gauss_newton(name, solver):
 
 
 @pytest.mark.parametrize("options", [
-    {"max_memory": 1e-3}, {"batch_size": 1}, {"batch_size": 5}, {"batch_size": 1000}, {"max_memory": 1e6},
+    {"max_memory": 0.1}, {"batch_size": 1}, {"batch_size": 5}, {"batch_size": 1000}, {"max_memory": 1e6},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_dropout", "dict_batch_unreached", "refuses_vmap"])
 def test_memory_and_batches_change_nothing(name, options):
