@@ -228,7 +228,7 @@ def test_the_remedy_of_negatives_of_the_batch():
 
 def test_batch_statistics():
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3, track_running_stats=False), nn.Linear(3, 3))
-    with pytest.raises(ValueError, match=r"no running statistics.*track_running_stats=True"):
+    with pytest.raises(ValueError, match=r"as a batch of one.*track_running_stats=True"):
         influence(model)
     model[1] = nn.BatchNorm1d(3, track_running_stats=True)
     assert bool(scores(model).isfinite().all())
@@ -306,7 +306,7 @@ def test_numpy_rows_for_a_single_precision_model():
 
 def test_a_singular_system_names_the_damping():
     x = data()[0].repeat(1, 3)
-    with pytest.raises(ptif.DivergenceError, match=r"singular; set config\['damping'\] above 0"):
+    with pytest.raises(ValueError, match=r"config\['damping'\] = 0.*singular"):
         influence(nn.Linear(12, 3), (x, data()[1]), solver="exact", damping=0.0).scores((x, data()[1]))
 
 

@@ -254,8 +254,7 @@ def _group_norm(norm: nn.GroupNorm, x: Tensor) -> Tensor:
 
 def _batch_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
     mean, variance = _statistics(norm, x)
-    # without running statistics a model is refused: a sample has no loss alone
-    return F.batch_norm(x, mean, variance, eps=norm.eps)
+    return F.batch_norm(x, mean, variance, training=mean is None, eps=norm.eps)
 
 
 def _instance_norm(norm: nn.InstanceNorm2d, x: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ def require_module(model: Any, called: bool) -> None:
             f"model: a {type(model).__name__} has no forward; {NO_FORWARD}"
         )
     _require_values(model)
-    _require_statistics(model)
 
 
 NO_FORWARD = "pass a module that can be called, e.g. nn.Sequential, or a config['model_loss'] that calls its parts"
@@ -49,19 +48,6 @@ def _require_values(model: nn.Module) -> None:
         if t.is_meta:
             raise ValueError(
                 f"model: {name!r} is on the meta device and has no values; load the trained ones"
-            )
-
-
-def _require_statistics(model: nn.Module) -> None:
-    """Raise where a sample's output depends on the others in its batch in evaluation mode too."""
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, nn.modules.batchnorm._BatchNorm)
-            and module.running_mean is None
-        ):
-            raise ValueError(
-                f"model: {name!r} ({type(module).__name__}) has no running statistics, so that a sample's loss depends "
-                "on the others in its batch; train it with track_running_stats=True"
             )
 
 

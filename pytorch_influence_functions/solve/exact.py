@@ -21,7 +21,6 @@ from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from ..model.roots import signed_roots
 from ..utils import progress_bar
-from .errors import DivergenceError
 from .problem import Problem
 from .solution import Damping, Prepared, Solution
 from .system import Residual, System
@@ -97,9 +96,9 @@ def _primal(problem: Problem, damping: float) -> Inverse:
         damped
     )  # an indefinite Hessian
     if int(singular) != 0:
-        raise DivergenceError(
-            f"config['solver'] = 'exact': the {problem.curvature.kind} with damping {damping:g} is singular; set "
-            "config['damping'] above 0"
+        raise ValueError(
+            f"config['damping'] = {damping:g}: the damped curvature of {len(H)} parameters is singular, so that the "
+            "system has no one solution; use a larger config['damping']"
         )
     return lambda v: _with_residual(
         torch.linalg.lu_solve(LU, pivots, v.T).T, v, damped

@@ -90,6 +90,7 @@ LAYERS = {
     "batch norm 2d": (same(nn.BatchNorm2d, 4, eps=0.3), IMAGE),
     "batch norm 3d": (same(nn.BatchNorm3d, 4), VOLUME),
     "batch norm over several devices": (same(nn.SyncBatchNorm, 4), IMAGE),
+    "batch norm of its batch": (same(nn.BatchNorm2d, 4, eps=0.3, track_running_stats=False), IMAGE),
     "instance norm": (same(nn.InstanceNorm1d, 4, affine=True, eps=0.3), ROW),
     "instance norm 2d, running": (
         same(nn.InstanceNorm2d, 4, affine=True, eps=0.3, track_running_stats=True), IMAGE),
