@@ -154,6 +154,10 @@ class Budget:
         return int(self.held_ways / (4 * row))
 
 
+UNBOUNDED = Budget(math.inf, math.inf)
+"""All that fits anything."""
+
+
 def product_stack(kept: float, row: float, max_bytes: float) -> int:
     """Vectors [P] of `row` bytes that go through a model together, which keeps `kept` bytes for its backward pass."""
     good = max(LEAST_STACK, 2 * CACHE["cpu"] / (kept + row))
@@ -194,4 +198,4 @@ def free_bytes(device: torch.device) -> float:
 
 
 def _between(least: int, value: float, most: int) -> int:
-    return max(least, min(most, int(value)))
+    return max(least, int(min(most, value)))

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..data.samples import Samples, shapes_of
 from .alone import first_look, require_repeatable, warn_of_company
+from .budget import UNBOUNDED, Budget
 from .door import first_gradients, first_losses, require_dependence
 from .fast_paths import FastPaths
+from .gradients import activation_bytes
 from .linear import look_at_outputs, precision_of_loss, same
 from .objective import Objective, Paths
 
@@ -28,11 +30,11 @@ LOOKED_AT = 32
 
 
 def probe(
-    objective: Objective, samples: Samples, most: int = MOST_PROBED
+    objective: Objective, samples: Samples, budget: Budget = UNBOUNDED
 ) -> None:
     """Find which ways of computing give the model's true values, and set `objective.paths` and `samples.apart`.
 
-    Tried on at most `most` samples.
+    Tried on as many samples as the budget allows, two at least.
 
     Raises:
         NonFiniteError: a loss or gradient of these samples is NaN or infinite.
@@ -40,7 +42,7 @@ def probe(
     """
     objective.paths, samples.apart, samples.shapes = Paths(), False, None
     indices, uniform = _different(
-        samples, max(2, min(samples.batch_size, most))
+        samples, budget.probed(objective.theta.nbytes, _probed(samples))
     )
     alone = [samples.sample(i) for i in indices]
     _look_for_mutation(objective, alone[0], samples, indices[0])
@@ -68,7 +70,11 @@ def probe(
         return
     samples.shapes = shapes_of(alone[0]) if uniform else None
     FastPaths(
-        objective, batch, losses, truth, _large(samples, indices)
+        objective,
+        batch,
+        losses,
+        truth,
+        _large(objective, samples, indices, budget),
     ).try_all()
     slow = [
         name
@@ -165,9 +171,19 @@ def _rows(
     return None
 
 
-def _large(samples: Samples, indices: list[int]) -> tuple[Batch, Tensor] | None:
+def _probed(samples: Samples) -> int:
+    """Samples to try at most: a batch of the loader."""
+    return max(2, min(samples.batch_size, MOST_PROBED))
+
+
+def _large(
+    objective: Objective, samples: Samples, indices: list[int], budget: Budget
+) -> tuple[Batch, Tensor] | None:
     """A batch as large as products take them, and where the samples of these indices stand in it."""
-    rows = sorted({*indices, *_spread(samples.n, min(samples.n, LARGE))})
+    one = samples.sample(indices[0])
+    fitting = budget.scoring_batch(activation_bytes(objective, one))
+    count = min(samples.n, LARGE, fitting)
+    rows = sorted({*indices, *_spread(samples.n, count)})
     large = samples.take(rows)
     if not large.sliceable or len(rows) == len(indices):
         return None

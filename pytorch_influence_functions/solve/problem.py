@@ -19,7 +19,7 @@ from ..model.curvature import Curvature
 from ..model.door import explain
 from ..model.gradients import activation_bytes
 from ..model.objective import Objective
-from ..model.probe import MOST_PROBED, probe
+from ..model.probe import probe
 from ..utils import random_state, warn
 from .errors import (
     CurvatureWarning,
@@ -197,11 +197,7 @@ def make_problem(
             progress=config.progress,
         )
         warn_if_varying(samples)
-        probe(
-            objective,
-            samples,
-            budget.probed(objective.theta.nbytes, MOST_PROBED),
-        )
+        probe(objective, samples, budget)
     if or_hessian and objective.refused is not None:
         logger.info("the curvature is the Hessian: %s", objective.refused)
         curvature = "hessian"
