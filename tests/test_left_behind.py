@@ -197,3 +197,35 @@ def test_memory_does_not_grow():
         sizes.append(resident())
     # what is resident goes up and down by a tenth, its floor does not
     assert min(sizes[30:]) <= 1.05 * statistics.median(sizes[10:20])
+
+
+class Started:
+    """A worker_init_fn that leaves a byte for each worker that starts."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __call__(self, _):
+        with self.path.open("ab") as file:
+            file.write(b".")
+
+
+@pytest.mark.parametrize("solver", ["lissa", "cg"])
+def test_workers_live_on_from_pass_to_pass(solver, tmp_path):
+    """At most as many passes at a time as are open start some: of LiSSA the minibatches and a look at the residual."""
+    path = tmp_path / "starts"
+    path.touch()
+    options = {
+        **OPTIONS,
+        "solver": solver,
+        "recursion_depth": 100,
+        "tolerance": 1e-3,
+        "curvature": "ggn",
+        "damping": 0.1,
+    }
+    found = []
+    for workers in (0, 1):
+        train = DataLoader(Data(), batch_size=8, num_workers=workers, worker_init_fn=Started(path))
+        found.append(ptif.InfluenceFunction(net(), train, options).scores((X[:2], T[:2])))
+    assert 1 <= path.stat().st_size <= (2 if solver == "lissa" else 1)
+    assert torch.equal(found[0], found[1])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -175,11 +175,55 @@ def loader_options(loader: DataLoader[Any]) -> dict[str, Any]:
     return {name: getattr(loader, name) for name in names}
 
 
-def close(reader: Any) -> None:
-    """End the workers of a DataLoader's iterator now: an exception's traceback would keep them alive."""
-    shutdown = getattr(reader, "_shutdown_workers", None)
-    if callable(shutdown):
-        shutdown()
+class _Chunks:
+    """A batch sampler whose batches of indices are given anew for each pass."""
+
+    now: Iterable[Sequence[int]] = ()
+
+    def __iter__(self) -> Iterator[Sequence[int]]:
+        return iter(self.now)
+
+
+class Reader:
+    """A DataLoader of a data set whose workers live on from one pass to the next.
+
+    Args:
+        dataset: the user's.
+        fetch: reads and collates the samples of some indices.
+        options: of reading, as `loader_options` gives them.
+    """
+
+    def __init__(
+        self, dataset: Any, fetch: Fetch, options: dict[str, Any]
+    ) -> None:
+        self.fetch = fetch
+        self.lives_on = options["num_workers"] > 0
+        self._chunks, self._generator = _Chunks(), torch.Generator()
+        self._loader = DataLoader(
+            Indices(dataset),
+            batch_sampler=self._chunks,  # type: ignore[arg-type]
+            collate_fn=fetch,
+            generator=self._generator,
+            persistent_workers=self.lives_on,
+            **options,
+        )
+        self._iterator: Iterator[Any] = iter(())
+
+    def start(self, chunks: Iterable[Sequence[int]], seed: int) -> None:
+        """Begin a pass over these chunks of indices; what an earlier one left unread is thrown away."""
+        self._chunks.now = chunks
+        self._generator.manual_seed(seed)
+        self._iterator = iter(self._loader)
+
+    def read(self) -> Any:
+        """What was read of the next chunk; None at the end."""
+        return next(self._iterator, None)
+
+    def close(self) -> None:
+        """End the workers now: an exception's traceback would keep them alive."""
+        shutdown = getattr(self._iterator, "_shutdown_workers", None)
+        if callable(shutdown):
+            shutdown()
 
 
 UNKNOWN_SIZE = 32

@@ -6,6 +6,7 @@ workers and pinning.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -21,10 +22,9 @@ from .labels import agree, batch_labels, plain, stored_labels
 from .reader import (
     Fetch,
     Fetched,
-    Indices,
     RandomBatches,
+    Reader,
     batch_size_of,
-    close,
     loader_options,
 )
 
@@ -64,7 +64,9 @@ class Samples:
         self.batch_size = min(batch_size_of(loader, self.n, name), self.n)
         self.apart = False
         self.shapes: Shapes | None = None
-        self._readers: dict[object, Any] = {}
+        self._readers: dict[object, Reader] = {}
+        self._idle: list[Reader] = []
+        self._keeping = 0
 
     def __len__(self) -> int:
         return self.n
@@ -85,15 +87,54 @@ class Samples:
             self.device
         )
 
+    @contextlib.contextmanager
+    def kept(self) -> Iterator[None]:
+        """Inside: the workers of a pass live on for the next one; at the end of the outermost they are gone."""
+        self._keeping += 1
+        try:
+            yield
+        finally:
+            self._keeping -= 1
+            if not self._keeping:
+                self.close()
+
     def close(self) -> None:
-        """End the workers of every pass that was not read to its end."""
-        for key in list(self._readers):
-            self._end(key)
+        """End all workers, also those of passes that were not read to their end."""
+        idle, self._idle = self._idle, []
+        while self._readers:
+            idle.append(self._readers.popitem()[1])
+        for reader in idle:
+            reader.close()
+
+    def _started(self, chunks: Any, seed: int) -> Reader:
+        """A reader of these chunks, with the workers of an earlier pass where there are some."""
+        place = next(
+            (
+                i
+                for i, reader in enumerate(self._idle)
+                if reader.fetch.apart == self.apart
+            ),
+            None,
+        )
+        if place is None:
+            reader = Reader(
+                self.dataset,
+                self._fetch(self.apart),
+                loader_options(self.loader),
+            )
+        else:
+            reader = self._idle.pop(place)
+        reader.start(chunks, seed)
+        return reader
 
     def _end(self, key: object) -> None:
         reader = self._readers.pop(key, None)
-        if reader is not None:
-            close(reader)
+        if reader is None:
+            return
+        if self._keeping and reader.lives_on:
+            self._idle.append(reader)
+        else:
+            reader.close()
 
     def _fetch(self, apart: bool) -> Fetch:
         return Fetch(self.dataset, self.loader.collate_fn, self.name, apart)
@@ -212,15 +253,7 @@ class Samples:
             return
         # by a key alone, since a frame that named the reader would keep its pipes as long as an exception is kept
         key = object()
-        self._readers[key] = iter(
-            DataLoader(
-                Indices(self.dataset),
-                batch_sampler=chunks,
-                collate_fn=self._fetch(self.apart),
-                generator=torch.Generator().manual_seed(seed),
-                **loader_options(self.loader),
-            )
-        )
+        self._readers[key] = self._started(chunks, seed)
         try:
             for chunk in chunks:
                 yield self._batch(self._next(key, chunk)).to(self.device)
@@ -230,7 +263,7 @@ class Samples:
     def _next(self, key: object, chunk: Sequence[int]) -> Fetched:
         """The samples of one chunk."""
         try:
-            fetched = next(self._readers[key], None)
+            fetched = self._readers[key].read()
         except RuntimeError as error:
             where = f"{self.name}: a worker of its loader failed at samples {chunk[0]} to {chunk[-1]}"
             raise RuntimeError(f"{where}: {error}") from error

@@ -70,7 +70,11 @@ class Problem:
         Where a computation fails, the workers that read the samples (and `others`) end, and the training sample is
         named that it failed at, if it was one.
         """
-        with random_state(self.config.seed), self.objective.active():
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(random_state(self.config.seed))
+            stack.enter_context(self.objective.active())
+            for samples in (self.samples, *others):
+                stack.enter_context(samples.kept())
             try:
                 yield
             except BaseException as error:
