@@ -84,7 +84,7 @@ class FastPaths:
         """Give up what has the true losses and not their gradient."""
         if not self.objective.paths.batched:
             return
-        mean = self.truth.mean(0)
+        mean = self.truth.mean(0, keepdim=True)  # on the scale of the whole
         if not same(self.objective, self._mean_gradient, mean):
             self._set(outputs=False, loss=False, batched=False)
 
@@ -104,8 +104,13 @@ class FastPaths:
         def stacked() -> Tensor:
             return forward_products(self.objective, self.batch, two)
 
-        self._attempt("forward", along, self.truth @ v)
-        self._attempt("stacked", stacked, two @ self.truth.T)
+        # a product of long vectors in single precision is further off than
+        # what is tried here
+        precise = v.double()
+        products = [float(g.double() @ precise) for g in self.truth]
+        expected = self.truth.new_tensor(products)
+        self._attempt("forward", along, expected)
+        self._attempt("stacked", stacked, torch.stack([expected, 2 * expected]))
 
     # ---- what is compared
 
@@ -125,7 +130,7 @@ class FastPaths:
         return vmap_gradients(self.objective, self.batch)
 
     def _mean_gradient(self) -> Tensor:
-        return gradient(self.objective, self.batch)
+        return gradient(self.objective, self.batch).unsqueeze(0)
 
     def _outputs(self) -> Tensor:
         return self._both(self._rows)

@@ -250,3 +250,17 @@ def test_a_loss_without_curvature_gives_products_of_gradients(solver):
         found = influence(model, loader(X, t), solver=solver, loss_func=nn.L1Loss())
     g = slow_gradients(model, loader(X, t), range(N), {"loss_func": nn.L1Loss()})
     assert_close(found.scores((X[:4], t[:4])), g[:4] @ g.T / LAMBDA / N, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_of_many_parameters_refuses_no_fast_way(seed):
+    """In single precision, sums over so many parameters are further off than what is tried against them."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 200)).float()
+    x, t = torch.randn(16, 256, dtype=torch.float32), torch.randint(0, 200, (16,))
+    loader = DataLoader(TensorDataset(x, t), batch_size=8)
+    paths = ptif.InfluenceFunction(model, loader, solver="cg", progress=False).objective.paths
+    tried = {
+        name: getattr(paths, name) for name in ("rows", "outputs", "loss", "batched", "vmap", "forward", "stacked")
+    }
+    assert all(tried.values()), tried
