@@ -326,3 +326,19 @@ def test_a_loss_that_is_not_convex_has_one_answer():
     assert_close(found, products, rtol=1e-6, atol=1e-9)
     with pytest.warns(ptif.ModelWarning, match="not convex"):
         influence(model, (x, data()[1]), loss_func=loss, solver="ekfac").scores((x, data()[1]))
+
+
+@pytest.mark.parametrize("solver", ["ekfac", "exact", "auto"])
+@pytest.mark.filterwarnings("error::pytorch_influence_functions.ModelWarning")
+def test_rounding_of_a_sample_that_is_fitted_well_is_not_taken_for_a_loss_that_is_not_convex(solver):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).float()
+    x = torch.randn(20, 4, dtype=torch.float32)
+    t = model(x).argmax(1)
+    with torch.no_grad():
+        model.weight.mul_(40)
+        model.bias.mul_(40)
+    train = DataLoader(TensorDataset(x, t), batch_size=5)
+    found = ptif.InfluenceFunction(model, train, solver=solver, damping=0.1, progress=False)
+    assert bool(found.self_influence().isfinite().all())
+    assert bool(found.scores((x[:3], t[:3])).isfinite().all())

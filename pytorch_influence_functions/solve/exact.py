@@ -16,7 +16,7 @@ from torch.func import jacrev, vmap
 
 from ..data.batch import Batch
 from ..model.budget import MIB
-from ..model.likelihoods import likelihood
+from ..model.likelihoods import Categorical, likelihood
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from ..model.roots import signed_roots
@@ -197,11 +197,11 @@ def gauss_newton_rows(
             [signs for _, signs in parts]
         )
     y, rebuild = numbers_of(objective.outputs(objective.theta, batch))
-    W, signs = signed_roots(
-        likelihood(objective, y, rebuild, batch).hessians().double()
-    )
+    known = likelihood(objective, y, rebuild, batch)
+    convex = isinstance(known, Categorical)
+    W, signs = signed_roots(known.hessians(), convex)
     J = _jacobians(objective, batch)
-    return (W @ J.double()).flatten(0, 1).detach(), signs.flatten()
+    return (W.double() @ J.double()).flatten(0, 1).detach(), signs.flatten()
 
 
 def _jacobians(objective: Objective, batch: Batch) -> Tensor:

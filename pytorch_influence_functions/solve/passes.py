@@ -25,7 +25,7 @@ from ..model.layers import (
     gather,
     layer_inputs,
 )
-from ..model.likelihoods import DENSE_OUTPUTS, likelihood
+from ..model.likelihoods import DENSE_OUTPUTS, Categorical, likelihood
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
 from ..model.roots import roots
@@ -273,7 +273,7 @@ def pseudo_gradients(
     known = likelihood(objective, y, seen.rebuild, batch)
     if top == 0:
         return [_split_like(known.draw(seed, batch.indices), y)]
-    W = roots(known.hessians())
+    W = roots(known.hessians(), isinstance(known, Categorical))
     signs = draws.signs(seed, batch.indices, top, W.device, SIGNS).to(W)
     es = [_split_like(W[:, k] * signs[:, k : k + 1], y) for k in range(top)]
     if top < count:
