@@ -245,7 +245,7 @@ class Member:
     def gradients(self, batch: Batch, name: str) -> Tensor:
         """Loss gradients of a batch -> [B, P]; `name` is what a message calls it."""
         rows = per_sample_gradients(
-            self.objective, batch, self.problem.max_bytes
+            self.objective, batch, self.problem.budget.product
         )
         require_finite(rows, batch.indices, name, "gradient")
         return rows
@@ -271,7 +271,7 @@ class Member:
     ) -> Tensor | Unmeasured:
         """The residual; of an approximation only what it can be measured from, where all of these fit the memory."""
         kept = 2 * tests * self.objective.P * v.element_size()
-        if solution.residual is None and kept <= self.problem.max_bytes:
+        if solution.residual is None and kept <= self.problem.budget.product:
             self._look_at_first(v, solution)
             return Unmeasured(v, solution)
         return self._measured(v, solution)
@@ -312,8 +312,11 @@ class Member:
         return scores.mean(0), scores
 
     def _score(self, vectors: Tensor) -> Tensor:
-        n, max_bytes = self.samples.n, self.problem.max_bytes
-        scores = torch.empty(len(vectors), n, dtype=self.objective.dtype)
+        n, max_bytes = self.samples.n, self.problem.budget.product
+        # what a pass left out would show
+        scores = torch.full(
+            (len(vectors), n), torch.nan, dtype=self.objective.dtype
+        )
         for batch in self.samples.ordered(
             self.problem.scoring_batch, text="Scoring the training set"
         ):

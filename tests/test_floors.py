@@ -1,7 +1,9 @@
 """The house: six rooms, imports that point down, no circles, and a run that needs torch, numpy and tqdm alone."""
 
 import ast
+import os
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -138,3 +140,15 @@ def test_no_print_and_no_assert(module):
     for node in ast.walk(FILES[module]):
         assert not isinstance(node, ast.Assert)
         assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
+
+
+def test_the_import_is_light():
+    """It loads nothing large that a run alone needs: torch._dynamo takes longer than all of the package."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import pytorch_influence_functions; "
+        "print(sorted({name.split('.')[0] + '.' + name.split('.')[1] for name in set(sys.modules) - before "
+        "if name.startswith('torch._')}))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert "_dynamo" not in run.stdout

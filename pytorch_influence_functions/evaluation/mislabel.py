@@ -140,7 +140,9 @@ def label_baselines(
             losses.append(
                 objective.losses(objective.theta, batch).detach().cpu()
             )
-            rows = per_sample_gradients(objective, batch, problem.max_bytes)
+            rows = per_sample_gradients(
+                objective, batch, problem.budget.product
+            )
             require_finite(rows, batch.indices, samples.name, "gradient")
             norms.append(rows.norm(dim=1).cpu())
     return LabelBaselines(torch.cat(losses), torch.cat(norms))

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
-import torch._dynamo  # the first gradient of torch.func imports it: 80 MiB, a second, not in the middle of a run
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode

@@ -258,7 +258,9 @@ def _step_length(
     batches = problem.samples.ordered(problem.gradient_batch, few)
     v = torch.cat(
         [
-            per_sample_gradients(problem.objective, batch, problem.max_bytes)
+            per_sample_gradients(
+                problem.objective, batch, problem.budget.product
+            )
             for batch in batches
         ]
     )

@@ -152,7 +152,7 @@ def by_gradients(
         problem.gradient_batch, text="Self-influence"
     ):
         gradients = per_sample_gradients(
-            problem.objective, batch, problem.max_bytes
+            problem.objective, batch, problem.budget.product
         )
         result[torch.as_tensor(batch.indices)] = (
             quadratic(gradients).detach().cpu()

@@ -180,7 +180,7 @@ def dual_rows(problem: Problem) -> int | None:
     objective = problem.objective
     if problem.curvature.kind != "ggn" or objective.direct:
         return None
-    one = problem.samples.sample(0)
+    one = problem.first
     leaves, _ = numbers_of(objective.outputs(objective.theta, one))
     if not objective.paths.rows and not problem.samples.shapes:
         return None  # samples of different shapes may have different numbers of outputs

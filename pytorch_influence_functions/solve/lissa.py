@@ -123,7 +123,7 @@ def sampled_scores(problem: Problem, chains: Tensor) -> Row:
     for batch in problem.samples.ordered(problem.scoring_batch, indices):
         parts.append(
             gradient_products(
-                problem.objective, batch, vectors, problem.max_bytes
+                problem.objective, batch, vectors, problem.budget.product
             )
         )
     scores: Row = torch.cat(parts, 1).view(*chains.shape[:2], -1).cpu().numpy()

@@ -186,7 +186,7 @@ def _rows(passes: Passes, factors: Ekfac, taken: Tensor) -> Iterator[Tensor]:
             objective.P * objective.theta.element_size()
             + activation_bytes(objective, seen.batch)
         )
-        size = max(1, int(passes.problem.max_bytes / row))
+        size = max(1, int(passes.problem.budget.product / row))
         for k, i in (
             zip(draws.split(size), places.split(size), strict=True)
             if len(draws)
@@ -244,7 +244,7 @@ def heavy_product(
 
 def product_work(problem: Problem) -> float:
     """Floating-point operations of one product G v over the training set, about; a CUDA device does 50 at a time."""
-    uses = max(1.0, reuse(problem.objective, problem.samples.take([0])))
+    uses = max(1.0, reuse(problem.objective, problem.first))
     return (
         6
         * uses

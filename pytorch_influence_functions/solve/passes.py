@@ -6,6 +6,7 @@ are the rows of the Gauss-Newton matrix.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -106,13 +107,13 @@ class Passes:
                 kept.append(seen)
                 if (
                     seen.bytes / seen.batch.size * self.problem.samples.n
-                    > self.problem.max_bytes / 4
+                    > self.problem.budget.product / 4
                 ):
                     kept = None
         self._kept = kept
 
     def _read(self) -> Iterator[Seen]:
-        size, block = self._sizes()
+        size, block = self._sizes
         total: Tensor | float = 0.0
         for batch in self.problem.samples.ordered(size, text="EKFAC"):
             for one in batch.parts or (batch,):
@@ -128,6 +129,7 @@ class Passes:
                 yield seen._replace(outside=total.square().sum(0))
                 total = 0.0
 
+    @functools.cached_property
     def _sizes(self) -> tuple[int, int]:
         """Training samples at a time, and those whose gradients outside the layers are summed."""
         size = batch_size(self.problem, self.layers, self.top)
@@ -181,9 +183,12 @@ def batch_size(
     """Training samples in one pass of the layers, by what they see of the first one."""
     if not together(problem):
         return 1
-    one = problem.samples.take([0])
     seen, _ = seen_by_layers(
-        problem, layers, one, top, problem.objective.theta.new_zeros(0).long()
+        problem,
+        layers,
+        problem.first,
+        top,
+        problem.objective.theta.new_zeros(0).long(),
     )
     count = sum(part[0, 0].numel() for part in seen.cotangents)
     # the loss's Hessian in the outputs, its eigenvectors and what they are computed in, all in double precision

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from ..data.batch import Batch
 from ..data.samples import Samples, varying_sample
 from ..model.budget import Budget
 from ..model.curvature import Curvature
@@ -52,11 +54,6 @@ class Problem:
     curvature: Curvature
     config: Config
     budget: Budget
-
-    @property
-    def max_bytes(self) -> float:
-        """For the working tensors of one product."""
-        return self.budget.product
 
     @property
     def row(self) -> int:
@@ -122,10 +119,15 @@ class Problem:
 
     # ---- how much at a time
 
+    @functools.cached_property
+    def first(self) -> Batch:
+        """The first training sample, read once: sizes are asked for in every product."""
+        return self.samples.take([0])
+
     @property
     def activations(self) -> int:
         """Bytes that one sample's forward pass keeps."""
-        return activation_bytes(self.objective, self.samples.take([0]))
+        return activation_bytes(self.objective, self.first)
 
     @property
     def batch(self) -> int:

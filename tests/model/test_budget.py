@@ -1,6 +1,7 @@
 """Memory decides how much is worked on at a time, and no number: not the budget, not what happens to be free."""
 
 import logging
+from collections import Counter
 
 import pytest
 import pytorch_influence_functions as ptif
@@ -12,7 +13,7 @@ from pytorch_influence_functions.solve.exact import dense_curvature
 from pytorch_influence_functions.solve.factors import build
 from torch import nn
 from torch.testing import assert_close
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 70  # more than two blocks of the diagonal outside the layers, and a ragged one
@@ -165,3 +166,28 @@ def test_a_budget_too_small_for_one_test_sample_says_what_is_enough():
     enough = int(str(caught.value).split("at least ")[1].split(",")[0])
     influence = ptif.InfluenceFunction(*given, solver="cg", damping=1.0, max_memory=enough, progress=False)
     assert influence.scores((x[:2], y[:2])).isfinite().all()
+
+
+class Counted(Dataset):
+    def __init__(self, x, y):
+        self.x, self.y, self.read = x, y, Counter()
+
+    def __len__(self):
+        return len(self.x)
+
+    def __getitem__(self, i):
+        self.read[i] += 1
+        return self.x[i], self.y[i]
+
+
+def test_sizes_read_the_first_sample_once():
+    """A product asks for its sizes each time; the first sample is read no more often than the second, but for that."""
+    model, loader, tests = case()
+    data = Counted(*loader.dataset.tensors)
+    influence = ptif.InfluenceFunction(
+        model, DataLoader(data, batch_size=8), solver="cg", damping=0.01, tolerance=1e-6, progress=False
+    )
+    data.read.clear()
+    influence.scores(tests)
+    assert data.read[1] > 5
+    assert data.read[0] <= data.read[1] + 1
