@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .parameters import select_parameters, unwrapped, widest
-from .state import forgotten
+from .state import attributes, forgotten
 from .swap import LOCK, differentiable, find_slots, swapped
 
 Theta = Tensor | Sequence[Tensor]
@@ -94,10 +94,8 @@ class Parametrised:
         self._find_places()
 
     def _find_places(self) -> None:
-        self._slots, self._modules = (
-            find_slots(self.model),
-            list(self.model.modules()),
-        )
+        self._slots = find_slots(self.model)
+        self._kept = attributes(self.model)
 
     @property
     def P(self) -> int:
@@ -188,5 +186,5 @@ class Parametrised:
         state = dict(self._fixed)
         for name, t, dtype in zip(self.names, parts, self.dtypes, strict=True):
             state[name] = t if t.dtype == dtype else t.to(dtype)
-        with forgotten(self._modules), swapped(self._slots, state):
+        with forgotten(self._kept), swapped(self._slots, state):
             yield self.model

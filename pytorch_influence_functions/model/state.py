@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -12,46 +12,54 @@ STANDARD = frozenset(vars(nn.Module()))
 """Attributes that every module has; parameters, buffers, hooks and the mode are put back elsewhere."""
 
 
+class Attributes(NamedTuple):
+    """A module's own attributes, as they are to be."""
+
+    now: dict[str, Any]
+    """Its `__dict__`."""
+    own: dict[str, Any]
+    """What is in it beside what every module has."""
+    names: frozenset[str]
+    """All that may be in it."""
+    contents: dict[str, Any]
+    """Copies of the lists, dicts and sets among these, which may be added to in place."""
+
+
+def attributes(model: nn.Module) -> list[Attributes]:
+    """The attributes of every module of a model."""
+    found = []
+    for module in model.modules():
+        now = vars(module)
+        own = {
+            name: value for name, value in now.items() if name not in STANDARD
+        }
+        contents = {
+            name: value.copy()
+            for name, value in own.items()
+            if type(value) in (list, dict, set)
+        }
+        names = STANDARD.union(own)
+        found.append(Attributes(now, own, names, contents))
+    return found
+
+
 @contextlib.contextmanager
-def forgotten(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Inside: modules may keep what they like on themselves; afterwards their attributes are what they were.
+def forgotten(kept: Sequence[Attributes]) -> Iterator[None]:
+    """Inside: modules may keep what they like on themselves; afterwards their attributes are those that are `kept`.
 
     A tensor that is kept in one call may carry a tracer, the graph or the precision of that call, in which the next
     call, ours or the user's, cannot use it.
     """
-    before = [_own(module) for module in modules]
-    contents = [_contents(own) for own in before]
     try:
         yield
     finally:
-        for module, own, held in zip(modules, before, contents, strict=True):
-            _put_back(module, own, held)
+        for each in kept:
+            _put_back(each)
 
 
-def _own(module: nn.Module) -> dict[str, Any]:
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if name not in STANDARD
-    }
-
-
-def _contents(own: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the lists and dicts among the attributes, which may be added to in place."""
-    return {
-        name: value.copy()
-        for name, value in own.items()
-        if type(value) in (list, dict, set)
-    }
-
-
-def _put_back(
-    module: nn.Module, own: dict[str, Any], contents: dict[str, Any]
-) -> None:
-    now = vars(module)
-    for name in [
-        name for name in now if name not in STANDARD and name not in own
-    ]:
+def _put_back(kept: Attributes) -> None:
+    now, own, names, contents = kept
+    for name in now.keys() - names:
         del now[name]
     for name, value in own.items():
         if now.get(name) is not value:
