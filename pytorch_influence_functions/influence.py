@@ -61,10 +61,8 @@ class InfluenceFunction:
             Member(one, train_loader, self.config) for one in models
         ]
         self.problem = self._members[0].problem
-        self.objective, self.samples = (
-            self.problem.objective,
-            self.problem.samples,
-        )
+        self.objective = self.problem.objective
+        self.samples = self.problem.samples
         self.stderr: Tensor | None = None
         self.notes: dict[str, Any] = {}
         """What a driver adds to the report."""
@@ -79,11 +77,9 @@ class InfluenceFunction:
     def _of_one(self, member: Member) -> InfluenceFunction:
         alone = copy.copy(self)
         alone._members, alone.stderr, alone.notes = [member], None, {}
-        alone.problem, alone.objective, alone.samples = (
-            member.problem,
-            member.objective,
-            member.samples,
-        )
+        alone.problem = member.problem
+        alone.objective = member.objective
+        alone.samples = member.samples
         return alone
 
     @property

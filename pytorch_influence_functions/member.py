@@ -53,10 +53,8 @@ class Member:
         self.problem = make_problem(
             model, train_loader, config, row.curvature, row.or_hessian
         )
-        self.objective, self.samples = (
-            self.problem.objective,
-            self.problem.samples,
-        )
+        self.objective = self.problem.objective
+        self.samples = self.problem.samples
         self.solver = Solver(self.problem)
         self.report: dict[str, Any] = {}
         self.unmeasured: list[Tensor | Unmeasured] = []
@@ -182,12 +180,11 @@ class Member:
     def test_gradients(self, tests: Any) -> tuple[int, Iterator[Tensor]]:
         """How many test samples a batch or loader has, and their loss gradients, a group at a time."""
         if hasattr(tests, "dataset"):
-            name, progress = "test_loader", self.config.progress
             samples = Samples(
                 tests,
                 device=self.objective.device,
-                name=name,
-                progress=progress,
+                name="test_loader",
+                progress=self.config.progress,
             )
             self.check(samples, range(samples.n))
             groups = split(range(samples.n), self.group_size)

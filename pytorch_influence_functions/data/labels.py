@@ -53,10 +53,8 @@ def agree(held: Any, read: Any) -> bool:
     if other is None or one == other:
         return True
     try:
-        a, b = (
-            np.asarray(one, dtype=np.float64),
-            np.asarray(other, dtype=np.float64),
-        )
+        a = np.asarray(one, dtype=np.float64)
+        b = np.asarray(other, dtype=np.float64)
     except (TypeError, ValueError):
         return False
     if a.ndim == 0 and b.ndim == 1 and b.size > 1:

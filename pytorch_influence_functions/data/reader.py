@@ -40,12 +40,10 @@ class Fetch:
         name: str,
         apart: bool,
     ) -> None:
-        self.dataset, self.collate, self.name, self.apart = (
-            dataset,
-            collate,
-            name,
-            apart,
-        )
+        self.dataset = dataset
+        self.collate = collate
+        self.name = name
+        self.apart = apart
 
     def __call__(self, indices: Sequence[int]) -> Fetched | Exception:
         """The samples, or the error that says which of them fails: raised in a worker it would lose its sentence."""

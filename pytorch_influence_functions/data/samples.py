@@ -108,22 +108,13 @@ class Samples:
 
     def _started(self, chunks: Any, seed: int) -> Reader:
         """A reader of these chunks, with the workers of an earlier pass where there are some."""
-        place = next(
-            (
-                i
-                for i, reader in enumerate(self._idle)
-                if reader.fetch.apart == self.apart
-            ),
-            None,
-        )
-        if place is None:
-            reader = Reader(
-                self.dataset,
-                self._fetch(self.apart),
-                loader_options(self.loader),
-            )
+        fetch = self._fetch(self.apart)
+        for reader in self._idle:
+            if reader.fetch.apart == self.apart:
+                self._idle.remove(reader)
+                break
         else:
-            reader = self._idle.pop(place)
+            reader = Reader(self.dataset, fetch, loader_options(self.loader))
         reader.start(chunks, seed)
         return reader
 
@@ -296,10 +287,8 @@ def varying_sample(samples: Samples, tries: int = 8) -> int | None:
     """Index of a sample that is not the same when read twice (random augmentation), or None."""
     step = max(samples.n // tries, 1)
     for index in range(0, samples.n, step)[:tries]:
-        first, second = (
-            samples.sample(index).leaves,
-            samples.sample(index).leaves,
-        )
+        first = samples.sample(index).leaves
+        second = samples.sample(index).leaves
         if any(not _same(a, b) for a, b in zip(first, second, strict=True)):
             return index
     return None

@@ -184,10 +184,8 @@ def retrain_on_subsets(
         settings |= {"tests": test_loss.digest, "loss": test_loss.name}
         train, together = one_by_one(retrain, model, test_loss), 1
     else:
-        train, together = (
-            seeded(cast(RetrainMany, retrain_many)),
-            together or len(drawn),
-        )
+        train = seeded(cast(RetrainMany, retrain_many))
+        together = together or len(drawn)
     jobs = [
         (rows, config.seed + j + SEEDS_APART * s)
         for s in range(seeds)

@@ -114,10 +114,8 @@ class HeldOutLoss:
                 lambda: self._losses(objective, first.rows(0, 2)), alone
             ):
                 return
-        self._batches, self._paths = (
-            [self.alone(i) for i in range(self.K)],
-            Paths(),
-        )
+        self._batches = [self.alone(i) for i in range(self.K)]
+        self._paths = Paths()
 
     def _first_two(self, model: nn.Module) -> Tensor:
         objective = self._objective(model)

@@ -127,12 +127,10 @@ def label_baselines(
         "ggn",
         or_hessian=True,
     )
-    objective, samples, losses, norms = (
-        problem.objective,
-        problem.samples,
-        [],
-        [],
-    )
+    objective = problem.objective
+    samples = problem.samples
+    losses = []
+    norms = []
     with problem.guard():
         for batch in samples.ordered(
             problem.gradient_batch, text="Loss and gradient norm"

@@ -45,12 +45,10 @@ class Retrainings:
         progress: bool,
         together: int = 1,
     ) -> None:
-        self.train, self.journal, self.progress, self.together = (
-            train,
-            journal,
-            progress,
-            together,
-        )
+        self.train = train
+        self.journal = journal
+        self.progress = progress
+        self.together = together
 
     def __call__(
         self, jobs: Sequence[tuple[Sequence[int], int]], text: str

@@ -63,9 +63,7 @@ def require_repeatable(
         )
 
 
-def first_look(
-    objective: Objective, samples: Samples, one: Batch, index: int
-) -> None:
+def first_look(objective: Objective, samples: Samples, one: Batch) -> None:
     """Call the loss of a sample; its inputs in the model's precision, where the model takes no other.
 
     What else may be wrong with it is for `door.first_losses` to say.
@@ -82,6 +80,7 @@ def first_look(
             return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if _works_in_company(objective, samples):
+            index = one.indices[0]
             raise ValueError(
                 REFUSED.format(name=samples.name, index=index, reason=reason)
             ) from error
@@ -90,9 +89,8 @@ def first_look(
 
 
 def _look(objective: Objective, batch: Batch) -> None:
-    objective.loss(
-        objective.theta, batch
-    )  # with gradients, which a loss may take of its own
+    # with gradients, which a loss may take of its own
+    objective.loss(objective.theta, batch)
 
 
 def _in_its_precision(
@@ -131,7 +129,7 @@ def _works_in_company(objective: Objective, samples: Samples) -> bool:
 def warn_of_company(
     objective: Objective,
     samples: Samples,
-    indices: Sequence[int],
+    batch: Batch,
     losses: Tensor,
     gradients: Tensor,
     uniform: bool,
@@ -141,7 +139,7 @@ def warn_of_company(
     Args:
         objective: of the model.
         samples: the training set.
-        indices: of the samples [B].
+        batch: samples collated together.
         losses: of each as a batch of one [B].
         gradients: of these [B, P].
         uniform: whether all samples have one shape: where they have not, a mean over positions is no mean over samples.
@@ -149,7 +147,7 @@ def warn_of_company(
     Raises:
         ValueError: no sample alone has a gradient, and the batch has a loss.
     """
-    whole = _whole_loss(objective, samples, indices)
+    whole = _whole_loss(objective, batch)
     if _adds_up(whole, losses):
         return
     if _is_zero(gradients):
@@ -160,17 +158,12 @@ def warn_of_company(
         logger.warning(WEIGHTS.format(name=samples.name))
 
 
-def _whole_loss(
-    objective: Objective, samples: Samples, indices: Sequence[int]
-) -> Tensor | None:
+def _whole_loss(objective: Objective, batch: Batch) -> Tensor | None:
     """The user's loss of a batch as it comes; None of samples that do not fit together, or of a loss of each sample."""
+    if batch.parts:
+        return None
     try:
-        batch = samples.take(indices)
-        return (
-            None
-            if batch.parts
-            else objective.whole_loss(objective.theta, batch).detach()
-        )
+        return objective.whole_loss(objective.theta, batch).detach()
     except (RuntimeError, ValueError, IndexError, TypeError):
         return None
 
@@ -186,9 +179,8 @@ def _adds_up(whole: Tensor | None, losses: Tensor) -> bool:
     if whole is None:
         return True
     slack = _slack(losses)
-    value, sums = float(whole), (float(losses.mean()), float(losses.sum()))
-    nearest: float = min(abs(value - total) for total in sums)
-    return bool(nearest <= slack)
+    mean, total = losses.mean(), losses.sum()
+    return bool(min((whole - mean).abs(), (whole - total).abs()) <= slack)
 
 
 def _may_be_weighted(whole: Tensor | None, losses: Tensor) -> bool:
@@ -196,13 +188,12 @@ def _may_be_weighted(whole: Tensor | None, losses: Tensor) -> bool:
     if whole is None:
         return True
     slack = _slack(losses)
-    value, least, most = (
-        float(number) for number in (whole, losses.min(), losses.max())
-    )
-    within: bool = least - slack <= value <= most + slack
-    return within
+    least = losses.min() - slack
+    most = losses.max() + slack
+    return bool(least <= whole <= most)
 
 
-def _slack(losses: Tensor) -> float:
-    share: float = 4 * torch.finfo(losses.dtype).eps ** 0.5
-    return share * float(losses.abs().max())
+def _slack(losses: Tensor) -> Tensor:
+    largest = losses.abs().max()
+    slack: Tensor = largest * (4 * torch.finfo(losses.dtype).eps ** 0.5)
+    return slack

@@ -128,10 +128,8 @@ def forward(
         ) -> Tensor:
             x = args[0] if args else next(iter(kwargs.values()))
             if layers[i].shared:
-                x, output = (
-                    _repeated(x, batch.size),
-                    _repeated(output, batch.size),
-                )
+                x = _repeated(x, batch.size)
+                output = _repeated(output, batch.size)
             raw[i].append(x.detach())
             outs[i].append(output)
             return output.clone() if layers[i].copied else output

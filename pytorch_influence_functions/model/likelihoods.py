@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from . import draws
-from .differences import along
+from .differences import along, second, slope
 from .objective import Objective, Rebuild
 from .roots import roots
 
@@ -154,62 +154,19 @@ def loss_hessian(
     objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch
 ) -> Product:
     """u -> R u for all samples at once, from derivatives of the loss alone; tensors like y."""
+
+    def loss(parts: list[Tensor]) -> Tensor:
+        return objective.output_losses(rebuild(parts), batch).sum()
+
     if objective.paths.curved:
-        return _by_double_backward(objective, y, rebuild, batch)
-
-    def slope(parts: list[Tensor]) -> Sequence[Tensor]:
-        leaves = [part.detach().requires_grad_() for part in parts]
-        total = objective.output_losses(rebuild(leaves), batch).sum()
-        return _slopes(total, leaves)
-
+        return second(loss, y)
     at = [part.detach() for part in y]
-    return lambda u: along(
-        slope, at, [part.to(a) for part, a in zip(u, at, strict=True)]
-    )
 
-
-def _by_double_backward(
-    objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch
-) -> Product:
-    leaves = [part.detach().requires_grad_() for part in y]
-    total = objective.output_losses(rebuild(leaves), batch).sum()
-    slopes = _slopes(total, leaves, create_graph=True)
-    curved = [slope for slope in slopes if slope.requires_grad]
-
-    def product(u: list[Tensor]) -> list[Tensor]:
-        if not curved:
-            return [torch.zeros_like(leaf) for leaf in leaves]
-        directions = [
-            part.to(slope)
-            for part, slope in zip(u, slopes, strict=True)
-            if slope.requires_grad
-        ]
-        return list(
-            torch.autograd.grad(
-                curved,
-                leaves,
-                directions,
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        )
+    def product(u: Sequence[Tensor]) -> list[Tensor]:
+        precise = [part.to(a) for part, a in zip(u, at, strict=True)]
+        return along(lambda parts: slope(loss, parts), at, precise)
 
     return product
-
-
-def _slopes(
-    total: Tensor, leaves: Sequence[Tensor], create_graph: bool = False
-) -> Sequence[Tensor]:
-    """Gradients of a loss; zero where it is no function of the outputs, as of a sample that is masked out."""
-    if not total.requires_grad:
-        return [torch.zeros_like(leaf) for leaf in leaves]
-    return torch.autograd.grad(
-        total,
-        leaves,
-        create_graph=create_graph,
-        materialize_grads=True,
-        allow_unused=True,
-    )
 
 
 def loss_hessian_in_double(

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.batch import Batch, flatten_tree
 from ..utils import warn
 from .calls import recorded
-from .differences import along
+from .differences import along, second, slope
 from .doubts import ModelWarning
 from .gradients import agrees
 from .objective import Objective
@@ -83,10 +83,10 @@ def look_at_outputs(
     if objective.direct:
         _take_parameters_as_outputs(objective, alone, truth)
     elif linear:
-        inside = all(_is_an_output(objective, one) for one in alone)
-        objective.refused, objective.linear = (
-            (INSIDE, None) if inside else (None, LINEAR)
-        )
+        if all(_is_an_output(objective, one) for one in alone):
+            objective.refused = INSIDE
+        else:
+            objective.linear = LINEAR
 
 
 def precision_of_loss(objective: Objective, one: Batch) -> torch.dtype:
@@ -156,8 +156,7 @@ def _is_an_output(objective: Objective, one: Batch) -> bool:
     y, slopes = _slopes(objective, one)
     loss = float(objective.losses(objective.theta, one).detach())
     product = sum(
-        float((slope * part).sum())
-        for slope, part in zip(slopes, y, strict=True)
+        float((g * part).sum()) for g, part in zip(slopes, y, strict=True)
     )
     return abs(product - loss) <= 1e-4 * abs(loss)
 
@@ -193,7 +192,7 @@ def _is_linear(twin: Objective, one: Batch, objective: Objective) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     u = [torch.randn(part.shape, generator=generator).to(part) for part in y]
-    slopes = _slope(loss, y)
+    slopes = slope(loss, y)
     try:
         Ru = _curvature_along(loss, y, u)
     except RuntimeError as error:
@@ -204,7 +203,7 @@ def _is_linear(twin: Objective, one: Batch, objective: Objective) -> bool:
     if Ru is None:
         objective.paths = objective.paths._replace(curved=False)
         return False
-    size = max(float(slope.abs().max()) for slope in slopes)
+    size = max(float(part.abs().max()) for part in slopes)
     return all(float(w.abs().max()) <= 1e-6 * size for w in Ru)
 
 
@@ -212,51 +211,15 @@ def _curvature_along(
     loss: Callable[[list[Tensor]], Tensor], y: list[Tensor], u: list[Tensor]
 ) -> list[Tensor] | None:
     """Hessian of a loss in y times u by automatic differentiation, or None where that is not the derivative."""
-    found = _twice(loss, y, u)
+    found = second(loss, y)(u)
     expected, shorter = (
-        along(lambda parts: _slope(loss, parts), y, u, factor)
+        along(lambda parts: slope(loss, parts), y, u, factor)
         for factor in (1.0, 3.0)
     )
     if is_derivative(found, expected, shorter):
         return found
     warn(SILENT, ModelWarning)
     return None
-
-
-def _slope(
-    loss: Callable[[list[Tensor]], Tensor], y: list[Tensor]
-) -> list[Tensor]:
-    """Gradient of a loss in y, without torch.func, which refuses a loss that takes gradients of its own."""
-    leaves = [part.detach().requires_grad_() for part in y]
-    return list(
-        torch.autograd.grad(loss(leaves), leaves, materialize_grads=True)
-    )
-
-
-def _twice(
-    loss: Callable[[list[Tensor]], Tensor], y: list[Tensor], u: list[Tensor]
-) -> list[Tensor]:
-    """Hessian of a loss in y times u by double backward."""
-    leaves = [part.detach().requires_grad_() for part in y]
-    slopes = torch.autograd.grad(
-        loss(leaves), leaves, create_graph=True, materialize_grads=True
-    )
-    curved = [
-        (slope, part)
-        for slope, part in zip(slopes, u, strict=True)
-        if slope.requires_grad
-    ]
-    if not curved:
-        return [torch.zeros_like(part) for part in y]
-    along_u = [part for _, part in curved]
-    return list(
-        torch.autograd.grad(
-            [slope for slope, _ in curved],
-            leaves,
-            along_u,
-            materialize_grads=True,
-        )
-    )
 
 
 def is_derivative(
@@ -277,7 +240,7 @@ def _slopes(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Outputs of one sample, and the gradient of its loss in them."""
     y, loss = _loss_in_outputs(objective, one)
-    return y, _slope(loss, y)
+    return y, slope(loss, y)
 
 
 def _loss_in_outputs(

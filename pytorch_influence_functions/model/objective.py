@@ -101,10 +101,8 @@ class Objective(Parametrised):
         if not batch.parts and not (self.paths.rows and batch.sliceable):
             return self._call(theta, self._tree(batch))
         if self._is_cross_entropy and self.paths.batched:
-            y, t = (
-                self.outputs(theta, batch),
-                input_and_target(self._tree(batch))[1],
-            )
+            y = self.outputs(theta, batch)
+            t = input_and_target(self._tree(batch))[1]
             if y.dim() == 2:
                 return cross_entropy_of(y, t, "sum").to(self.dtype) / batch.size
         return self.losses(theta, batch).mean()

@@ -64,10 +64,8 @@ class Parametrised:
         chosen = select_parameters(self.model, parameters)
         first = next(iter(chosen.values()))
         self.device = first.device if device is None else device
-        self.names, self.shapes = (
-            list(chosen),
-            [p.shape for p in chosen.values()],
-        )
+        self.names = list(chosen)
+        self.shapes = [p.shape for p in chosen.values()]
         self.sizes = [p.numel() for p in chosen.values()]
         self.dtypes = [p.dtype for p in chosen.values()]
         # sums of many gradients drown in half precision, so that vectors are in single precision at least
@@ -105,11 +103,9 @@ class Parametrised:
     def in_precision(self: Own, dtype: torch.dtype) -> Own:
         """The same objective with the model, its inputs and the vectors in another precision."""
         twin = copy.copy(self)
-        twin.cast, twin.dtype, twin.dtypes = (
-            dtype,
-            dtype,
-            [dtype] * len(self.dtypes),
-        )
+        twin.cast = dtype
+        twin.dtype = dtype
+        twin.dtypes = [dtype] * len(self.dtypes)
         twin.theta = self.theta.to(dtype)
         twin.leaves = [
             part.requires_grad_()
@@ -148,10 +144,8 @@ class Parametrised:
         Raises:
             ValueError: they are not; the message calls them `name`.
         """
-        shapes, found = (
-            [tuple(shape) for shape in self.shapes],
-            [tuple(t.shape) for t in tensors],
-        )
+        shapes = [tuple(shape) for shape in self.shapes]
+        found = [tuple(t.shape) for t in tensors]
         if shapes != found:
             raise ValueError(
                 f"{name}: expected tensors shaped like the parameters, {shapes}, got {found}"

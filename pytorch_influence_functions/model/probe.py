@@ -41,11 +41,10 @@ def probe(
         TypeError, ValueError: the loss cannot take the batch, or is not the same when it is computed twice.
     """
     objective.paths, samples.apart, samples.shapes = Paths(), False, None
-    indices, uniform = _different(
-        samples, budget.probed(objective.theta.nbytes, _probed(samples))
-    )
+    count = budget.probed(objective.theta.nbytes, _probed(samples))
+    indices, uniform = _different(samples, count)
     alone = [samples.sample(i) for i in indices]
-    _look_for_mutation(objective, alone[0], samples, indices[0])
+    _look_for_mutation(objective, alone[0], samples)
     alone = [samples.sample(i) for i in indices] if objective.mutates else alone
     _choose_precision(objective, alone[0])
     losses = first_losses(objective, alone, samples.name)
@@ -57,9 +56,12 @@ def probe(
         truth.norm(dim=1).argsort(descending=True, stable=True)[:2].tolist()
     )  # a masked sample says nothing
     look_at_outputs(objective, [alone[i] for i in telling], truth[telling])
-    batch = _rows(objective, samples, indices, losses)
-    warn_of_company(objective, samples, indices, losses, truth, uniform)
-    if batch is None:
+    batch = samples.take(indices)
+    objective.paths = objective.paths._replace(
+        rows=_is_rows(objective, batch, losses)
+    )
+    warn_of_company(objective, samples, batch, losses, truth, uniform)
+    if not objective.paths.rows:
         samples.apart = True
         logger.info(
             "%s: a sample collated with others is not what it is alone (padding, time first), so that samples go "
@@ -74,7 +76,7 @@ def probe(
         batch,
         losses,
         truth,
-        _large(objective, samples, indices, budget),
+        _large(objective, samples, alone[0], indices, budget),
     ).try_all()
     slow = [
         name
@@ -113,11 +115,11 @@ def _different(samples: Samples, count: int) -> tuple[list[int], bool]:
 
 
 def _look_for_mutation(
-    objective: Objective, one: Batch, samples: Samples, index: int
+    objective: Objective, one: Batch, samples: Samples
 ) -> None:
     """Give the model copies of its inputs where it changes them in place (`x.div_(255)`, `x.requires_grad_()`)."""
     before = [(t._version, t.requires_grad) for t in one.leaves]
-    first_look(objective, samples, one, index)
+    first_look(objective, samples, one)
     first_losses(objective, [one], samples.name)
     objective.mutates = before != [
         (t._version, t.requires_grad) for t in one.leaves
@@ -157,18 +159,16 @@ def _choose_precision(objective: Objective, one: Batch) -> None:
         )
 
 
-def _rows(
-    objective: Objective, samples: Samples, indices: list[int], losses: Tensor
-) -> Batch | None:
-    """The samples collated together, if each row of that batch has the loss of the sample collated alone."""
-    batch = samples.take(indices)
-    objective.paths = objective.paths._replace(rows=True)
-    if batch.sliceable and same(
-        objective, lambda: objective.losses(objective.theta, batch), losses
-    ):
-        return batch
-    objective.paths = objective.paths._replace(rows=False)
-    return None
+def _is_rows(objective: Objective, batch: Batch, losses: Tensor) -> bool:
+    """Whether each row of a batch of samples collated together has the loss of the sample collated alone [B]."""
+
+    def found() -> Tensor:
+        rows = [
+            objective.losses(objective.theta, one) for one in batch.singles()
+        ]
+        return torch.cat(rows)
+
+    return batch.sliceable and same(objective, found, losses)
 
 
 def _probed(samples: Samples) -> int:
@@ -177,10 +177,13 @@ def _probed(samples: Samples) -> int:
 
 
 def _large(
-    objective: Objective, samples: Samples, indices: list[int], budget: Budget
+    objective: Objective,
+    samples: Samples,
+    one: Batch,
+    indices: list[int],
+    budget: Budget,
 ) -> tuple[Batch, Tensor] | None:
-    """A batch as large as products take them, and where the samples of these indices stand in it."""
-    one = samples.sample(indices[0])
+    """A batch as large as products take them, and where the samples of these indices, `one` the first, stand in it."""
     fitting = budget.scoring_batch(activation_bytes(objective, one))
     count = min(samples.n, LARGE, fitting)
     rows = sorted({*indices, *_spread(samples.n, count)})

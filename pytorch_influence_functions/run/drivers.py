@@ -179,10 +179,8 @@ def _all_grad_then_test(
         "grad_z": str(grads_folder),
         "s_test": str(solutions_folder),
     }
-    (grads, _), (solutions, _) = (
-        read_rows(grads_folder, "grad_z"),
-        read_chains(solutions_folder),
-    )
+    (grads, _) = read_rows(grads_folder, "grad_z")
+    (solutions, _) = read_chains(solutions_folder)
     for start in range(0, len(indices), influence.group_size):
         part = list(indices[start : start + influence.group_size])
         stored = torch.stack(solutions[start : start + len(part)]).transpose(

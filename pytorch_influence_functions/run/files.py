@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import tempfile
@@ -108,9 +107,3 @@ def _created(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def load_results(path: Path) -> dict[str, Any]:
-    """A result file as a dict."""
-    loaded: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return loaded

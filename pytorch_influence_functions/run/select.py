@@ -101,14 +101,8 @@ def get_dataset_sample_ids_per_class(
     Raises:
         ValueError: the class has fewer samples.
     """
-    num, start = (
-        require_whole(num_samples, "num_samples", 0),
-        require_whole(start_index, "start_index", 0),
-    )
-    labels = Samples(test_loader, name="test_loader", progress=False).labels()
-    return slice_of_class(
-        indices_per_class(labels).get(class_id, []), class_id, start, num
-    )
+    rows = _indices_of_loader(test_loader).get(class_id, [])
+    return _slice(rows, class_id, num_samples, start_index)
 
 
 def get_dataset_sample_ids(
@@ -125,13 +119,22 @@ def get_dataset_sample_ids(
     Raises:
         ValueError: a class has fewer samples.
     """
-    num, start = (
-        require_whole(num_samples, "num_samples", 0),
-        require_whole(start_index, "start_index", 0),
-    )
-    labels = Samples(test_loader, name="test_loader", progress=False).labels()
-    by_class = indices_per_class(labels, num_classes)
-    chosen = ByClass(
-        {c: slice_of_class(rows, c, start, num) for c, rows in by_class.items()}
-    )
+    by_class = _indices_of_loader(test_loader, num_classes)
+    chosen = ByClass()
+    for c, rows in by_class.items():
+        chosen[c] = _slice(rows, c, num_samples, start_index)
     return chosen, [i for rows in chosen.values() for i in rows]
+
+
+def _indices_of_loader(
+    test_loader: DataLoader[Any], num_classes: int | None = None
+) -> dict[int, list[int]]:
+    labels = Samples(test_loader, name="test_loader", progress=False).labels()
+    return indices_per_class(labels, num_classes)
+
+
+def _slice(rows: list[int], class_id: int, num: Any, start: Any) -> list[int]:
+    """`slice_of_class`, of what a caller gives."""
+    num = require_whole(num, "num_samples", 0)
+    start = require_whole(start, "start_index", 0)
+    return slice_of_class(rows, class_id, start, num)

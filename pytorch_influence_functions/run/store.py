@@ -51,10 +51,8 @@ class RowWriter:
         manifest: dict[str, Any],
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.partial = (
-            folder / f"{name}.npy",
-            _own_file(folder, name),
-        )
+        self.path = folder / f"{name}.npy"
+        self.partial = _own_file(folder, name)
         self.manifest = manifest
         self.array: Any = open_memmap(
             self.partial,

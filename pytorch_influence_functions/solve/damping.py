@@ -63,35 +63,29 @@ def search(
     together or the error is close to the target. A target that is never met (or never missed) gives the end of the
     bounds.
     """
-    path = [(start, error(start))]
+    path: list[Point] = []
     low: Point | None = None  # error above the target
     high: Point | None = None
+    damping = start
     while True:
-        point = path[-1]
-        if _is_close(point, target):
-            return point[0], path
-        if point[1] > target:
-            low = point
-        else:
-            high = point
-        if low is not None and high is not None:
-            break
-        damping = _next_step(point, target, len(path))
-        within = BOUNDS[0] <= damping / start <= BOUNDS[1]
-        if len(path) == MOST or not within:
-            return point[0], path
-        path.append((damping, error(damping)))
-    while math.log(high[0] / low[0]) > APART and len(path) < MOST:
-        damping = _between(low, high, target)
         point = (damping, error(damping))
         path.append(point)
         if _is_close(point, target):
-            return point[0], path
+            return damping, path
         if point[1] > target:
             low = point
         else:
             high = point
-    return high[0], path
+        tried_all = len(path) >= MOST
+        if low is None or high is None:
+            before, damping = damping, _next_step(point, target, len(path))
+            within = BOUNDS[0] <= damping / start <= BOUNDS[1]
+            if tried_all or not within:
+                return before, path
+        elif tried_all or math.log(high[0] / low[0]) <= APART:
+            return high[0], path
+        else:
+            damping = _between(low, high, target)
 
 
 def _is_close(point: Point, target: float) -> bool:
@@ -293,10 +287,8 @@ class _Rule:
 
     def _predicted(self, shifts: Tensor) -> Tensor:
         """The same to first order."""
-        objective, max_bytes = (
-            self.problem.objective,
-            self.problem.budget.product,
-        )
+        objective = self.problem.objective
+        max_bytes = self.problem.budget.product
         return torch.cat(
             [
                 gradient_products(objective, batch, shifts, max_bytes)

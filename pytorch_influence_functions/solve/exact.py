@@ -153,10 +153,8 @@ def _factor(gram: Tensor, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
 def dense_curvature(problem: Problem) -> Tensor:
     """The curvature over the whole training set as a matrix [P, P]."""
     P, theta = problem.objective.P, problem.objective.theta
-    total, text = (
-        torch.zeros(P, P, dtype=theta.dtype, device=theta.device),
-        f"Dense {problem.curvature.kind}",
-    )
+    total = torch.zeros(P, P, dtype=theta.dtype, device=theta.device)
+    text = f"Dense {problem.curvature.kind}"
     with progress_bar(
         text,
         total=problem.samples.n,

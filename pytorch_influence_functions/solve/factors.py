@@ -65,11 +65,9 @@ class Ekfac:
     def __init__(
         self, blocks: list[Block], eigenvalues: Tensor, outside: Tensor
     ) -> None:
-        self.blocks, self.eigenvalues, self.outside = (
-            blocks,
-            eigenvalues,
-            outside,
-        )
+        self.blocks = blocks
+        self.eigenvalues = eigenvalues
+        self.outside = outside
 
     def to_eigenbasis(self, v: Tensor) -> Tensor:
         """Each row of v [K, P] in the eigenbasis -> [K, P]."""
@@ -130,10 +128,8 @@ def build(problem: Problem) -> Ekfac:
 def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
     """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
     layers, n = passes.layers, passes.problem.samples.n
-    theta, max_bytes = (
-        passes.problem.objective.theta,
-        passes.problem.budget.product,
-    )
+    theta = passes.problem.objective.theta
+    max_bytes = passes.problem.budget.product
     eigenvalues = torch.zeros_like(theta).unsqueeze(0)
     A: dict[int, Tensor] = {}
     S: dict[int, Tensor] = {}

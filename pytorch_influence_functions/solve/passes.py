@@ -212,10 +212,8 @@ def _axes(problem: Problem, layers: Sequence[Layer]) -> set[tuple[int, str]]:
     Of one-hot inputs they are the eigenvectors, since no two of them are one together. Otherwise it is an
     approximation, for the largest factors, until the others fit the memory.
     """
-    theta, item = (
-        problem.objective.theta,
-        problem.objective.theta.element_size(),
-    )
+    theta = problem.objective.theta
+    item = problem.objective.theta.element_size()
     one_hot = {
         (i, "in") for i, layer in enumerate(layers) if layer.classes is not None
     }

@@ -61,12 +61,10 @@ class Recursion:
     def __init__(
         self, system: System, step: Step, v: Tensor, scale: Tensor, chain: int
     ) -> None:
-        self.system, self.config, self.step, self.chain = (
-            system,
-            system.config,
-            step,
-            chain,
-        )
+        self.system = system
+        self.config = system.config
+        self.step = step
+        self.chain = chain
         self.auto = self.config.recursion_depth == "auto"
         self.limit = LONGEST if self.auto else int(self.config.recursion_depth)
         self.seed = self.config.seed + chain * SEED_STRIDE
@@ -168,10 +166,8 @@ class Recursion:
 
     def _state(self, mask: Tensor) -> str:
         """The recursion's numbers, for its messages."""
-        scale, restarts = (
-            float(self.rows.scale[mask].max()),
-            int(self.rows.restarts[mask].max()),
-        )
+        scale = float(self.rows.scale[mask].max())
+        restarts = int(self.rows.restarts[mask].max())
         return f"scale {scale:.3g}, lambda {self.system.damping:.3g}, {restarts} restarts"
 
     def _restart(self, mask: Tensor, factor: Tensor) -> None:

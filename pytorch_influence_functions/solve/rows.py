@@ -42,10 +42,8 @@ class Rows:
     @classmethod
     def start(cls, v: Tensor, scale: Tensor, first: float) -> Rows:
         """h_0 = v; `first` is the relative residual of no solution at all."""
-        zeros, none = (
-            torch.zeros_like(v),
-            torch.zeros(len(v), dtype=torch.long, device=v.device),
-        )
+        zeros = torch.zeros_like(v)
+        none = torch.zeros(len(v), dtype=torch.long, device=v.device)
         return cls(
             places=torch.arange(len(v), device=v.device),
             v=v,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,16 +16,6 @@ class Damping(NamedTuple):
 
     value: float
     report: dict[str, Any]
-
-
-class Operator(Protocol):
-    """An approximation of the Gauss-Newton matrix, as a map of stacks of vectors [K, P] -> [K, P]."""
-
-    def __call__(self, v: Tensor) -> Tensor:
-        """G of each row."""
-
-    def inverse(self, damping: float) -> Callable[[Tensor], Tensor]:
-        """The map (G + damping I)^-1."""
 
 
 @dataclasses.dataclass(frozen=True)
