@@ -277,8 +277,8 @@ def save_solutions(
 ) -> Tensor:
     """Write s_test of these test samples to `folder` [K, r, P] -> relative residuals [K].
 
-    With r = "auto" each group has its own number of recursions; `chains` in the manifest has it for each test sample,
-    and rows behind it are zero.
+    With r = "auto" their number is found in the first group; `chains` in the manifest has it for each test sample, and
+    rows behind it are zero.
     """
     objective = influence.objective
     most = (

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..model.gradients import NonFiniteError, per_sample_gradients
+from ..model.gradients import NonFiniteError
 from .cg import conjugate_gradient
 from .ekfac import by_gradients, solver
 from .exact import dense_form, exact
@@ -253,17 +253,7 @@ def _step_length(
 
     They are those of a few training samples' gradients, so that a test sample's score does not depend on its group.
     """
-    n = problem.samples.n
-    few = sorted({i * n // LINE_SEARCHES for i in range(LINE_SEARCHES)})
-    batches = problem.samples.ordered(problem.gradient_batch, few)
-    v = torch.cat(
-        [
-            per_sample_gradients(
-                problem.objective, batch, problem.budget.product
-            )
-            for batch in batches
-        ]
-    )
+    v = problem.gradients_of_few(LINE_SEARCHES)
     r = v - product(M(v))
     d = M(r)
     length = float(((r * d).sum(1) / (d * product(d)).sum(1)).median())

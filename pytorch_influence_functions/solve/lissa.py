@@ -15,6 +15,8 @@ noise of the minibatches shrinks with the residual instead of staying in proport
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -30,6 +32,9 @@ from .scale import Step, choose_scale
 from .solution import Damping, Prepared, Solution
 from .system import System
 
+PILOTS = 4
+"""Training samples whose lists say how many chains r="auto" takes; one number for all test samples, so that the score
+of one does not depend on which others are solved with it. They cost what four test samples do."""
 LEAST_CERTIFIED = 2048
 """Training samples that the last residual is measured on, at least."""
 STABLE, SAMPLED_SCORES = 0.9, 512
@@ -45,8 +50,12 @@ def lissa(problem: Problem, damping: Damping) -> Prepared:
     factors = build(problem) if problem.config.preconditioner else None
     system, step = choose_scale(System(problem, damping.value), factors)
 
+    counted: list[System] = []
+
     def solve(v: Tensor, tests: int) -> Solution:
-        return average(system, step, v)
+        if not counted:
+            counted.append(with_chains(system, step))
+        return average(counted[0], step, v)
 
     measured = {
         "scale_asked": system.config.scale,
@@ -59,27 +68,60 @@ def lissa(problem: Problem, damping: Damping) -> Prepared:
 
 
 def average(system: System, step: Step, v: Tensor) -> Solution:
-    """Mean of independent recursions for v [K, P], and its residual; each takes the scales that the last ended with."""
-    scale = torch.full_like(v[:, 0], step.scale)
-    chains: list[Tensor] = []
+    """Mean of `r` independent recursions for v [K, P], and its residual."""
     done: list[Recursion] = []
-    while not enough(system, chains):
-        recursion = Recursion(system, step, v, scale, len(chains))
-        chains.append(recursion.run())
-        done.append(recursion)
-        scale = recursion.scale
-    s = torch.stack(chains)
+    chains: list[Tensor] = []
+    for s in _chains(system, step, v, done):
+        chains.append(s)
+        if len(chains) == system.config.r:
+            break
+    stack = torch.stack(chains)
+    mean = stack.mean(0)
     longest = max(max(recursion.steps) for recursion in done)
     count = samples_of_certificate(system, longest)
-    residual = system.certificate(
-        v, s.mean(0), count, seed=system.config.seed + 2
-    )
+    residual = system.certificate(v, mean, count, seed=system.config.seed + 2)
     return Solution(
-        s.mean(0),
+        mean,
         residual,
-        chains=s if len(s) > 1 else None,
+        chains=stack if len(stack) > 1 else None,
         report=_report(done),
     )
+
+
+def _chains(
+    system: System, step: Step, v: Tensor, done: list[Recursion]
+) -> Iterator[Tensor]:
+    """Independent recursions without end, s [K, P] of each; each takes the scales that the last ended with."""
+    scale = torch.full_like(v[:, 0], step.scale)
+    while True:
+        recursion = Recursion(system, step, v, scale, len(done))
+        s = recursion.run()
+        done.append(recursion)
+        yield s
+        scale = recursion.scale
+
+
+def with_chains(system: System, step: Step) -> System:
+    """The system with a number for r="auto": so many that the top of the pilots' lists would stay in a repeated run."""
+    if system.config.r != "auto":
+        return system
+    problem = system.problem
+    v = problem.gradients_of_few(PILOTS)
+    chains: list[Tensor] = []
+    for s in _chains(system, step, v, []):
+        chains.append(s)
+        if len(chains) == MOST_CHAINS or _enough(system, chains):
+            break
+    config = problem.config.replace(r=len(chains))
+    return dataclasses.replace(
+        system, problem=dataclasses.replace(problem, config=config)
+    )
+
+
+def _enough(system: System, chains: list[Tensor]) -> bool:
+    if len(chains) < 2:
+        return False
+    return stable_fraction(system, torch.stack(chains)) >= STABLE
 
 
 def _report(done: list[Recursion]) -> dict[str, Any]:
@@ -91,18 +133,6 @@ def _report(done: list[Recursion]) -> dict[str, Any]:
         "restarts": sum(recursion.restarts for recursion in done),
         "r": len(done),
     }
-
-
-def enough(system: System, chains: list[Tensor]) -> bool:
-    """Whether there are `r` chains or, for "auto", so many that the top of the list would stay in a repeated run."""
-    if system.config.r != "auto":
-        return len(chains) >= int(system.config.r)
-    if len(chains) < 2:
-        return False
-    return (
-        len(chains) >= MOST_CHAINS
-        or stable_fraction(system, torch.stack(chains)) >= STABLE
-    )
 
 
 def stable_fraction(system: System, chains: Tensor) -> float:

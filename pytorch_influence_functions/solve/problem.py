@@ -19,7 +19,7 @@ from ..data.samples import Samples, varying_sample
 from ..model.budget import Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
-from ..model.gradients import activation_bytes
+from ..model.gradients import activation_bytes, per_sample_gradients
 from ..model.objective import Objective
 from ..model.probe import probe
 from ..utils import random_state, warn
@@ -116,6 +116,18 @@ class Problem:
             CurvatureWarning,
         )
         return self.with_gauss_newton()
+
+    def gradients_of_few(self, most: int) -> Tensor:
+        """Gradients of at most `most` training samples at equal distances [k, P]: what is decided by them is the same
+        for all test samples."""
+        n = self.samples.n
+        few = sorted({i * n // most for i in range(most)})
+        batches = self.samples.ordered(self.gradient_batch, few)
+        rows = [
+            per_sample_gradients(self.objective, batch, self.budget.product)
+            for batch in batches
+        ]
+        return torch.cat(rows)
 
     # ---- how much at a time
 

@@ -420,7 +420,7 @@ def test_more_chains_until_the_top_is_stable(monkeypatch):
         influence.scores(tuple(part[5:6] for part in loader.dataset.tensors))
         return influence.report["r"]
 
-    assert chains(3) == 2  # too few steps for noise
+    assert chains(1) == 2  # too few steps for noise
     monkeypatch.setattr(lissa_module, "STABLE", 0.97)
     assert max(chains(60, seed) for seed in range(4)) > 2
     monkeypatch.setattr(lissa_module, "STABLE", 1.01)
@@ -428,12 +428,35 @@ def test_more_chains_until_the_top_is_stable(monkeypatch):
     assert chains(30) == 4
 
 
-def test_chains_end_where_the_top_is_stable():
+def test_the_number_of_chains_does_not_depend_on_the_group(monkeypatch):
+    """Any test sample's numbers are the same alone, in groups and in one stack: the pilots decide."""
+    model, loader = linear_problem(batch_size=1)
+    tests = tuple(part[:6] for part in loader.dataset.tensors)
+    options = {"damp": 0.05, "scale": 5, "recursion_depth": 60, "r": "auto", "tolerance": None, **QUIET}
+    monkeypatch.setattr(lissa_module, "STABLE", 0.95)
+
+    def run(tests):
+        influence = ptif.InfluenceFunction(model, loader, **options)
+        scores = influence.scores(tests)
+        return scores, {group["r"] for group in influence.report["groups"]}
+
+    together, chains = run(tests)
+    alone = [run(tuple(part[k : k + 1] for part in tests)) for k in range(6)]
+    monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 2)
+    grouped, _ = run(tests)
+    assert len(chains) == 1 and chains != {2}
+    assert all(own == chains for _, own in alone)
+    assert_close(torch.cat([scores for scores, _ in alone]), together, rtol=1e-9, atol=1e-12)
+    assert_close(grouped, together, rtol=1e-9, atol=1e-12)
+
+
+def test_chains_end_where_the_top_of_the_pilots_is_stable():
     model, loader = linear_problem(batch_size=1)
     config = Config(progress=False, damp=0.05, scale=5, recursion_depth=60, r="auto", tolerance=None)
     problem = make_problem(model, loader, config, "hessian")
     with problem.guard():
-        found = Solver(problem)(slow_gradients(model, loader, range(2), {}), 2).chains
+        pilots = slow_gradients(model, loader, [i * problem.samples.n // 4 for i in range(4)], {})
+        found = Solver(problem)(pilots, 4).chains
         system = System(problem, 0.25)
         fractions = [stable_fraction(system, found[:r]) for r in range(2, len(found) + 1)]
     assert all(fraction < lissa_module.STABLE for fraction in fractions[:-1])
