@@ -244,7 +244,8 @@ def test_a_number_of_recursions_that_is_found_out(tmp_path, monkeypatch):
         assert_close(torch.tensor(entry["stderr"]), torch.tensor(plain.influences[key]["stderr"]))
     chains = read_chains(tmp_path / "s_test")[0]
     counts = [len(rows) for rows in chains]
-    assert len(set(counts)) == 1 and 2 <= counts[0] < 8
+    assert len(set(counts)) == 1
+    assert 2 <= counts[0] < 8
     assert json.loads((tmp_path / "s_test" / "s_test.json").read_text())["chains"] == counts
     assert [len(ptif.load_s_test(tmp_path / "s_test", k)[1]) for k in range(6)] == counts
     assert all(bool(rows.any(1).all()) for rows in chains)

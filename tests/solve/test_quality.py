@@ -444,7 +444,8 @@ def test_the_number_of_chains_does_not_depend_on_the_group(monkeypatch):
     alone = [run(tuple(part[k : k + 1] for part in tests)) for k in range(6)]
     monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 2)
     grouped, _ = run(tests)
-    assert len(chains) == 1 and chains != {2}
+    assert len(chains) == 1
+    assert chains != {2}
     assert all(own == chains for _, own in alone)
     assert_close(torch.cat([scores for scores, _ in alone]), together, rtol=1e-9, atol=1e-12)
     assert_close(grouped, together, rtol=1e-9, atol=1e-12)
