@@ -27,6 +27,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 import pytorch_influence_functions as ptif
 
 OURS = {
+    'ours, its default options': {},
     'ours, solver="auto"': {"solver": "auto"},
     'ours, solver="ekfac", damping="auto"': {"solver": "ekfac", "damping": "auto"},
     'ours, solver="cg", preconditioner="ekfac", damping="auto"': {
