@@ -230,7 +230,7 @@ def _axes(problem: Problem, layers: Sequence[Layer]) -> set[tuple[int, str]]:
     while (
         sides
         and item * (sum(side.numbers for side in sides) + 3 * sides[-1].numbers)
-        > problem.budget.held_ways
+        > problem.budget.factors
     ):
         left_out.append(sides.pop())
     for (i, which), size, numbers in left_out:

@@ -119,7 +119,8 @@ def factors_of(max_memory):
         return build(problem), problem
 
 
-def test_factors_that_do_not_fit_become_diagonals(caplog):
+def test_factors_that_do_not_fit_become_diagonals(caplog, monkeypatch):
+    monkeypatch.setattr(budget, "LEAST_FACTORS", 0)
     # of the first layer 7 x 7 and 120 x 120 numbers of 8 bytes, of the second 121 x 121 and 3 x 3
     with caplog.at_level(logging.INFO):
         factors, problem = factors_of(1.9)
@@ -136,6 +137,26 @@ def test_factors_that_do_not_fit_become_diagonals(caplog):
         G = dense_curvature(problem)
     errors = [float((f(torch.eye(len(G))) - G).norm() / G.norm()) for f in (whole, factors)]
     assert errors[0] < errors[1] < 1
+
+
+def test_little_memory_takes_no_factor_from_small_layers(monkeypatch):
+    """`auto` finds about the same damping with 8 MiB as with 2048, and has the scores of whole factors."""
+    torch.manual_seed(0)
+    x, y = torch.randn(100, 1, 8, 8), torch.randint(0, 10, (100,))
+    convolutions = [nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1), nn.ReLU()]
+    model = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(256, 10))
+    loader = DataLoader(TensorDataset(x, y), batch_size=32)
+    monkeypatch.setattr(auto, "EXACT_WORK", 0)
+
+    def run(solver, max_memory, damping=None):
+        options = {"solver": solver, "max_memory": max_memory, "damping": damping, "progress": False}
+        influence = ptif.InfluenceFunction(model, loader, options)
+        return influence.scores((x[:8], y[:8])), influence.report
+
+    (_, much), (scores, little) = run("auto", 2048), run("auto", 8)
+    assert [much["chosen"], little["chosen"]] == ["low rank plus EKFAC", "ekfac"]
+    assert little["damping"] == pytest.approx(much["damping"], rel=0.25)
+    assert_close(scores, run("ekfac", 2048, little["damping"])[0])
 
 
 def test_sizes_have_their_bounds():
