@@ -12,8 +12,8 @@ from torch.func import jvp
 
 from ..data.batch import Batch, flatten_tree
 from .gradients import forward_products, gradient, vmap_gradients
-from .linear import same
 from .objective import Objective
+from .rounding import Rounding
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class FastPaths:
         losses: of each alone [B].
         truth: gradient of each alone [B, P].
         large: a larger batch, and where the samples of `batch` stand in it; a model may branch on the size.
+        rounding: of these losses and gradients.
     """
 
     def __init__(
@@ -36,14 +37,21 @@ class FastPaths:
         losses: Tensor,
         truth: Tensor,
         large: tuple[Batch, Tensor] | None,
+        rounding: Rounding,
     ) -> None:
         self.objective, self.batch = objective, batch
         self.losses, self.truth, self.large = losses, truth, large
         self.theta = objective.theta
+        self.rounding = rounding
 
     def try_all(self) -> None:
         """Try every path, the ones that others stand on first."""
-        self._attempt("vmap", self._vmap_gradients, self.truth)
+        self._attempt(
+            "vmap",
+            self._vmap_gradients,
+            self.truth,
+            self.rounding.of_gradients,
+        )
         self._try_outputs()
         self._require_gradient()
         self._try_forward_mode()
@@ -60,11 +68,11 @@ class FastPaths:
             return
         for outputs, loss in ((True, True), (True, False)):
             self._set(outputs=outputs, loss=loss)
-            self._attempt("batched", self._batched, self._twice(self.losses))
+            self._attempt_losses("batched")
             if objective.paths.batched:
                 return
         self._set(outputs=False, loss=False)
-        self._attempt("loss", self._losses_of_outputs, self.losses)
+        self._attempt_losses("loss")
 
     def _try_rows_of_outputs(self) -> None:
         """The same where a row is what the model returns for that sample as a batch of one."""
@@ -75,17 +83,18 @@ class FastPaths:
         except Exception as error:  # called twice, no tensors
             logger.debug("no outputs: %s", error)
             return
-        self._attempt("outputs", self._outputs, self._twice(alone))
+        self._attempt("outputs", self._outputs, self._twice(alone), lambda: 0.0)
         if self.objective.paths.outputs:
-            self._attempt("loss", self._losses_of_outputs, self.losses)
-            self._attempt("batched", self._batched, self._twice(self.losses))
+            self._attempt_losses("loss")
+            self._attempt_losses("batched")
 
     def _require_gradient(self) -> None:
         """Give up what has the true losses and not their gradient."""
         if not self.objective.paths.batched:
             return
         mean = self.truth.mean(0, keepdim=True)  # on the scale of the whole
-        if not same(self.objective, self._mean_gradient, mean):
+        off = self.rounding.of_gradients
+        if not self.rounding.holds(self._mean_gradient, mean, off):
             self._set(outputs=False, loss=False, batched=False)
 
     # ---- derivatives
@@ -109,18 +118,32 @@ class FastPaths:
         precise = v.double()
         products = [float(g.double() @ precise) for g in self.truth]
         expected = self.truth.new_tensor(products)
-        self._attempt("forward", along, expected)
-        self._attempt("stacked", stacked, torch.stack([expected, 2 * expected]))
+        off = self.rounding.of_products
+        self._attempt("forward", along, expected, off)
+        both = torch.stack([expected, 2 * expected])
+        self._attempt("stacked", stacked, both, off)
 
     # ---- what is compared
 
+    def _attempt_losses(self, path: str) -> None:
+        ways = {
+            "batched": (self._batched, self._twice(self.losses)),
+            "loss": (self._losses_of_outputs, self.losses),
+        }
+        value, expected = ways[path]
+        self._attempt(path, value, expected, self.rounding.of_losses)
+
     def _attempt(
-        self, path: str, value: Callable[[], Tensor], expected: Tensor
+        self,
+        path: str,
+        value: Callable[[], Tensor],
+        expected: Tensor,
+        rounding: Callable[[], float],
     ) -> None:
         """Set a path, and take it back where it does not give the expected numbers."""
         before = self.objective.paths
         self._set(**{path: True})
-        if not same(self.objective, value, expected):
+        if not self.rounding.holds(value, expected, rounding):
             self.objective.paths = before
 
     def _set(self, **paths: Any) -> None:

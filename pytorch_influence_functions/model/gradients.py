@@ -187,8 +187,13 @@ ULPS = 64
 network come in another order. A wrong sample or layer differs by millions of them in single precision."""
 
 
-def agrees(value: Callable[[], Tensor], expected: Tensor) -> bool:
-    """Whether a way of computing works and gives the expected numbers, up to rounding in each row (sample)."""
+def agrees(
+    value: Callable[[], Tensor], expected: Tensor, rounding: float = 0.0
+) -> bool:
+    """Whether a way of computing works and gives the expected numbers, up to rounding in each row (sample).
+
+    `rounding` is by how much the expected numbers are known to be off themselves.
+    """
     try:
         got = value().detach()
     except torch.OutOfMemoryError:
@@ -207,11 +212,11 @@ def agrees(value: Callable[[], Tensor], expected: Tensor) -> bool:
     least = 1e-2 * _largest(expected) + 1e-3
     unit = ULPS * torch.finfo(expected.dtype).eps
     if expected.dim() == 1:
-        slack = unit * (expected.abs() + least)
+        slack = unit * (expected.abs() + least) + rounding
         return bool(((got - expected).abs() <= slack).all())
     # a row at a time: it may be as long as the parameters
     for row, right in zip(got, expected, strict=True):
-        slack = unit * (_largest(right) + least)
+        slack = unit * (_largest(right) + least) + rounding
         if not bool(row.sub(right).abs_().max() <= slack):
             return False
     return True

@@ -98,11 +98,14 @@ def precision_of_loss(objective: Objective, one: Batch) -> torch.dtype:
 
 
 def same(
-    objective: Objective, value: Callable[[], Tensor], expected: Tensor
+    objective: Objective,
+    value: Callable[[], Tensor],
+    expected: Tensor,
+    rounding: float = 0.0,
 ) -> bool:
     """`agrees`, in the precision that the values of the loss have."""
     dtype = objective.rounded or expected.dtype
-    return agrees(lambda: value().to(dtype), expected.to(dtype))
+    return agrees(lambda: value().to(dtype), expected.to(dtype), rounding)
 
 
 def _find_calls(objective: Objective, one: Batch) -> None:

@@ -15,8 +15,9 @@ from .budget import UNBOUNDED, Budget
 from .door import first_gradients, first_losses, require_dependence
 from .fast_paths import FastPaths
 from .gradients import activation_bytes
-from .linear import look_at_outputs, precision_of_loss, same
+from .linear import look_at_outputs, precision_of_loss
 from .objective import Objective, Paths
+from .rounding import Rounding
 
 logger = logging.getLogger(__name__)
 MOST_PROBED = 8
@@ -57,8 +58,9 @@ def probe(
     )  # a masked sample says nothing
     look_at_outputs(objective, [alone[i] for i in telling], truth[telling])
     batch = samples.take(indices)
+    rounding = Rounding(objective, alone, losses, truth)
     objective.paths = objective.paths._replace(
-        rows=_is_rows(objective, batch, losses)
+        rows=_is_rows(rounding, batch, losses)
     )
     warn_of_company(objective, samples, batch, losses, truth, uniform)
     if not objective.paths.rows:
@@ -77,6 +79,7 @@ def probe(
         losses,
         truth,
         _large(objective, samples, alone[0], indices, budget),
+        rounding,
     ).try_all()
     slow = [
         name
@@ -159,8 +162,10 @@ def _choose_precision(objective: Objective, one: Batch) -> None:
         )
 
 
-def _is_rows(objective: Objective, batch: Batch, losses: Tensor) -> bool:
+def _is_rows(rounding: Rounding, batch: Batch, losses: Tensor) -> bool:
     """Whether each row of a batch of samples collated together has the loss of the sample collated alone [B]."""
+
+    objective = rounding.objective
 
     def found() -> Tensor:
         rows = [
@@ -168,7 +173,7 @@ def _is_rows(objective: Objective, batch: Batch, losses: Tensor) -> bool:
         ]
         return torch.cat(rows)
 
-    return batch.sliceable and same(objective, found, losses)
+    return batch.sliceable and rounding.holds(found, losses, rounding.of_losses)
 
 
 def _probed(samples: Samples) -> int:

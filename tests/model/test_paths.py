@@ -5,7 +5,9 @@ import threading
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.model.gradients import agrees
+from pytorch_influence_functions.model import fast_paths
+from pytorch_influence_functions.model.gradients import agrees, gradient
+from pytorch_influence_functions.model.rounding import Rounding
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -264,3 +266,63 @@ def test_rounding_of_many_parameters_refuses_no_fast_way(seed):
         name: getattr(paths, name) for name in ("rows", "outputs", "loss", "batched", "vmap", "forward", "stacked")
     }
     assert all(tried.values()), tried
+
+
+PATHS = ("rows", "outputs", "loss", "batched", "vmap", "forward", "stacked")
+
+
+def fitted(task):
+    """A model in single precision that fits its samples well, and its data."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 196, dtype=torch.float32)
+    if task == "classes":
+        t = torch.randint(0, 10, (256,))
+        model = nn.Sequential(nn.Linear(196, 128), nn.ReLU(), nn.Linear(128, 10)).float()
+        loss = F.cross_entropy
+    else:
+        t = x @ torch.randn(196, 1, dtype=torch.float32) / 14
+        model = nn.Sequential(nn.Linear(196, 128), nn.Tanh(), nn.Linear(128, 1)).float()
+        loss = F.mse_loss
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss(model(x), t).backward()
+        optimiser.step()
+    return model, DataLoader(TensorDataset(x, t), batch_size=8), loss
+
+
+@pytest.mark.parametrize("task", ["classes", "numbers"])
+@pytest.mark.parametrize("seed", range(3))
+def test_rounding_of_samples_that_are_fitted_well_refuses_no_fast_way(task, seed, monkeypatch):
+    """p - e_t and y - t are off by more than their last digits, one sample at a time as in a batch."""
+    model, data, loss = fitted(task)
+    monkeypatch.setattr("pytorch_influence_functions.model.probe._spread", lambda n, count: range(seed, seed + count))
+    paths = influence(model, data, loss_func=loss).objective.paths
+    assert {name: getattr(paths, name) for name in PATHS} == dict.fromkeys(PATHS, True)
+
+
+@pytest.mark.parametrize(("way", "path"), [
+    ("vmap_gradients", "vmap"), ("forward_products", "stacked"), ("gradient", "batched"),
+])  # fmt: skip
+def test_a_way_that_is_off_by_more_than_rounding_is_refused(way, path, monkeypatch):
+    model, data, loss = fitted("classes")
+    right = getattr(fast_paths, way)
+    monkeypatch.setattr(fast_paths, way, lambda *given: right(*given) * (1 + 3e-3))
+    assert getattr(influence(model, data, loss_func=loss).objective.paths, path) is False
+
+
+def test_rounding_is_that_of_double_precision():
+    model, data, loss = fitted("numbers")
+    problem = influence(model, data, loss_func=loss).problem
+    alone = [problem.samples.sample(i) for i in range(4)]
+    with problem.guard():
+        truth = torch.cat([gradient(problem.objective, one).unsqueeze(0) for one in alone])
+        losses = torch.cat([problem.objective.losses(problem.objective.theta, one) for one in alone]).detach()
+        found = Rounding(problem.objective, alone, losses, truth)
+        numbers = found.of_losses(), found.of_gradients(), found.of_products()
+        bent = Rounding(problem.objective, alone, losses + 1, truth * 2)
+        off = bent.of_losses(), bent.of_gradients(), bent.of_products()
+    assert all(0 < number < 1e-4 for number in numbers)
+    v = 2 * truth.sum(0)
+    expected = (1.0, float(truth.abs().max()), float((truth @ v).abs().max()))
+    assert off == pytest.approx(expected, rel=1e-3)
