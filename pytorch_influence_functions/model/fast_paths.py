@@ -12,8 +12,7 @@ from torch.func import jvp
 
 from ..data.batch import Batch, flatten_tree
 from .gradients import forward_products, gradient, vmap_gradients
-from .objective import Objective
-from .rounding import Rounding
+from .trial import Trial, Way
 
 logger = logging.getLogger(__name__)
 
@@ -22,41 +21,19 @@ class FastPaths:
     """What is tried, one path after the other; each that gives the true numbers is set in `objective.paths`.
 
     Args:
-        objective: of the model.
-        batch: samples collated together.
-        losses: of each alone [B].
-        truth: gradient of each alone [B, P].
-        large: a larger batch, and where the samples of `batch` stand in it; a model may branch on the size.
-        rounding: of these losses and gradients.
+        trial: the samples and their true numbers.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        batch: Batch,
-        losses: Tensor,
-        truth: Tensor,
-        large: tuple[Batch, Tensor] | None,
-        rounding: Rounding,
-    ) -> None:
-        self.objective, self.batch = objective, batch
-        self.losses, self.truth, self.large = losses, truth, large
-        self.theta = objective.theta
-        self.rounding = rounding
+    def __init__(self, trial: Trial) -> None:
+        self.trial, self.objective = trial, trial.objective
 
     def try_all(self) -> None:
         """Try every path, the ones that others stand on first."""
-        self._attempt(
-            "vmap",
-            self._vmap_gradients,
-            self.truth,
-            self.rounding.of_gradients,
-        )
+        self._attempt("vmap", gradients_by_vmap)
         self._try_outputs()
         self._require_gradient()
-        self._try_forward_mode()
-
-    # ---- outputs and losses
+        self._attempt("forward", products_in_forward_mode)
+        self._attempt("stacked", stacked_products)
 
     def _try_outputs(self) -> None:
         """One call of the model for all samples, and the loss of each from its row of the outputs."""
@@ -64,126 +41,158 @@ class FastPaths:
         if objective.refused is not None:
             return  # what the outputs say of the loss is not its gradient, or nothing
         if objective.model_loss is not None or objective.head is not None:
-            self._try_rows_of_outputs()
+            # where a row is what the model returns for that sample as a batch of one
+            self._attempt("outputs", outputs_of_batch)
+            if objective.paths.outputs:
+                self._attempt("loss", losses_of_outputs)
+                self._attempt("batched", losses_of_batch)
             return
         for outputs, loss in ((True, True), (True, False)):
             self._set(outputs=outputs, loss=loss)
-            self._attempt_losses("batched")
+            self._attempt("batched", losses_of_batch)
             if objective.paths.batched:
                 return
         self._set(outputs=False, loss=False)
-        self._attempt_losses("loss")
-
-    def _try_rows_of_outputs(self) -> None:
-        """The same where a row is what the model returns for that sample as a batch of one."""
-        try:
-            alone = self._outputs_alone()
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # called twice, no tensors
-            logger.debug("no outputs: %s", error)
-            return
-        self._attempt("outputs", self._outputs, self._twice(alone), lambda: 0.0)
-        if self.objective.paths.outputs:
-            self._attempt_losses("loss")
-            self._attempt_losses("batched")
+        self._attempt("loss", losses_of_outputs)
 
     def _require_gradient(self) -> None:
         """Give up what has the true losses and not their gradient."""
         if not self.objective.paths.batched:
             return
-        mean = self.truth.mean(0, keepdim=True)  # on the scale of the whole
-        off = self.rounding.of_gradients
-        if not self.rounding.holds(self._mean_gradient, mean, off):
+        if not self.trial.holds(mean_gradient):
             self._set(outputs=False, loss=False, batched=False)
 
-    # ---- derivatives
-
-    def _try_forward_mode(self) -> None:
-        v = self.truth.sum(0)
-        two = torch.stack([v, 2 * v])
-
-        def along() -> Tensor:
-            def losses(theta: Tensor) -> Tensor:
-                return self.objective.losses(theta, self.batch)
-
-            found: Tensor = jvp(losses, (self.theta,), (v,))[1]
-            return found
-
-        def stacked() -> Tensor:
-            return forward_products(self.objective, self.batch, two)
-
-        # a product of long vectors in single precision is further off than
-        # what is tried here
-        precise = v.double()
-        products = [float(g.double() @ precise) for g in self.truth]
-        expected = self.truth.new_tensor(products)
-        off = self.rounding.of_products
-        self._attempt("forward", along, expected, off)
-        both = torch.stack([expected, 2 * expected])
-        self._attempt("stacked", stacked, both, off)
-
-    # ---- what is compared
-
-    def _attempt_losses(self, path: str) -> None:
-        ways = {
-            "batched": (self._batched, self._twice(self.losses)),
-            "loss": (self._losses_of_outputs, self.losses),
-        }
-        value, expected = ways[path]
-        self._attempt(path, value, expected, self.rounding.of_losses)
-
-    def _attempt(
-        self,
-        path: str,
-        value: Callable[[], Tensor],
-        expected: Tensor,
-        rounding: Callable[[], float],
-    ) -> None:
-        """Set a path, and take it back where it does not give the expected numbers."""
+    def _attempt(self, path: str, way: Way) -> None:
+        """Set a path, and take it back where it does not give the true numbers."""
         before = self.objective.paths
         self._set(**{path: True})
-        if not self.rounding.holds(value, expected, rounding):
+        if not self.trial.holds(way):
             self.objective.paths = before
 
     def _set(self, **paths: Any) -> None:
         self.objective.paths = self.objective.paths._replace(**paths)
 
-    def _vmap_gradients(self) -> Tensor:
-        return vmap_gradients(self.objective, self.batch)
 
-    def _mean_gradient(self) -> Tensor:
-        return gradient(self.objective, self.batch).unsqueeze(0)
+# ---- the ways: how, and what is right
 
-    def _outputs(self) -> Tensor:
-        return self._both(self._rows)
 
-    def _batched(self) -> Tensor:
-        return self._both(lambda one: self.objective.losses(self.theta, one))
+def losses_of_rows(trial: Trial) -> tuple[Callable[[], Tensor], Tensor]:
+    """Each row of the batch by itself, against the sample collated alone [B]."""
+    objective = trial.objective
 
-    def _losses_of_outputs(self) -> Tensor:
-        outputs = self.objective.outputs(self.theta, self.batch)
-        return self.objective.output_losses(outputs, self.batch)
+    def found() -> Tensor:
+        rows = [
+            objective.losses(objective.theta, one)
+            for one in trial.batch.singles()
+        ]
+        return torch.cat(rows)
 
-    def _outputs_alone(self) -> Tensor:
-        rows = [self._rows(one) for one in self.batch.singles()]
-        return torch.cat(rows).detach()
+    return found, trial.losses
 
-    def _rows(self, batch: Batch) -> Tensor:
-        """Outputs of a batch laid end to end, a row for each sample."""
-        leaves, _ = flatten_tree(
-            self.objective.batch_outputs(self.theta, batch)
-        )
-        return torch.cat([leaf.reshape(batch.size, -1) for leaf in leaves], 1)
 
-    def _both(self, value: Callable[[Batch], Tensor]) -> Tensor:
-        """The rows of the batch, and those of the same samples in the large one below them."""
-        if self.large is None:
-            return value(self.batch)
-        large, places = self.large
-        rows = value(large)
-        return torch.cat([value(self.batch), rows[places.to(rows.device)]])
+def gradients_by_vmap(trial: Trial) -> tuple[Callable[[], Tensor], Tensor]:
+    """Per-sample gradients of the batch [B, P]."""
+    return lambda: vmap_gradients(trial.objective, trial.batch), trial.truth
 
-    def _twice(self, rows: Tensor) -> Tensor:
-        """What `_both` is to be."""
-        return rows if self.large is None else torch.cat([rows, rows])
+
+def mean_gradient(trial: Trial) -> tuple[Callable[[], Tensor], Tensor]:
+    """Of the batch, on the scale of the whole [1, P]."""
+    mean = trial.truth.mean(0, keepdim=True)
+    return lambda: gradient(trial.objective, trial.batch).unsqueeze(0), mean
+
+
+def outputs_of_batch(trial: Trial) -> tuple[Callable[[], Tensor], Tensor]:
+    """What the model returns for all samples at once [B, C]."""
+
+    def rows(batch: Batch) -> Tensor:
+        return _outputs(trial, batch)
+
+    try:
+        alone = [rows(one) for one in trial.batch.singles()]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # called twice, no tensors
+        logger.debug("no outputs: %s", error)
+        return _not_open, trial.losses
+    return lambda: _both(trial, rows), _twice(trial, torch.cat(alone).detach())
+
+
+def losses_of_batch(trial: Trial) -> tuple[Callable[[], Tensor], Tensor]:
+    """From one call of the model for all samples [B]."""
+    objective = trial.objective
+
+    def losses(batch: Batch) -> Tensor:
+        return objective.losses(objective.theta, batch)
+
+    return lambda: _both(trial, losses), _twice(trial, trial.losses)
+
+
+def losses_of_outputs(trial: Trial) -> tuple[Callable[[], Tensor], Tensor]:
+    """From the outputs of each sample [B]."""
+    objective, batch = trial.objective, trial.batch
+
+    def found() -> Tensor:
+        outputs = objective.outputs(objective.theta, batch)
+        return objective.output_losses(outputs, batch)
+
+    return found, trial.losses
+
+
+def products_in_forward_mode(
+    trial: Trial,
+) -> tuple[Callable[[], Tensor], Tensor]:
+    """Of each sample's gradient with the sum of all [B]."""
+    objective, v = trial.objective, trial.truth.sum(0)
+
+    def losses(theta: Tensor) -> Tensor:
+        return objective.losses(theta, trial.batch)
+
+    def found() -> Tensor:
+        along: Tensor = jvp(losses, (objective.theta,), (v,))[1]
+        return along
+
+    return found, _products(trial)
+
+
+def stacked_products(trial: Trial) -> tuple[Callable[[], Tensor], Tensor]:
+    """The same for two vectors at once [2, B]."""
+    v, expected = trial.truth.sum(0), _products(trial)
+    two = torch.stack([v, 2 * v])
+
+    def found() -> Tensor:
+        return forward_products(trial.objective, trial.batch, two)
+
+    return found, torch.stack([expected, 2 * expected])
+
+
+def _products(trial: Trial) -> Tensor:
+    # in single precision a product of long vectors is further off than what
+    # is tried here
+    precise = trial.truth.sum(0).double()
+    products = [float(g.double() @ precise) for g in trial.truth]
+    return trial.truth.new_tensor(products)
+
+
+def _outputs(trial: Trial, batch: Batch) -> Tensor:
+    """Outputs of a batch laid end to end, a row for each sample."""
+    objective = trial.objective
+    leaves, _ = flatten_tree(objective.batch_outputs(objective.theta, batch))
+    return torch.cat([leaf.reshape(batch.size, -1) for leaf in leaves], 1)
+
+
+def _both(trial: Trial, value: Callable[[Batch], Tensor]) -> Tensor:
+    """The rows of the batch, and those of the same samples in the large one below them."""
+    if trial.large is None:
+        return value(trial.batch)
+    large, places = trial.large
+    rows = value(large)
+    return torch.cat([value(trial.batch), rows[places.to(rows.device)]])
+
+
+def _twice(trial: Trial, rows: Tensor) -> Tensor:
+    """What `_both` is to be."""
+    return rows if trial.large is None else torch.cat([rows, rows])
+
+
+def _not_open() -> Tensor:
+    raise NotImplementedError("the samples alone have no outputs")

@@ -188,11 +188,11 @@ network come in another order. A wrong sample or layer differs by millions of th
 
 
 def agrees(
-    value: Callable[[], Tensor], expected: Tensor, rounding: float = 0.0
+    value: Callable[[], Tensor], expected: Tensor, within: float | None = None
 ) -> bool:
-    """Whether a way of computing works and gives the expected numbers, up to rounding in each row (sample).
+    """Whether a way of computing works and gives the expected numbers in each row (sample).
 
-    `rounding` is by how much the expected numbers are known to be off themselves.
+    `within` is the relative difference that is allowed; None is that of rounding.
     """
     try:
         got = value().detach()
@@ -210,13 +210,13 @@ def agrees(
         return True
     # a row that is small beside the others (a sample that is fitted well) carries the rounding of sums as large as they
     least = 1e-2 * _largest(expected) + 1e-3
-    unit = ULPS * torch.finfo(expected.dtype).eps
+    unit = within or ULPS * torch.finfo(expected.dtype).eps
     if expected.dim() == 1:
-        slack = unit * (expected.abs() + least) + rounding
+        slack = unit * (expected.abs() + least)
         return bool(((got - expected).abs() <= slack).all())
     # a row at a time: it may be as long as the parameters
     for row, right in zip(got, expected, strict=True):
-        slack = unit * (_largest(right) + least) + rounding
+        slack = unit * (_largest(right) + least)
         if not bool(row.sub(right).abs_().max() <= slack):
             return False
     return True

@@ -101,11 +101,11 @@ def same(
     objective: Objective,
     value: Callable[[], Tensor],
     expected: Tensor,
-    rounding: float = 0.0,
+    within: float | None = None,
 ) -> bool:
     """`agrees`, in the precision that the values of the loss have."""
     dtype = objective.rounded or expected.dtype
-    return agrees(lambda: value().to(dtype), expected.to(dtype), rounding)
+    return agrees(lambda: value().to(dtype), expected.to(dtype), within)
 
 
 def _find_calls(objective: Objective, one: Batch) -> None:

@@ -6,18 +6,17 @@ import logging
 import random
 
 import torch
-from torch import Tensor
 
 from ..data.batch import Batch
 from ..data.samples import Samples, shapes_of
 from .alone import first_look, require_repeatable, warn_of_company
 from .budget import UNBOUNDED, Budget
 from .door import first_gradients, first_losses, require_dependence
-from .fast_paths import FastPaths
+from .fast_paths import FastPaths, losses_of_rows
 from .gradients import activation_bytes
 from .linear import look_at_outputs, precision_of_loss
 from .objective import Objective, Paths
-from .rounding import Rounding
+from .trial import Large, Trial
 
 logger = logging.getLogger(__name__)
 MOST_PROBED = 8
@@ -58,10 +57,9 @@ def probe(
     )  # a masked sample says nothing
     look_at_outputs(objective, [alone[i] for i in telling], truth[telling])
     batch = samples.take(indices)
-    rounding = Rounding(objective, alone, losses, truth)
-    objective.paths = objective.paths._replace(
-        rows=_is_rows(rounding, batch, losses)
-    )
+    trial = Trial(objective, batch, alone, losses, truth)
+    rows = batch.sliceable and trial.holds(losses_of_rows)
+    objective.paths = objective.paths._replace(rows=rows)
     warn_of_company(objective, samples, batch, losses, truth, uniform)
     if not objective.paths.rows:
         samples.apart = True
@@ -73,14 +71,8 @@ def probe(
         )
         return
     samples.shapes = shapes_of(alone[0]) if uniform else None
-    FastPaths(
-        objective,
-        batch,
-        losses,
-        truth,
-        _large(objective, samples, alone[0], indices, budget),
-        rounding,
-    ).try_all()
+    trial.large = _large(objective, samples, alone[0], indices, budget)
+    FastPaths(trial).try_all()
     slow = [
         name
         for name, allowed in objective.paths._asdict().items()
@@ -162,20 +154,6 @@ def _choose_precision(objective: Objective, one: Batch) -> None:
         )
 
 
-def _is_rows(rounding: Rounding, batch: Batch, losses: Tensor) -> bool:
-    """Whether each row of a batch of samples collated together has the loss of the sample collated alone [B]."""
-
-    objective = rounding.objective
-
-    def found() -> Tensor:
-        rows = [
-            objective.losses(objective.theta, one) for one in batch.singles()
-        ]
-        return torch.cat(rows)
-
-    return batch.sliceable and rounding.holds(found, losses, rounding.of_losses)
-
-
 def _probed(samples: Samples) -> int:
     """Samples to try at most: a batch of the loader."""
     return max(2, min(samples.batch_size, MOST_PROBED))
@@ -187,7 +165,7 @@ def _large(
     one: Batch,
     indices: list[int],
     budget: Budget,
-) -> tuple[Batch, Tensor] | None:
+) -> Large | None:
     """A batch as large as products take them, and where the samples of these indices, `one` the first, stand in it."""
     fitting = budget.scoring_batch(activation_bytes(objective, one))
     count = min(samples.n, LARGE, fitting)
@@ -195,4 +173,4 @@ def _large(
     large = samples.take(rows)
     if not large.sliceable or len(rows) == len(indices):
         return None
-    return large, torch.tensor([rows.index(i) for i in indices])
+    return Large(large, torch.tensor([rows.index(i) for i in indices]))
