@@ -34,9 +34,8 @@ from .low_rank import (
     damping_by_steps,
     heavy_product,
     low_rank,
-    product_work,
 )
-from .problem import Problem
+from .problem import FASTER_ON_CUDA, Problem
 from .solution import Damping, Prepared, Solution
 from .system import System
 
@@ -51,8 +50,6 @@ STEPPED = 400
 """Up to this many test samples in all take the step."""
 LINE_SEARCHES = 8
 """Training samples whose line search decides the length of the step; they agree within a few percent."""
-FASTER_ON_CUDA = 50
-"""So many times the work is done in the same time there."""
 Way = Callable[[Problem, Damping | None], Prepared | None]
 
 
@@ -188,7 +185,7 @@ def _dense_work(problem: Problem) -> float:
     """Floating-point operations of the smaller dense form of G."""
     P, size = problem.objective.P, dense_form(problem)[0]
     if size >= P:
-        return P * product_work(problem) + float(P) ** 3
+        return P * problem.product_work + float(P) ** 3
     return 2.0 * size**2 * P + float(size) ** 3
 
 
@@ -220,7 +217,7 @@ def _by_low_rank(
         return product(v) + damping.value * v
 
     def solve(v: Tensor, tests: int) -> Solution:
-        work = tests * product_work(problem)
+        work = tests * problem.product_work
         stepping = tests <= STEPPED and work <= WORK
         M = inverse(ROWS_WITH_STEP if stepping else None)
         s = M(v)

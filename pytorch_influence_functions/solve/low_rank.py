@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..model.gradients import activation_bytes, reuse
+from ..model.gradients import activation_bytes
 from ..model.outer_products import is_one_hot, one_hot_norms
 from .cg import iterate
 from .damping import HALVES, choose_damping, error_curve
+from .directions import directions
 from .ekfac import DAMPING_TARGET
 from .errors import NegativeCurvatureError
 from .factors import Ekfac, eigenbasis_rows, fit
-from .passes import Passes, Seen, directions
+from .passes import Passes, Seen
 from .problem import Problem
 from .solution import Damping
 
@@ -242,18 +243,6 @@ def heavy_product(
     return product
 
 
-def product_work(problem: Problem) -> float:
-    """Floating-point operations of one product G v over the training set, about; a CUDA device does 50 at a time."""
-    uses = max(1.0, reuse(problem.objective, problem.first))
-    return (
-        6
-        * uses
-        * problem.objective.P
-        * problem.samples.n
-        / (50 if problem.objective.device.type == "cuda" else 1)
-    )
-
-
 def damping_by_low_rank(
     problem: Problem, basis: LowRank | None = None
 ) -> Damping:
@@ -316,7 +305,7 @@ def _stepped(
 
 
 def _steps_are_cheap(problem: Problem) -> bool:
-    return 5 * 2 * HALVES * product_work(problem) <= WORK
+    return 5 * 2 * HALVES * problem.product_work <= WORK
 
 
 def error_curve_by_low_rank(

@@ -16,31 +16,24 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from ..data.batch import Batch
-from ..model import draws
 from ..model.budget import DIAGONAL_BLOCK, MIB
 from ..model.layers import (
-    Forward,
     Layer,
     backward,
     forward,
     gather,
     layer_inputs,
 )
-from ..model.likelihoods import DENSE_OUTPUTS, Categorical, likelihood
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
-from ..model.roots import roots
 from ..model.usable import parameter_places, usable_layers
+from .directions import pseudo_gradients
 from .problem import Problem
 
 logger = logging.getLogger(__name__)
-FEW_OUTPUTS = 16
-"""Up to this many outputs of a sample the expectation over g is a sum over all of them; beyond it, g is drawn."""
 LARGEST_FACTOR = 2**13
 """Inputs or outputs of a group beyond which the axes stand for the factor's eigenvectors, which then take more than a
 minute of one core (measured: 1.0 s for 2048, with the third power of the size) and half a gigabyte."""
-SIGNS = 1
-"""The stream of random signs, apart from that of the draws."""
 
 
 class Seen(NamedTuple):
@@ -153,7 +146,7 @@ def seen_by_layers(
     objective = problem.objective
     one = forward(objective, layers, batch)
     inputs = layer_inputs(layers, one, batch.size)
-    es = pseudo_gradients(objective, one, batch, problem.config.seed, top)
+    es = pseudo_gradients(problem, one, batch, top)
     gradients, sums = [], []
     for e in es:
         g, of_all = backward(layers, one, e, batch.size, len(outside) > 0)
@@ -254,52 +247,6 @@ def _sides(i: int, layer: Layer, theta: Tensor) -> list[Side]:
 
 
 # ---- one batch
-
-
-def pseudo_gradients(
-    objective: Objective,
-    seen: Forward,
-    batch: Batch,
-    seed: int,
-    top: int | None = None,
-) -> list[list[Tensor]]:
-    r"""Output gradients e whose second moment is the loss's Hessian in the outputs: \sum_e e e^T = \nabla^2_y \ell_i.
-
-    First its `top` largest eigenvectors (None: all where there are few outputs, which is exact, else none), then one
-    draw of the rest. Random signs and draws are keyed by the sample, so that they do not depend on the batch.
-    """
-    y = [part.detach() for part in seen.y]
-    count = sum(part[0].numel() for part in y)
-    if top is None and count <= FEW_OUTPUTS:
-        top = count
-    top = directions(count, top or 0)
-    known = likelihood(objective, y, seen.rebuild, batch)
-    if top == 0:
-        return [_split_like(known.draw(seed, batch.indices), y)]
-    W = roots(known.hessians(), isinstance(known, Categorical))
-    signs = draws.signs(seed, batch.indices, top, W.device, SIGNS).to(W)
-    es = [_split_like(W[:, k] * signs[:, k : k + 1], y) for k in range(top)]
-    if top < count:
-        numbers = draws.normal(seed, batch.indices, count - top, W.device).to(W)
-        es.append(
-            _split_like((numbers.unsqueeze(1) @ W[:, top:]).squeeze(1), y)
-        )
-    return es
-
-
-def directions(count: int, top: int) -> int:
-    """How many directions of `count` outputs are taken one by one: the last costs no more than a draw of it."""
-    if count > DENSE_OUTPUTS:
-        return 0
-    return count if count <= top + 1 else top
-
-
-def _split_like(flat: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    parts = flat.split([leaf[0].numel() for leaf in leaves], 1)
-    return [
-        part.reshape(leaf.shape).to(leaf)
-        for part, leaf in zip(parts, leaves, strict=True)
-    ]
 
 
 def output_rows(

@@ -19,7 +19,7 @@ from ..data.samples import Samples, varying_sample
 from ..model.budget import Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
-from ..model.gradients import activation_bytes, per_sample_gradients
+from ..model.gradients import activation_bytes, per_sample_gradients, reuse
 from ..model.objective import Objective
 from ..model.probe import probe
 from ..utils import random_state, warn
@@ -33,6 +33,8 @@ from .errors import (
 logger = logging.getLogger(__name__)
 MOST_TOGETHER = 64
 """Test samples in one group at most, so that finished ones are on disk early."""
+FASTER_ON_CUDA = 50
+"""So many times the work is done in the same time there."""
 MOST_CHAINS = 8
 """Bound for r="auto": the standard error falls with the root of their number."""
 
@@ -140,6 +142,13 @@ class Problem:
     def activations(self) -> int:
         """Bytes that one sample's forward pass keeps."""
         return activation_bytes(self.objective, self.first)
+
+    @functools.cached_property
+    def product_work(self) -> float:
+        """Floating-point operations of one product G v over the training set, about, in a CPU's time."""
+        uses = max(1.0, reuse(self.objective, self.first))
+        faster = FASTER_ON_CUDA if self.objective.device.type == "cuda" else 1
+        return 6 * uses * self.objective.P * self.samples.n / faster
 
     @property
     def batch(self) -> int:
