@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
@@ -35,6 +36,8 @@ class Products(NamedTuple):
     """Whether the weight holds [groups, inputs, outputs]."""
     shift: Rows | None = None
     """The output gradient as the bias sees it, where that is something else; the bias is a block of its own then."""
+    some: Callable[[Tensor, Tensor], Tensor] | None = None
+    """The inputs at some positions [B, S] of each sample alone [B, S, groups, d], where that saves work."""
     classes: int | None = None
     """Of one-hot inputs, which are the place of their one instead (an integer, d = 1; -1: there is none)."""
 
@@ -87,19 +90,19 @@ def _one_group(x: Tensor) -> Tensor:
 
 
 def _convolution(conv: _ConvNd) -> Products:
-    def inputs(x: Tensor) -> Tensor:
+    def inputs(x: Tensor, places: Tensor | None = None) -> Tensor:
         return _patches(
             _padded(conv, x),
             conv.groups,
             conv.kernel_size,
             conv.dilation,
             conv.stride,
+            places,
         )
 
     outputs = functools.partial(_pixels, groups=conv.groups)
-    return Products(
-        conv.groups, conv.out_channels // conv.groups, inputs, outputs
-    )
+    out = conv.out_channels // conv.groups
+    return Products(conv.groups, out, inputs, outputs, some=inputs)
 
 
 def _transposed(conv: _ConvNd) -> Products:
@@ -133,13 +136,27 @@ def _patches(
     kernel: Sequence[int],
     dilation: Sequence[int],
     stride: Sequence[int],
+    places: Tensor | None = None,
 ) -> Tensor:
-    """What each output pixel of a convolution sees, [B, groups in, pixels...] -> [B, T, groups, in * taps]."""
+    """What each output pixel of a convolution sees, [B, groups in, pixels...] -> [B, T, groups, in * taps].
+
+    `places` [B, S] are those pixels of each sample that are wanted; None: all.
+    """
+    if len(kernel) == 2 and places is None:
+        columns: Tensor = F.unfold(
+            x, tuple(kernel), tuple(dilation), stride=tuple(stride)
+        )
+        rows: Tensor = columns.mT.unflatten(-1, (groups, -1))
+        return rows
     for i, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
         span = d * (k - 1) + 1
         x = x.unfold(2 + i, span, s)[..., ::d]
     dims = len(kernel)
     x = x.movedim(1, 1 + dims)  # [B, pixels..., groups in, kernel...]
+    if places is not None:
+        samples = torch.arange(len(x), device=x.device).unsqueeze(1)
+        pixels = torch.unravel_index(places, x.shape[1 : 1 + dims])
+        x, dims = x[(samples, *pixels)], 1
     x = x.unflatten(1 + dims, (groups, -1))
     return x.flatten(2 + dims).flatten(1, dims)
 

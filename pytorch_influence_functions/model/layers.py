@@ -67,6 +67,15 @@ class Layer(NamedTuple):
         ]
 
     @property
+    def fan_in(self) -> int:
+        """Inputs of one group, with the one of the bias."""
+        if isinstance(self.rule, Sums) or self.weight is None:
+            return 1
+        size: int = self.weight.stop - self.weight.start
+        inputs = size // (self.rule.groups * self.rule.out)
+        return inputs + (self.bias is not None)
+
+    @property
     def classes(self) -> int | None:
         """Of one-hot inputs."""
         return None if isinstance(self.rule, Sums) else self.rule.classes
@@ -75,10 +84,21 @@ class Layer(NamedTuple):
         """Input as the module gets it, batch size -> [B, T, groups, in (+ 1)]; one-hot ones as their places."""
         if isinstance(self.rule, Sums):
             return x.new_ones(size, 1, 1, 1)
-        rows = self.rule.inputs(x)
-        if self.bias is not None:
-            rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
-        return self.layout(rows, size)
+        return self.layout(self._with_bias(self.rule.inputs(x)), size)
+
+    def some_inputs(self, x: Tensor, places: Tensor) -> Tensor | None:
+        """Inputs at the positions `places` [B, S] of each sample, where the rule finds them without all the others."""
+        if not isinstance(self.rule, Products) or self.rule.some is None:
+            return None
+        if self.layout is not _samples_first or len(x) != len(places):
+            return None
+        return self._with_bias(self.rule.some(x, places))
+
+    def _with_bias(self, rows: Tensor) -> Tensor:
+        """Inputs with the one that the bias is multiplied with."""
+        if self.bias is None:
+            return rows
+        return torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
 
     def outputs(self, g: Tensor, x: Tensor, size: int) -> Tensor:
         """Gradient of its output, its input, batch size -> [B, T, groups, out]."""

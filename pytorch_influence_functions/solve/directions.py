@@ -35,13 +35,17 @@ SIGNS = 1
 
 
 def pseudo_gradients(
-    problem: Problem, seen: Forward, batch: Batch, top: int | None
+    problem: Problem,
+    seen: Forward,
+    batch: Batch,
+    top: int | None,
+    many: int = DRAWS,
 ) -> list[list[Tensor]]:
     """Output gradients e of a batch, as many tensors each as the model has outputs [B, ...].
 
     First the `top` largest eigenvectors of the loss's Hessian, then one draw of the rest; None: all eigenvectors where
-    they are few and a pass costs little, else draws of the whole. Random signs and draws are keyed by the sample, so
-    that they do not depend on the batch.
+    they are few and a pass costs little, else `many` draws of the whole. Random signs and draws are keyed by the
+    sample, so that they do not depend on the batch.
     """
     y = [part.detach() for part in seen.y]
     known = likelihood(problem.objective, y, seen.rebuild, batch)
@@ -53,7 +57,7 @@ def pseudo_gradients(
     if top:
         return _eigenvectors(problem, known, y, batch, top)
     # where many outputs are drawn in a cheap pass, one draw of each of many samples is enough
-    many = 1 if count > FEW_OUTPUTS else DRAWS
+    many = 1 if count > FEW_OUTPUTS else many
     seeds = [problem.config.seed + k * DRAW_STRIDE for k in range(many)]
     return [
         _split_like(known.draw(seed, batch.indices) / many**0.5, y)

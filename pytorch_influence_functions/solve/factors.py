@@ -52,6 +52,22 @@ class Block(NamedTuple):
         W = W if self.Q_out is None else self.Q_out @ W
         return W if self.Q_in is None else W @ self.Q_in.mT
 
+    def squares(self, g: Tensor, a: Tensor, max_bytes: float) -> Tensor:
+        """Sum over draws and samples of the squared gradients in the eigenbasis; g and a as they are seen.
+
+        What the layer sees is turned into the eigenbasis, or the gradients are: for many positions of a small layer
+        there are fewer of these.
+        """
+        draws, _, T, _, outputs = g.shape
+        inputs = a.shape[-1]
+        turned = T * (inputs**2 + draws * outputs**2)
+        turned_later = draws * outputs * inputs * (outputs + inputs)
+        if turned <= turned_later or self.layer.classes is not None:
+            left, right = self.rotated(g, a)
+            return _squares(left, right, self.layer.classes, max_bytes)
+        left, right = rotated(g, None), rotated(a, None)
+        return _squares(left, right, None, max_bytes, self.to_eigenbasis)
+
 
 class Ekfac:
     r"""The approximation of G: apply (G + \lambda I)^{-1}, G itself, or their quadratic form to stacks [K, P].
@@ -133,7 +149,7 @@ def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
     eigenvalues = torch.zeros_like(theta).unsqueeze(0)
     A: dict[int, Tensor] = {}
     S: dict[int, Tensor] = {}
-    for seen in passes:
+    for seen in passes.first_look():
         eigenvalues[0, passes.outside] += seen.outside / n
         for i, (x, g) in enumerate(
             zip(seen.inputs, _kept(seen, keep), strict=True)
@@ -152,10 +168,7 @@ def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
         for i, (x, g) in enumerate(
             zip(seen.inputs, _kept(seen, keep), strict=True)
         ):
-            left, right = blocks[i].rotated(g, x)
-            _add(
-                squares, i, _squares(left, right, layers[i].classes, max_bytes)
-            )
+            _add(squares, i, blocks[i].squares(g, x, max_bytes))
     for i, layer in enumerate(layers):
         scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
     return Ekfac(blocks, eigenvalues[0], passes.outside)
@@ -183,9 +196,13 @@ def _eigenvectors(sums: dict[int, Tensor], i: int, n: int) -> Tensor | None:
 
 
 def _squares(
-    g: Tensor, a: Tensor, classes: int | None, max_bytes: float
+    g: Tensor,
+    a: Tensor,
+    classes: int | None,
+    max_bytes: float,
+    turn: Callable[[Tensor], Tensor] = lambda W: W,
 ) -> Tensor:
-    """Sum over draws and samples of (sum_t g_t a_t^T)^2; g [D, B, groups, T, out], a [B, groups, T, in]."""
+    """Sum over draws and samples of (turn(sum_t g_t a_t^T))^2; g [D, B, groups, T, out], a [B, groups, T, in]."""
     if classes is not None:
         return one_hot_squares(g, a, classes)
     if g.shape[3] == 1:
@@ -196,7 +213,7 @@ def _squares(
     total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
     for draw in g:
         for x, y in zip(draw.split(size), a.split(size), strict=True):
-            total += (x.mT @ y).square_().sum(0)
+            total += turn(x.mT @ y).square().sum(0)
     return total
 
 

@@ -27,10 +27,14 @@ from ..model.layers import (
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
 from ..model.usable import parameter_places, usable_layers
-from .directions import pseudo_gradients
+from .directions import DRAWS, pseudo_gradients
+from .positions import Positions
 from .problem import Problem
 
 logger = logging.getLogger(__name__)
+EXPENSIVE = 1e9
+"""Floating-point operations of a product above which factors are made from a part of the positions: a tenth of a second
+on one core."""
 LARGEST_FACTOR = 2**13
 """Inputs or outputs of a group beyond which the axes stand for the factor's eigenvectors, which then take more than a
 minute of one core (measured: 1.0 s for 2048, with the third power of the size) and half a gigabyte."""
@@ -62,6 +66,17 @@ class Seen(NamedTuple):
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
+class Look(NamedTuple):
+    """How much of it is looked at."""
+
+    top: int | None
+    """Directions of the loss's Hessian that are taken one by one; None: all where they are few, else none."""
+    draws: int = DRAWS
+    """Where all directions would be too expensive."""
+    some: bool = False
+    """Whether the inputs are those at a random part of their positions."""
+
+
 class Passes:
     """The training set as its layers see it, the same in each pass: kept where the memory allows, else read again.
 
@@ -87,14 +102,19 @@ class Passes:
                 outside[place] = False
         self.outside = outside.nonzero().squeeze(1).to(objective.device)
         self._kept: list[Seen] | None = None
+        self._expensive = problem.product_work > EXPENSIVE
         _tell(objective, outside)
 
     def __iter__(self) -> Iterator[Seen]:
+        look = Look(self.top)
         if self._kept is not None:
             yield from self._kept
             return
+        if self._expensive and self.top is None:
+            yield from self._read(look)  # it is the last time
+            return
         kept: list[Seen] | None = []
-        for seen in self._read():
+        for seen in self._read(look):
             yield seen
             if kept is not None:
                 kept.append(seen)
@@ -105,13 +125,32 @@ class Passes:
                     kept = None
         self._kept = kept
 
-    def _read(self) -> Iterator[Seen]:
+    def first_look(self) -> Iterator[Seen]:
+        """What the factors are made from: where a pass is expensive a part of the positions, and one draw."""
+        if not self._expensive:
+            yield from self
+            return
+        if self._kept is None:
+            # the diagonal outside the layers comes from this pass alone
+            many = DRAWS if len(self.outside) else 1
+            yield from self._read(Look(self.top, many, some=True))
+            return
+        positions = positions_of(self.problem)
+        for seen in self._kept:
+            pairs = enumerate(zip(self.layers, seen.inputs, strict=True))
+            inputs = [
+                positions.some_of(layer, i, x, seen.batch)
+                for i, (layer, x) in pairs
+            ]
+            yield seen._replace(inputs=inputs)
+
+    def _read(self, look: Look) -> Iterator[Seen]:
         size, block = self._sizes
         total: Tensor | float = 0.0
         for batch in self.problem.samples.ordered(size, text="EKFAC"):
             for one in batch.parts or (batch,):
                 seen, sums = seen_by_layers(
-                    self.problem, self.layers, one, self.top, self.outside
+                    self.problem, self.layers, one, look, self.outside
                 )
                 total = total + sums
                 end = one.indices[-1] + 1
@@ -139,14 +178,18 @@ def seen_by_layers(
     problem: Problem,
     layers: Sequence[Layer],
     batch: Batch,
-    top: int | None,
+    look: Look,
     outside: Tensor,
 ) -> tuple[Seen, Tensor]:
     """What the layers see of a batch, and for each draw the summed gradients outside them [D, outside]."""
     objective = problem.objective
     one = forward(objective, layers, batch)
-    inputs = layer_inputs(layers, one, batch.size)
-    es = pseudo_gradients(problem, one, batch, top)
+    inputs = (
+        positions_of(problem).some_inputs(layers, one, batch)
+        if look.some
+        else layer_inputs(layers, one, batch.size)
+    )
+    es = pseudo_gradients(problem, one, batch, look.top, look.draws)
     gradients, sums = [], []
     for e in es:
         g, of_all = backward(layers, one, e, batch.size, len(outside) > 0)
@@ -158,6 +201,11 @@ def seen_by_layers(
     return Seen(
         batch, inputs, _stacked(es), _stacked(gradients), none
     ), torch.stack(sums)
+
+
+def positions_of(problem: Problem) -> Positions:
+    """Which positions are taken where a part is enough."""
+    return Positions(problem.samples.n, problem.config.seed)
 
 
 def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -180,7 +228,7 @@ def batch_size(
         problem,
         layers,
         problem.first,
-        top,
+        Look(top),
         problem.objective.theta.new_zeros(0).long(),
     )
     count = sum(part[0, 0].numel() for part in seen.cotangents)
