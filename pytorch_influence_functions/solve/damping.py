@@ -13,6 +13,7 @@ the smallest above which the error stays below `TARGET`.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -20,9 +21,17 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..model.gradients import gradient_products
+from ..data.batch import Batch
+from ..model.gradients import (
+    REUSED,
+    gradient_products,
+    per_sample_gradients,
+    reuse,
+)
 from ..model.objective import Objective
+from ..model.outputs import numbers_of
 from .problem import Problem
+from .search import Point, search
 from .solution import Damping
 
 logger = logging.getLogger(__name__)
@@ -30,19 +39,11 @@ TARGET = 0.23
 """The error to stay below; measured on nine tasks with two models each against retraining."""
 HALVES, SAMPLES = 16, 200
 """Random halves, and training samples j."""
+FEWER_HALVES, FEWER_SAMPLES, TRY_WORK = 8, 50, 1e11
+"""The same where the forward passes for one value of lambda would take more floating-point operations than that, some
+seconds on one core."""
 START = 4.0
 """Where the search begins, in units of G's mean eigenvalue."""
-FACTOR, BOUNDS, MOST = 10**0.5, (1e-4, 1e3), 12
-"""Its longest first step, how far it goes from the start, and how many values of lambda it tries at most."""
-SHORTEST = 0.15
-"""Its shortest first step in the logarithm, twice as long each time: near the target the error may be flat."""
-CLOSE, APART = 0.04, 0.15
-"""An error is as good as the target within this fraction, a bracket as good as a point within this logarithm: the
-scores change by less than the choice of the halves changes lambda."""
-SMALLEST, MOST_ERROR = 1e-9, 1e6
-"""Errors are cut off there before their logarithm is taken: 0 and infinity have none."""
-Point = tuple[float, float]
-"""lambda and its error."""
 
 
 def prediction_error(actual: Tensor, predicted: Tensor) -> float:
@@ -52,64 +53,6 @@ def prediction_error(actual: Tensor, predicted: Tensor) -> float:
         0
     ).clamp_min(tiny)
     return float(each.sqrt().nan_to_num(math.inf, math.inf).median())
-
-
-def search(
-    error: Callable[[float], float], start: float, target: float = TARGET
-) -> tuple[float, list[Point]]:
-    """The lambda at which a falling `error` reaches `target`, and every (lambda, error) that was tried.
-
-    Steps from `start` until two values bracket the target, then regula falsi in the logarithms until they are close
-    together or the error is close to the target. A target that is never met (or never missed) gives the end of the
-    bounds.
-    """
-    path: list[Point] = []
-    low: Point | None = None  # error above the target
-    high: Point | None = None
-    damping = start
-    while True:
-        point = (damping, error(damping))
-        path.append(point)
-        if _is_close(point, target):
-            return damping, path
-        if point[1] > target:
-            low = point
-        else:
-            high = point
-        tried_all = len(path) >= MOST
-        if low is None or high is None:
-            before, damping = damping, _next_step(point, target, len(path))
-            within = BOUNDS[0] <= damping / start <= BOUNDS[1]
-            if tried_all or not within:
-                return before, path
-        elif tried_all or math.log(high[0] / low[0]) <= APART:
-            return high[0], path
-        else:
-            damping = _between(low, high, target)
-
-
-def _is_close(point: Point, target: float) -> bool:
-    return abs(point[1] / target - 1) < CLOSE
-
-
-def _next_step(point: Point, target: float, tried: int) -> float:
-    """The next lambda on the way to the target: errors fall about with the root of lambda."""
-    damping, value = point
-    value = min(max(value, SMALLEST), 1 / SMALLEST)
-    step = 2 * math.log(value / target)
-    longest = math.log(FACTOR if tried < 3 else FACTOR**2)
-    shortest = min(SHORTEST * 2 ** (tried - 1), longest)
-    size = min(max(abs(step), shortest), longest)
-    return float(damping * math.exp(math.copysign(size, step)))
-
-
-def _between(low: Point, high: Point, target: float) -> float:
-    """Where the line through the logarithms of both points meets the target, away from the ends."""
-    above = math.log(min(low[1], MOST_ERROR))
-    below = math.log(max(high[1], SMALLEST))
-    part = (above - math.log(target)) / (above - below)
-    part = min(max(part, 0.1), 0.9)
-    return float(low[0] * (high[0] / low[0]) ** part)
 
 
 def choose_damping(
@@ -192,40 +135,46 @@ class _Rule:
         self, problem: Problem, shift: Callable[[Tensor, float], Tensor]
     ) -> None:
         self.problem, self.shift, n = problem, shift, problem.samples.n
+        count, most = _sizes(problem)
         generator = torch.Generator().manual_seed(problem.config.seed)
         halves = [
             torch.randperm(n, generator=generator)[: max(1, n // 2)]
-            for _ in range(HALVES)
+            for _ in range(count)
         ]
         self.halves = torch.stack(
             [torch.zeros(n).index_fill(0, half, 1) for half in halves]
         )
         chosen: list[int] = (
-            torch.randperm(n, generator=generator)[:SAMPLES]
-            .sort()
-            .values.tolist()
+            torch.randperm(n, generator=generator)[:most].sort().values.tolist()
         )
         size = problem.budget.precise_batch(problem.activations)
         self.batches = list(problem.samples.ordered(size, chosen))
-        self.objective, self.losses = self._precise(problem.objective)
-        together = problem.budget.halves(problem.row, HALVES)
+        self._at, self.losses = self._precise(problem.objective)
+        together = problem.budget.halves(problem.row, count)
         self._parts = self.halves.split(together)
         self._gradients = (
             self.gradients(self.halves) if len(self._parts) == 1 else None
         )
 
-    def _precise(self, own: Objective) -> tuple[Objective, Tensor]:
-        """The objective in double precision and its losses; in its own where the model runs in no other."""
-        double = own.double()
-        try:
-            return double, self._losses(double)
-        except RuntimeError as error:
-            logger.info(
-                "changes of the loss are computed in %s: %s",
-                own.dtype,
-                str(error).splitlines()[0],
-            )
-            return own, self._losses(own)
+    def _precise(self, own: Objective) -> tuple[Losses, Tensor]:
+        """Losses in double precision at parameters [P], and those at theta; where it runs in no other, in its own.
+
+        Where a forward pass in double precision is expensive, the loss alone is computed in it: what rounding does to
+        the outputs of a sample that is fitted well reaches its loss times a slope that is as small.
+        """
+        ways: list[Losses] = [functools.partial(_losses_at, own.double())]
+        if _sizes(self.problem)[0] < HALVES and own.paths.outputs:
+            ways.insert(0, functools.partial(_losses_of_outputs_at, own))
+        for way in ways:
+            try:
+                return way, self._losses(way)
+            except (RuntimeError, TypeError) as error:
+                logger.info(
+                    "changes of the loss are not computed in double precision: %s",
+                    (str(error).splitlines() or [""])[0],
+                )
+        way = functools.partial(_losses_at, own)
+        return way, self._losses(way)
 
     def gradients(self, halves: Tensor) -> Tensor:
         """(1/n) of the summed gradients of each of these halves [h, n] -> [h, P]."""
@@ -246,21 +195,40 @@ class _Rule:
                 ),
             ),
         )
+        if self._by_sample:
+            size = min(size, problem.gradient_batch)
         for batch in problem.samples.ordered(size, text="Damping: gradients"):
-            theta = objective.theta.detach().requires_grad_()
-            losses = objective.losses(theta, batch)
-            weights = halves[:, torch.as_tensor(batch.indices)].to(losses)
-            if objective.paths.vmap:
-                total += torch.autograd.grad(
-                    losses, theta, weights, is_grads_batched=True
-                )[0]
-            else:
-                each = [
-                    torch.autograd.grad(losses, theta, w, retain_graph=True)[0]
-                    for w in weights
-                ]
-                total += torch.stack(each)
+            weights = halves[:, torch.as_tensor(batch.indices)].to(total)
+            total += self._weighted(batch, weights)
         return total / problem.samples.n
+
+    @property
+    def _by_sample(self) -> bool:
+        """Whether the gradient of each sample costs less than one pass for each half: where weights are used often."""
+        objective = self.problem.objective
+        uses = reuse(objective, self.problem.first)
+        return objective.paths.vmap and uses >= REUSED
+
+    def _weighted(self, batch: Batch, weights: Tensor) -> Tensor:
+        """Sums of the batch's gradients with these weights [h, B] -> [h, P]."""
+        objective = self.problem.objective
+        if self._by_sample:
+            rows = per_sample_gradients(
+                objective, batch, self.problem.budget.product
+            )
+            return weights @ rows
+        theta = objective.theta.detach().requires_grad_()
+        losses = objective.losses(theta, batch)
+        if objective.paths.vmap:
+            (sums,) = torch.autograd.grad(
+                losses, theta, weights, is_grads_batched=True
+            )
+            return sums
+        each = [
+            torch.autograd.grad(losses, theta, w, retain_graph=True)[0]
+            for w in weights
+        ]
+        return torch.stack(each)
 
     def error(self, damping: float) -> float:
         """The prediction error at this damping; as many halves at a time as the memory holds."""
@@ -278,12 +246,10 @@ class _Rule:
 
     def _changes(self, shifts: Tensor) -> Tensor:
         """Actual changes of the samples' losses at the parameters plus each shift [h, P] -> [h, samples]."""
-        return torch.stack(
-            [
-                self._losses(self.objective, shift) - self.losses
-                for shift in shifts
-            ]
-        )
+        changes = [
+            self._losses(self._at, shift) - self.losses for shift in shifts
+        ]
+        return torch.stack(changes)
 
     def _predicted(self, shifts: Tensor) -> Tensor:
         """The same to first order."""
@@ -297,16 +263,38 @@ class _Rule:
             1,
         )
 
-    def _losses(
-        self, objective: Objective, shift: Tensor | None = None
-    ) -> Tensor:
+    def _losses(self, way: Losses, shift: Tensor | float = 0.0) -> Tensor:
         """Loss of each of the samples at the parameters, shifted by `shift` [P]."""
-        theta = (
-            objective.theta
-            if shift is None
-            else objective.theta + shift.to(objective.theta)
-        )
         with torch.no_grad():
-            return torch.cat(
-                [objective.losses(theta, batch) for batch in self.batches]
-            )
+            return torch.cat([way(batch, shift) for batch in self.batches])
+
+
+Losses = Callable[[Batch, Tensor | float], Tensor]
+"""A batch and a shift of the parameters [P] -> losses [B]."""
+
+
+def _losses_at(
+    objective: Objective, batch: Batch, shift: Tensor | float
+) -> Tensor:
+    """Of the whole model in the objective's precision."""
+    if isinstance(shift, Tensor):
+        shift = shift.to(objective.theta)
+    return objective.losses(objective.theta + shift, batch)
+
+
+def _losses_of_outputs_at(
+    objective: Objective, batch: Batch, shift: Tensor | float
+) -> Tensor:
+    """In double precision from outputs in the objective's own."""
+    outputs = objective.batch_outputs(objective.theta + shift, batch)
+    y, rebuild = numbers_of(outputs)
+    precise = rebuild([part.double() for part in y])
+    return objective.double().output_losses(precise, batch)
+
+
+def _sizes(problem: Problem) -> tuple[int, int]:
+    """How many halves, and how many samples."""
+    forward = problem.product_work / (3 * problem.samples.n)
+    if forward * HALVES * min(SAMPLES, problem.samples.n) <= TRY_WORK:
+        return HALVES, SAMPLES
+    return FEWER_HALVES, FEWER_SAMPLES

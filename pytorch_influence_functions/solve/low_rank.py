@@ -26,12 +26,15 @@ from .passes import Passes, Seen
 from .problem import Problem
 from .solution import Damping
 
-DIRECTIONS = 9
-"""Eigenvectors of the loss's Hessian in a sample's outputs that may become rows; the rest is drawn."""
+DIRECTIONS, FEW_DIRECTIONS, DEAR = 9, 2, 3e10
+"""Eigenvectors of the loss's Hessian in a sample's outputs that may become rows (the rest is drawn), and how many where
+a product takes more floating-point operations than that: each is a backward pass in each of three sweeps."""
 
 
 ROWS_FOR_DAMPING = 200
 """Rows that are exact in what preconditions the choice of the damping; twice as many where no product follows."""
+INVERSE_WORK = 6e9
+"""Floating-point operations of one inverse with exact rows in the choice of the damping, which takes up to a dozen."""
 EKFAC_STEPS, PLAIN_STEPS = 4, 20
 """Conjugate gradients for the choice of the damping without a low-rank form: EKFAC alone preconditions less well than
 it does beside the largest rows, and nothing at all needs many."""
@@ -116,7 +119,8 @@ class Woodbury:
 
 def low_rank(problem: Problem, rows: int) -> LowRank:
     """Find the largest `rows` rows of G, and fit EKFAC to the others."""
-    passes = Passes(problem, DIRECTIONS)
+    dear = problem.product_work > DEAR
+    passes = Passes(problem, FEW_DIRECTIONS if dear else DIRECTIONS)
     norms = torch.cat(
         [_norms(seen) for seen in passes], 1
     )  # samples come in order
@@ -148,7 +152,7 @@ def _exact(passes: Passes) -> int:
     """How many of the draws are eigenvectors, which come first."""
     seen = next(iter(passes))
     count = sum(part[0, 0].numel() for part in seen.cotangents)
-    return directions(count, DIRECTIONS)
+    return directions(count, passes.top or 0)
 
 
 def _norms(seen: Seen) -> Tensor:
@@ -206,12 +210,12 @@ class Shift:
         self.basis = basis
         self.product = heavy_product(problem, basis)
         self.steps = 2 if _steps_are_cheap(problem) else 0
+        self.most = int((INVERSE_WORK / problem.objective.P) ** 0.5)
 
     def __call__(self, g: Tensor, damping: float) -> Tensor:
         """[K, P] -> [K, P]."""
-        M = self.basis.inverse(
-            damping, ROWS_FOR_DAMPING if self.steps else 2 * ROWS_FOR_DAMPING
-        )
+        rows = ROWS_FOR_DAMPING if self.steps else 2 * ROWS_FOR_DAMPING
+        M = self.basis.inverse(damping, min(rows, self.most))
         if self.steps:
             try:
                 return iterate(

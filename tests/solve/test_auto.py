@@ -5,7 +5,7 @@ import math
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.solve import auto, damping
+from pytorch_influence_functions.solve import auto, damping, search
 from pytorch_influence_functions.solve.exact import dense_curvature
 from pytorch_influence_functions.solve.factors import build
 from pytorch_influence_functions.solve.low_rank import low_rank
@@ -113,18 +113,18 @@ def test_prediction_error():
 @pytest.mark.parametrize("power", [0.2, 0.5, 1, 2])
 @pytest.mark.parametrize("truth", [0.003, 1, 50])
 def test_search_finds_the_damping(power, truth):
-    found, curve = damping.search(lambda value: 0.23 * (truth / value) ** power, 1.0, 0.23)
+    found, curve = search.search(lambda value: 0.23 * (truth / value) ** power, 1.0, 0.23)
     assert found == pytest.approx(truth, rel=0.25)
-    assert len(curve) <= damping.MOST
+    assert len(curve) <= search.MOST
     assert found in dict(curve)
 
 
 @pytest.mark.parametrize(("error", "end"), [(0.0, 0), (math.inf, 1)])
 def test_search_out_of_reach(error, end):
-    found, curve = damping.search(lambda _: error, 2.0)
-    assert len(curve) <= damping.MOST
+    found, curve = search.search(lambda _: error, 2.0, damping.TARGET)
+    assert len(curve) <= search.MOST
     assert found == (min if end == 0 else max)(dict(curve))
-    assert 1 / 100 >= found / 2 >= damping.BOUNDS[0] if end == 0 else 100 <= found / 2 <= damping.BOUNDS[1]
+    assert 1 / 100 >= found / 2 >= search.BOUNDS[0] if end == 0 else 100 <= found / 2 <= search.BOUNDS[1]
 
 
 def test_rule_on_a_quadratic_problem():
