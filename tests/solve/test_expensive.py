@@ -1,0 +1,213 @@
+"""What is done in fewer passes where a pass is expensive: right in the mean, the same whatever the batches."""
+
+import pytest
+import pytorch_influence_functions as ptif
+import torch
+from pytorch_influence_functions.model.budget import Budget
+from pytorch_influence_functions.solve import damping, directions, low_rank, passes, positions
+from pytorch_influence_functions.solve.factors import build
+from torch import nn
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+pytestmark = pytest.mark.usefixtures("double")
+N = 40
+
+
+def network(classes=4, bias=True):
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1, bias=bias), nn.Tanh(), nn.Conv2d(3, 4, 3, stride=2, bias=bias), nn.Tanh(),
+        nn.Flatten(), nn.Linear(36, classes),
+    ).eval()  # fmt: skip
+
+
+def data(classes=4):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(N, 2, 8, 8, generator=generator)
+    return x, torch.randint(0, classes, (N,), generator=generator)
+
+
+def influence(model=None, **options):
+    x, t = data()
+    given = {"solver": "ekfac", "damping": 0.1, "progress": False, **options}
+    return ptif.InfluenceFunction(model or network(), DataLoader(TensorDataset(x, t), batch_size=8), **given)
+
+
+@pytest.fixture
+def expensive(monkeypatch):
+    """Every pass counts as expensive."""
+    monkeypatch.setattr(passes, "EXPENSIVE", 0)
+    monkeypatch.setattr(directions, "EXACT_WORK", 0)
+    monkeypatch.setattr(low_rank, "DEAR", 0)
+    monkeypatch.setattr(damping, "TRY_WORK", 0)
+    monkeypatch.setattr(positions, "ROWS_PER_INPUT", 1)
+    monkeypatch.setattr(positions, "LEAST_POSITIONS", 4)
+
+
+# ---- factors
+
+
+def first_look(seed, model=None):
+    """Mean second moment of what the factors are made from, of each layer: inputs, output gradients."""
+    problem = influence(model, seed=seed).problem
+    with problem.guard():
+        inputs, gradients = [], []
+        for seen in passes.Passes(problem).first_look():
+            inputs.append([torch.einsum("btgi,btgj->gij", x, x) / N for x in seen.inputs])
+            gradients.append([torch.einsum("dbtgi,dbtgj->gij", g, g) / N for g in seen.gradients])
+    return [torch.stack(parts).sum(0) for sums in (inputs, gradients) for parts in zip(*sums, strict=True)]
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_factors_are_right_in_the_mean(expensive, monkeypatch, bias):
+    model = network(bias=bias)
+    runs = [first_look(seed, model) for seed in range(120)]
+    monkeypatch.undo()
+    for found, exact in zip(zip(*runs, strict=True), first_look(0, model), strict=True):
+        found = torch.stack(found)
+        error = (found.mean(0) - exact).abs()
+        assert bool((error <= 4.5 * found.std(0) / len(runs) ** 0.5 + 1e-12).all())
+        assert float(error.norm() / exact.norm()) < 0.1
+    # 16 rows of 4 positions are not all of them
+    assert float((runs[0][0] - runs[1][0]).norm()) > 0
+
+
+def test_how_many_positions_are_taken(expensive, monkeypatch):
+    monkeypatch.setattr(positions, "ROWS_PER_INPUT", 32)
+    problem = influence().problem
+    with problem.guard():
+        seen = next(iter(passes.Passes(problem).first_look()))
+    # 32 rows for 19 and 28 inputs over 40 samples: 16 of 64 positions; all of 9
+    assert [x.shape[1] for x in seen.inputs] == [16, 9, 1]
+    assert [len(g) for g in seen.gradients] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("sequence", [True, False])
+def test_positions_of_rules_that_know_them_and_of_others(expensive, sequence):
+    """A convolution finds its inputs at some positions alone as they stand among all of them."""
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3) if sequence else nn.Conv2d(2, 3, (3, 2), padding=1, dilation=2, stride=2)
+    x = torch.randn(N, 12, 5) if sequence else torch.randn(N, 2, 9, 8)
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(3)).eval()
+    model(x[:1])
+    loader = DataLoader(TensorDataset(x, torch.arange(N) % 3), batch_size=8)
+    problem = ptif.InfluenceFunction(model, loader, solver="ekfac", damping=0.1, progress=False).problem
+    with problem.guard():
+        part = passes.Passes(problem)
+        seen = next(part.first_look())
+        whole = next(iter(part))
+        rule = passes.positions_of(problem)
+        expected = rule.some_of(part.layers[0], 0, whole.inputs[0][: seen.batch.size], seen.batch)
+    assert 4 <= expected.shape[1] < whole.inputs[0].shape[1]
+    assert_close(seen.inputs[0], expected)
+
+
+@pytest.mark.parametrize("solver", ["ekfac", "auto"])
+def test_nothing_depends_on_the_batches_or_on_what_is_kept(expensive, monkeypatch, solver):
+    def scores():
+        given = influence(solver=solver, **({"damping": "auto"} if solver == "auto" else {}))
+        return given.scores(tuple(part[:6] for part in data())), given.report["damping"]
+
+    monkeypatch.setattr("pytorch_influence_functions.solve.auto.EXACT_WORK", 0)
+    expected = scores()
+    monkeypatch.setattr(Budget, "layer_batch", lambda *_: 3)
+    assert_close(scores(), expected)
+    monkeypatch.setattr(passes.Seen, "bytes", 1e30)
+    assert_close(scores(), expected)
+
+
+def test_draws_are_right_in_the_mean(expensive, monkeypatch):
+    """Of EKFAC's eigenvalues, the squared gradients in one and the same basis."""
+    monkeypatch.setattr(positions, "LEAST_POSITIONS", 1000)  # all: the basis is off by the draws of the outputs only
+    runs = []
+    for seed in range(60):
+        problem = influence(seed=seed).problem
+        with problem.guard():
+            runs.append(build(problem))
+    traces = torch.stack([factors.eigenvalues.sum() for factors in runs])
+    monkeypatch.undo()
+    problem = influence().problem
+    with problem.guard():
+        exact = build(problem).eigenvalues.sum()
+    assert abs(float(traces.mean() - exact)) < 4 * float(traces.std()) / len(runs) ** 0.5
+    assert float(traces.std() / exact) < 0.1
+    assert float(abs(traces.mean() / exact - 1)) < 0.02
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_gradients_or_what_the_layer_sees_are_turned(turned, monkeypatch):
+    """The squares are the same; a layer of many positions and few weights takes the other way."""
+    problem = influence().problem
+    with problem.guard():
+        part = passes.Passes(problem)
+        block = build(problem).blocks[1]
+        seen = next(iter(part))
+        g, a = seen.gradients[1], seen.inputs[1]
+        W = torch.einsum("dbtgo,btgi->dbgoi", g, a)
+        expected = block.to_eigenbasis(W.flatten(0, 1)).square().sum(0)
+        repeated = torch.cat([a, a.new_zeros(len(a), 5000, *a.shape[2:])], 1) if turned else a
+        longer = torch.cat([g, g.new_zeros(*g.shape[:2], 5000, *g.shape[3:])], 2) if turned else g
+        assert_close(block.squares(longer, repeated, 1e9), expected)
+        assert_close(block.squares(longer, repeated, 1.0), expected)
+
+
+# ---- the damping
+
+
+def rule(**options):
+    given = influence(**options)
+    return damping._Rule(given.problem, lambda v, _: 1e-3 * v), given.problem
+
+
+def test_gradients_of_halves_by_sample_are_those_of_weighted_losses(monkeypatch):
+    problem = influence().problem
+    with problem.guard():
+        found, _ = rule()
+        by_sample = found.gradients(found.halves)
+        assert found._by_sample
+        monkeypatch.setattr(damping, "REUSED", 1e9)
+        assert not found._by_sample
+        weighted = found.gradients(found.halves)
+        problem.objective.paths = problem.objective.paths._replace(vmap=False)
+        one_by_one = damping._Rule(problem, found.shift).gradients(found.halves)
+    rows = torch.stack([row for _, block in influence().gradient_rows(range(N)) for row in block])
+    for result in (by_sample, weighted, one_by_one):
+        assert_close(result, found.halves.to(rows) @ rows / N)
+
+
+def test_losses_of_outputs_are_those_of_the_whole_in_double(expensive):
+    """In single precision, changes of samples that are fitted well keep their digits."""
+    torch.set_default_dtype(torch.float32)
+    x, t = (part.float() if part.is_floating_point() else part for part in data())
+    model = network().float()
+    optimiser = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(300):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(x), t).backward()
+        optimiser.step()
+    loader = DataLoader(TensorDataset(x, t), batch_size=8)
+    problem = ptif.InfluenceFunction(model, loader, solver="ekfac", damping=0.1, progress=False).problem
+    with problem.guard():
+        found = damping._Rule(problem, lambda v, _: v)
+        assert len(found.halves) == damping.FEWER_HALVES
+        shift = 1e-2 * torch.randn(problem.objective.P)
+        own = found._losses(found._at, shift) - found.losses
+        double = problem.objective.double()
+        at = [damping._losses_at(double, batch, move) for move in (shift, 0.0) for batch in found.batches]
+        exact = torch.cat(at[: len(at) // 2]) - torch.cat(at[len(at) // 2 :])
+    assert float(found.losses.median()) < 0.01
+    assert own.dtype == torch.float64
+    assert float(((own - exact).abs() / exact.abs()).median()) < 1e-3
+
+
+def test_the_damping_of_fewer_halves_is_about_that_of_all(expensive, monkeypatch):
+    monkeypatch.setattr("pytorch_influence_functions.solve.auto.EXACT_WORK", 0)
+    found = [influence(solver="auto", damping="auto", seed=seed) for seed in range(3)]
+    for one in found:
+        one.scores(tuple(part[:2] for part in data()))
+    monkeypatch.undo()
+    whole = influence(solver="auto", damping="auto")
+    whole.scores(tuple(part[:2] for part in data()))
+    ratios = [one.report["damping"] / whole.report["damping"] for one in found]
+    assert all(1 / 2 < ratio < 2 for ratio in ratios), ratios
