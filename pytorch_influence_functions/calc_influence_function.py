@@ -20,9 +20,9 @@ from .run.drivers import (
     calc_all_grad_then_test,
     calc_img_wise,
     calc_influences,
-    version,
 )
 from .run.files import writable_folder
+from .run.identity import version
 from .run.select import (
     get_dataset_sample_ids,
     get_dataset_sample_ids_per_class,

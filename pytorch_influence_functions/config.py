@@ -75,6 +75,10 @@ class Config:
         NUMBER, at_least(-1), "a CUDA device id (0, 1, ...), or -1 for the CPU",
         "CUDA device id; -1 is the CPU.",
     ))
+    resume: bool = field(default=True, metadata=row(
+        OTHER, lambda value: isinstance(value, bool), "True or False",
+        "whether a run that was stopped goes on when it is started again; False starts anew beside it.",
+    ))
     calc_method: Literal["img_wise", "all_grad_then_test"] = field(default="img_wise", metadata=row(
         TEXT, one_of(CALC_METHODS), quoted(CALC_METHODS),
         '`"img_wise"` or `"all_grad_then_test"`, for `calc_influences`.',

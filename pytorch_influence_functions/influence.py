@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from .config import Config
 from .data.samples import Samples
 from .member import Member
-from .solve.groups import Group
+from .solve.groups import Earlier, Group
 
 
 class InfluenceFunction:
@@ -160,16 +160,32 @@ class InfluenceFunction:
         return self._members[0].check(tests, indices)
 
     def groups(
-        self, tests: Samples, indices: Sequence[int]
+        self,
+        tests: Samples,
+        indices: Sequence[int],
+        earlier: Earlier | None = None,
     ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
         """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
-        return self._only_member("groups").groups(tests, indices)
+        return self._only_member("groups").groups(tests, indices, earlier)
 
     def solutions(
-        self, tests: Samples, indices: Sequence[int]
+        self,
+        tests: Samples,
+        indices: Sequence[int],
+        earlier: Earlier | None = None,
     ) -> Iterator[Group]:
         """The solutions of each group of test samples, with their residuals."""
-        return self._only_member("solutions").solutions(tests, indices)
+        return self._only_member("solutions").solutions(tests, indices, earlier)
+
+    def go_on(self, budget: float, curvature: str) -> None:
+        """Take the sizes and the curvature that an earlier start of the run had."""
+        member = self._only_member("go_on")
+        member.go_on(budget, curvature)
+        self.problem = member.problem
+
+    def take_report(self, report: dict[str, Any]) -> None:
+        """Of an earlier start of the run, that did the work."""
+        self._only_member("take_report").report = report
 
     def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
         """Loss gradients of these samples -> [K, P]."""

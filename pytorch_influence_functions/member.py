@@ -22,11 +22,11 @@ from .model.gradients import (
     per_sample_gradients,
     require_finite,
 )
-from .solve.errors import DivergenceError, ToleranceWarning
-from .solve.groups import Group, Unmeasured, shared_facts, split
+from .solve.errors import ToleranceWarning
+from .solve.groups import Earlier, Group, Unmeasured, described, parts_of, split
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
-from .solve.solution import Solution
+from .solve.solution import Solution, require_solved
 from .solve.solvers import Solver, row_of
 from .utils import warn
 
@@ -65,6 +65,13 @@ class Member:
         """How many test samples are solved together."""
         return self.solver.group_size
 
+    def go_on(self, budget: float, curvature: str) -> None:
+        """Take the sizes and the curvature that an earlier start of the run had, as its numbers come from them."""
+        self.problem = self.problem.with_budget(budget)
+        if curvature == "ggn":
+            self.problem = self.problem.with_gauss_newton()
+        self.solver = Solver(self.problem)
+
     # ---- solutions
 
     def s_test(self, tests: Any) -> Tensor:
@@ -86,23 +93,30 @@ class Member:
             return self._solve(g, 1).vectors[0]
 
     def groups(
-        self, tests: Samples, indices: Sequence[int]
+        self,
+        tests: Samples,
+        indices: Sequence[int],
+        earlier: Earlier | None = None,
     ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
         """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
-        for group in self.solutions(tests, indices):
+        for group in self.solutions(tests, indices, earlier):
             with self.problem.guard():
                 mean, chains = self._products(group.vectors, group.chains)
             yield group, mean, chains
 
     def solutions(
-        self, tests: Samples, indices: Sequence[int]
+        self,
+        tests: Samples,
+        indices: Sequence[int],
+        earlier: Earlier | None = None,
     ) -> Iterator[Group]:
         """The solutions of each group of test samples, with their residuals."""
-        self._begin()
+        total = earlier.total if earlier else len(indices)
+        self._begin(earlier)
         for part in split(indices, self.group_size):
             with self.problem.guard():
                 v = self.gradients_of(tests, part)
-                solution = self._solve(v, len(indices))
+                solution = self._solve(v, total)
                 residual = self._measured(v, solution)
                 self._warn_if_inexact(residual)
             yield Group(part, solution.vectors, solution.chains, residual)
@@ -158,7 +172,7 @@ class Member:
             products = self.solver.prepared().self_products
             if products is not None:
                 values = products()
-                _require_solved(values.unsqueeze(1))
+                require_solved(values.unsqueeze(1))
                 self._describe()
                 return values / n
             parts = []
@@ -196,7 +210,8 @@ class Member:
             raise ValueError(UNCUT)
         check_losses(self.objective, [batch], "test batch")
         return batch.size, (
-            self.gradients(part, "test batch") for part in self._parts(batch)
+            self.gradients(part, "test batch")
+            for part in parts_of(batch, self.group_size)
         )
 
     def check(self, tests: Samples, indices: Sequence[int]) -> list[Any]:
@@ -212,14 +227,6 @@ class Member:
                 check_losses(self.objective, [batch], tests.name)
                 labels += batch_labels(batch)
         return [plain(label) for label in labels]
-
-    def _parts(self, batch: Batch) -> Iterator[Batch]:
-        size = self.group_size
-        if batch.size <= size:
-            yield batch
-            return
-        for start in range(0, batch.size, size):
-            yield batch.rows(start, start + size)
 
     def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
         """Loss gradients of these samples -> [K, P]."""
@@ -249,12 +256,14 @@ class Member:
 
     # ---- inside
 
-    def _begin(self) -> None:
+    def _begin(self, earlier: Earlier | None = None) -> None:
         self.report = {"groups": []}
+        if earlier and earlier.report:
+            self.report = dict(earlier.report)
 
     def _solve(self, v: Tensor, tests: int) -> Solution:
         solution = self.solver(v, tests)
-        _require_solved(solution.vectors)
+        require_solved(solution.vectors)
         self._describe({"tests": len(v), **solution.report})
         if solution.residual is not None:
             self._warn_if_inexact(solution.residual.relative)
@@ -287,16 +296,11 @@ class Member:
     def _describe(self, group: dict[str, Any] | None = None) -> None:
         """Add a group to the report: what all groups share stands at the top too."""
         prepared = self.solver.prepared()
-        groups = self.report["groups"] + ([group] if group else [])
-        self.report = {
+        facts = {
             "solver": self.config.solver_in_use[0],
             "solver_why": self._why,
-            "curvature": prepared.system.curvature.kind,
-            "damping": prepared.system.damping,
-            **prepared.report,
-            **shared_facts(groups),
-            "groups": groups,
         }
+        self.report = described(facts, prepared, self.report["groups"], group)
 
     def _products(
         self, vectors: Tensor, chains: Tensor | None
@@ -338,13 +342,4 @@ class Member:
             f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
             f"{self.solver.row.advice}",
             ToleranceWarning,
-        )
-
-
-def _require_solved(vectors: Tensor) -> None:
-    """Raise where a solution [K, P] is not finite, though the right-hand sides are; the guard looks for the sample."""
-    if not bool(vectors.isfinite().all()):
-        raise DivergenceError(
-            "the solution is NaN or infinite, though the loss and the gradient of each training sample are finite: "
-            "raise config['damping'], or use the model in double precision"
         )

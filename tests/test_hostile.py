@@ -21,7 +21,7 @@ import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions import calc_influence_function as old
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.run.store import RowWriter
+from pytorch_influence_functions.run.row_writer import RowWriter
 from pytorch_influence_functions.solve.cg import iterate
 from torch import nn
 from torch.nn import functional as F

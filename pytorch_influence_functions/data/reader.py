@@ -112,9 +112,24 @@ class Fetch:
             ) from error
 
 
-def _told(what: str, error: Exception) -> Exception:
+class UnreadableError(Exception):
+    """A sample cannot be read: no way of computing is to blame, so that none is left for another one."""
+
+
+class _UnreadableValueError(UnreadableError, ValueError): ...
+
+
+class _UnreadableTypeError(UnreadableError, TypeError): ...
+
+
+class WorkerError(UnreadableError, RuntimeError):
+    """A worker of a loader has failed."""
+
+
+def _told(what: str, error: Exception) -> UnreadableError:
     """The error of the user's code in one sentence; a StopIteration, which would end a pass in silence, too."""
-    kind = TypeError if isinstance(error, TypeError) else ValueError
+    wrong_type = isinstance(error, TypeError)
+    kind = _UnreadableTypeError if wrong_type else _UnreadableValueError
     lines = str(error).splitlines()
     return kind(
         f"{what}: {type(error).__name__}" + (f": {lines[0]}" if lines else "")

@@ -24,6 +24,7 @@ from .reader import (
     Fetched,
     RandomBatches,
     Reader,
+    WorkerError,
     batch_size_of,
     loader_options,
 )
@@ -257,7 +258,7 @@ class Samples:
             fetched = self._readers[key].read()
         except RuntimeError as error:
             where = f"{self.name}: a worker of its loader failed at samples {chunk[0]} to {chunk[-1]}"
-            raise RuntimeError(f"{where}: {error}") from error
+            raise WorkerError(f"{where}: {error}") from error
         if isinstance(fetched, Fetched) and fetched.indices == list(chunk):
             return fetched
         try:

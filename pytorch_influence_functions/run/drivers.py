@@ -7,10 +7,7 @@ no gradients; `calc_all_grad_then_test` computes and stores every gradient first
 from __future__ import annotations
 
 import logging
-import platform
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,16 +20,12 @@ from ..data.labels import agree
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
 from ..show.results import InfluenceResult, entry, harmful_and_helpful
+from ..solve.groups import Earlier
 from ..utils import log_to
 from .files import RunFiles, writable_folder
+from .identity import identity, versions
+from .modes import METHODS, Task
 from .select import require_writable, select_test_samples
-from .store import (
-    own_folder,
-    read_chains,
-    read_rows,
-    save_gradients,
-    save_solutions,
-)
 
 logger = logging.getLogger(__name__)
 Options = Config | Mapping[str, Any] | None
@@ -108,28 +101,92 @@ def _run(
         labels = tests.labels()
         indices = _selected(options, labels)
         num = int(options.test_sample_num) or len(indices)
+        writable_folder(options.out_folder, "config['outdir']")
         if method == "all_grad_then_test" and options.save_pth:
             writable_folder(options.save_folder, "config['save_pth']")
-        files = RunFiles(options.out_folder, options.start, num)
-        try:
-            influence = InfluenceFunction(model, train_loader, options)
-            tests.device = influence.objective.device
-            read = influence.check(tests, indices)
-            if not all(map(agree, (labels[i] for i in indices), read)):
-                labels = tests.labels(stored=False)
-                indices = _selected(options, labels)
-                influence.check(tests, indices)
-        except BaseException:
-            files.release()
-            raise
-        files.write_meta(_meta(options, influence, indices, finished=False))
-        collected = _Collected(files, influence, options.top_k)
-        for part, scores, chains, residual, seconds in METHODS[method](
-            influence, tests, indices
-        ):
-            collected.add(
+        influence = InfluenceFunction(model, train_loader, options)
+        tests.device = influence.objective.device
+        read = influence.check(tests, indices)
+        if not all(map(agree, (labels[i] for i in indices), read)):
+            labels = tests.labels(stored=False)
+            indices = _selected(options, labels)
+            influence.check(tests, indices)
+        own = identity(options, influence, tests, indices)
+        with RunFiles(
+            options.out_folder, options.start, num, own, options.resume
+        ) as files:
+            run = _Run(options, influence, tests, indices, labels, files)
+            return run.result()
+
+
+class _Run:
+    """A run from its first group that is not done to its last.
+
+    Args:
+        options: of the run.
+        influence: of the model.
+        tests: the test set.
+        indices: the test samples of the run.
+        labels: of the whole test set.
+        files: where it writes.
+    """
+
+    def __init__(
+        self,
+        options: Config,
+        influence: InfluenceFunction,
+        tests: Samples,
+        indices: Sequence[int],
+        labels: Sequence[Any],
+        files: RunFiles,
+    ) -> None:
+        self.options, self.influence, self.files = options, influence, files
+        self.tests, self.indices, self.labels = tests, indices, labels
+        self.collected = _Collected(files, influence, options.top_k)
+
+    def result(self) -> InfluenceResult:
+        """Do what is left."""
+        report = self._go_on()
+        self._write_meta(report, finished=False)
+        done = len(self.collected.influences)
+        if done < len(self.indices):
+            earlier = Earlier(len(self.indices), report)
+            report = self._groups(earlier, done)
+        self._write_meta(report, finished=True)
+        self.files.finish()
+        return self.collected.result()
+
+    def _go_on(self) -> dict[str, Any]:
+        """Take what an earlier start has done -> its report; the first one notes what its numbers come from."""
+        groups = list(self.files.finished())
+        report: dict[str, Any] = groups[-1][1] if groups else {}
+        known = self.files.state("sizes")
+        if known:
+            curvature = report.get("curvature", "")
+            self.influence.go_on(known["budget"], curvature)
+        else:
+            budget = self.influence.problem.budget.total
+            self.files.write_state("sizes", {"budget": budget})
+        for entries, _ in groups:
+            self.collected.take(entries)
+        if self.collected.influences:
+            logger.info(
+                "%d of %d test samples were done by an earlier start",
+                len(self.collected.influences),
+                len(self.indices),
+            )
+        return report
+
+    def _groups(self, earlier: Earlier, done: int) -> dict[str, Any]:
+        """Compute and write the groups that are left -> what was done in all."""
+        method = METHODS[self.options.calc_method]
+        task = Task(
+            self.influence, self.tests, list(self.indices), self.files, done
+        )
+        for part, scores, chains, residual, seconds in method(task, earlier):
+            self.collected.add(
                 part,
-                [labels[i] for i in part],
+                [self.labels[i] for i in part],
                 scores,
                 chains,
                 residual,
@@ -137,12 +194,15 @@ def _run(
             )
             logger.info(
                 "%d of %d test samples are done",
-                len(collected.influences),
-                len(indices),
+                len(self.collected.influences),
+                len(self.indices),
             )
-        files.write_meta(_meta(options, influence, indices, finished=True))
-        files.finish()
-        return collected.result()
+        return self.influence.report
+
+    def _write_meta(self, report: dict[str, Any], finished: bool) -> None:
+        options, influence = self.options, self.influence
+        meta = _meta(options, influence, self.indices, report, finished)
+        self.files.write_meta(meta)
 
 
 def _selected(options: Config, labels: Sequence[Any]) -> list[int]:
@@ -152,74 +212,13 @@ def _selected(options: Config, labels: Sequence[Any]) -> list[int]:
     return indices
 
 
-Group = tuple[list[int], Tensor, Tensor | None, Tensor, float]
-"""Test indices, scores [k, n], those of each chain [r, k, n] or None, relative residuals [k], seconds per sample."""
-
-
-def _img_wise(
-    influence: InfluenceFunction, tests: Samples, indices: Sequence[int]
-) -> Iterator[Group]:
-    begin = time.perf_counter()
-    for group, scores, chains in influence.groups(tests, indices):
-        seconds = (time.perf_counter() - begin) / len(group.indices)
-        yield group.indices, scores, chains, group.residual, seconds
-        begin = time.perf_counter()
-
-
-def _all_grad_then_test(
-    influence: InfluenceFunction, tests: Samples, indices: Sequence[int]
-) -> Iterator[Group]:
-    begin = time.perf_counter()
-    parent = influence.config.save_folder
-    with own_folder(parent, "grad_z") as grads_folder:
-        save_gradients(influence, grads_folder)
-    with own_folder(parent, "s_test") as solutions_folder:
-        residuals = save_solutions(influence, solutions_folder, tests, indices)
-    influence.notes["stored"] = {
-        "grad_z": str(grads_folder),
-        "s_test": str(solutions_folder),
-    }
-    (grads, _) = read_rows(grads_folder, "grad_z")
-    (solutions, _) = read_chains(solutions_folder)
-    for start in range(0, len(indices), influence.group_size):
-        part = list(indices[start : start + influence.group_size])
-        stored = torch.stack(solutions[start : start + len(part)]).transpose(
-            0, 1
-        )
-        chains = _scores_of_rows(stored.flatten(0, 1), grads).view(
-            len(stored), len(part), -1
-        )
-        seconds = (time.perf_counter() - begin) / len(part)
-        yield (
-            part,
-            chains.mean(0),
-            chains if len(chains) > 1 else None,
-            residuals[start : start + len(part)],
-            seconds,
-        )
-        begin = time.perf_counter()
-
-
-METHODS = {"img_wise": _img_wise, "all_grad_then_test": _all_grad_then_test}
-
-
-def _scores_of_rows(solutions: Tensor, grads: Any, block: int = 4096) -> Tensor:
-    """Stored solutions [K, P] times stored gradients [n, P], over n -> [K, n]."""
-    n = len(grads)
-    parts = [
-        solutions @ torch.from_numpy(np.asarray(grads[i : i + block])).T
-        for i in range(0, n, block)
-    ]
-    return torch.cat(parts, dim=1) / n
-
-
 class _Collected:
     """Entries of the finished test samples, and the sum of their influences."""
 
     def __init__(
         self, files: RunFiles, influence: InfluenceFunction, top_k: int
     ) -> None:
-        self.files, self.top_k = files, top_k
+        self.files, self.influence, self.top_k = files, influence, top_k
         self.influences: dict[str, dict[str, Any]] = {}
         self.total = np.zeros(influence.samples.n)
 
@@ -246,7 +245,18 @@ class _Collected:
             )
             for k, index in enumerate(part)
         }
-        self.files.write_part(entries)
+        self.files.write_part(entries, self.influence.report)
+        self._add(entries, scores)
+
+    def take(self, entries: dict[str, dict[str, Any]]) -> None:
+        """Keep a group that an earlier start wrote."""
+        rows = [one["influence"] for one in entries.values()]
+        scores = torch.tensor(rows, dtype=self.influence.objective.dtype)
+        for part in scores.split(self.influence.group_size):
+            self.total += part.double().sum(0).numpy()
+        self.influences |= entries
+
+    def _add(self, entries: dict[str, dict[str, Any]], scores: Tensor) -> None:
         self.influences |= entries
         self.total += scores.double().sum(0).numpy()
 
@@ -262,6 +272,7 @@ def _meta(
     options: Config,
     influence: InfluenceFunction,
     indices: Sequence[int],
+    report: dict[str, Any],
     finished: bool,
 ) -> dict[str, Any]:
     return {
@@ -275,20 +286,7 @@ def _meta(
                 strict=True,
             )
         ),
-        "solver": influence.report,
+        "solver": report,
         "finished": finished,
-        "versions": {
-            "pytorch_influence_functions": version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
     }
-
-
-def version() -> str:
-    """The installed version of this package."""
-    try:
-        return metadata.version("pytorch_influence_functions")
-    except metadata.PackageNotFoundError:
-        return "not installed"

@@ -1,59 +1,201 @@
-"""The files of a run: names that no other run has, each whole or not there."""
+"""The files of a run: names that no other run has, each whole or not there; a run that was killed is found again."""
 
 from __future__ import annotations
 
-import contextlib
+import json
+import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 from ..utils import save_json, write_atomically
+from .identity import differences
+from .lock import Lock
+
+logger = logging.getLogger(__name__)
+
+
+class Names(NamedTuple):
+    """Where one run writes."""
+
+    meta: Path
+    result: Path
+    parts: Path
+
+    @classmethod
+    def of(cls, folder: Path, start: int, num: int, count: int) -> Names:
+        """Those of the run of this number."""
+        ending = f"_{count}" if count else ""
+        return cls(
+            folder / f"influences_results_meta_{start}-{num}{ending}.json",
+            folder / f"influence_results_{start}_{num}{ending}.json",
+            folder / f"influence_results_{start}_{num}{ending}_parts",
+        )
 
 
 class RunFiles:
     """The files of one run in its folder; a run takes names that no other run has, also one that starts just now.
 
-    The names are taken by creating the folder of parts and the meta file, each exclusively. Each finished group of
-    test samples is written once, to a part of its own; the parts become the result file when the last is there. A run
-    that stops early leaves its parts.
+    A run holds a lock in its folder of parts, which ends with its process. Each finished group of test samples is
+    written once, to a part of its own; the parts become the result file when the last is there. A run that stops early
+    leaves its parts, and the next start of the same run takes its names and goes on.
+
+    Args:
+        folder: `config["outdir"]`.
+        start, num: of the names.
+        identity: what makes another start the same run; None: none is.
+        resume: whether to go on with an unfinished start of the same run.
     """
 
-    def __init__(self, folder: Path, start: int, num: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        num: int,
+        identity: dict[str, Any] | None = None,
+        resume: bool = True,
+    ) -> None:
+        self.identity, self._resume = identity, resume
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self.meta, self.result, self.parts = _take_names(folder, start, num)
+            names, self._lock = self._take(folder, start, num)
         except OSError as error:
             raise _unwritable("config['outdir']", folder, error) from error
-        self._first: list[Path] = []
+        self.meta, self.result, self.parts = names
+
+    def __enter__(self) -> RunFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._lock.release()
+
+    # ---- while it runs
 
     def write_meta(self, meta: dict[str, Any]) -> None:
         """Write (again) what the run was asked and what it did."""
-        save_json(meta, self.meta, overwrite_if_exists=True)
+        whole = {**meta, "run": self.identity} if self.identity else meta
+        save_json(whole, self.meta, overwrite_if_exists=True)
 
-    def write_part(self, entries: dict[str, dict[str, Any]]) -> None:
-        """Write one finished group."""
+    def write_part(
+        self, entries: dict[str, dict[str, Any]], report: dict[str, Any]
+    ) -> None:
+        """Write one finished group, and what was done until then."""
         first, last = next(iter(entries)), list(entries)[-1]
+        self.write_state(f"report_{last}", report)
         path = self.parts / f"{first}-{last}.json"
         save_json(entries, path, overwrite_if_exists=True)
-        self._first.append(path)
+
+    def finished(self) -> Iterator[tuple[dict[str, dict[str, Any]], Any]]:
+        """The groups that an earlier start finished, in order, each with what was done until then."""
+        if self.result.exists():  # only the parts were still to be removed
+            meta = json.loads(self.meta.read_text(encoding="utf-8"))
+            whole = json.loads(self.result.read_text(encoding="utf-8"))
+            yield whole, meta["solver"]
+            return
+        for path in self._parts():
+            last = path.stem.partition("-")[2]
+            entries = json.loads(path.read_text(encoding="utf-8"))
+            yield entries, self.state(f"report_{last}")
+
+    def state(self, name: str) -> Any:
+        """What `write_state` wrote under this name; None where it did not."""
+        path = self.parts / f"state_{name}.json"
+        if not path.exists():
+            return None
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def write_state(self, name: str, state: Any) -> None:
+        """Keep what another start needs to go on."""
+        path = self.parts / f"state_{name}.json"
+        save_json(state, path, overwrite_if_exists=True)
 
     def finish(self) -> None:
         """Put the parts together into the result file and remove them."""
-        joined = b", ".join(
-            path.read_bytes().strip()[1:-1] for path in self._first
-        )
-        write_atomically(self.result, b"{" + joined + b"}")
+        if not self.result.exists():
+            joined = b", ".join(
+                path.read_bytes().strip()[1:-1] for path in self._parts()
+            )
+            write_atomically(self.result, b"{" + joined + b"}")
+        self._lock.release()
         shutil.rmtree(self.parts, ignore_errors=True)
 
-    def release(self) -> None:
-        """Give the names back, where the run came to nothing before its first group."""
-        if self._first or self.result.exists():
-            return
-        with contextlib.suppress(OSError):
-            self.parts.rmdir()
-            self.meta.unlink()
+    def _parts(self) -> list[Path]:
+        """Those of test sample 0 on, without a gap."""
+        found: list[Path] = []
+        numbered = {
+            int(path.stem.partition("-")[0]): path
+            for path in self.parts.glob("[0-9]*-*.json")
+        }
+        next_one = 0
+        while next_one in numbered:
+            path = numbered[next_one]
+            found.append(path)
+            next_one = int(path.stem.partition("-")[2]) + 1
+        return found
+
+    # ---- taking names
+
+    def _take(self, folder: Path, start: int, num: int) -> tuple[Names, Lock]:
+        """Those of an unfinished start of the same run, else the first that nobody has."""
+        count = -1
+        while True:
+            count += 1
+            names = Names.of(folder, start, num, count)
+            taken = names.meta.exists() or names.result.exists()
+            if taken and not names.parts.exists():
+                continue  # a finished run
+            known = names.parts.exists()
+            lock = self._locked(names.parts)
+            if lock is None:
+                continue  # one that runs now, or has just ended
+            if self._may_have(names):
+                return names, lock
+            lock.release()
+            if not known:  # they were taken since the look at them
+                shutil.rmtree(names.parts, ignore_errors=True)
+
+    def _locked(self, parts: Path) -> Lock | None:
+        parts.mkdir(exist_ok=True)
+        try:
+            return Lock.take(parts / "lock")
+        except FileNotFoundError:
+            return None  # its run has ended and removed it
+
+    def _may_have(self, names: Names) -> bool:
+        """Whether the names are free, or of an unfinished start of the same run."""
+        if not names.meta.exists() and not names.result.exists():
+            return True
+        if self.identity is None or not names.meta.exists():
+            return False
+        content = names.meta.read_bytes()
+        if not content.strip():
+            return (
+                not names.result.exists()
+            )  # killed before it had done anything
+        try:
+            found = json.loads(content).get("run")
+        except (ValueError, AttributeError):
+            return False
+        if found == self.identity and self._resume:
+            logger.info("%s: goes on where it stopped", names.result.name)
+            return True
+        if found not in (None, self.identity) and not names.result.exists():
+            other = ", ".join(differences(found, self.identity))
+            logger.info(
+                "%s: an unfinished run of other %s is there; this one starts beside it",
+                names.meta,
+                other,
+            )
+        return False
 
 
 def writable_folder(given: str | os.PathLike[str], key: str) -> Path:
@@ -75,35 +217,3 @@ def _unwritable(key: str, folder: Path, error: OSError) -> OSError:
     return OSError(
         f"{key}: cannot write to {folder} ({error.strerror}); give a folder you can write to"
     )
-
-
-def _take_names(folder: Path, start: int, num: int) -> tuple[Path, Path, Path]:
-    """Meta file, result file and folder of parts of the first number that nobody has."""
-    count = -1
-    while True:
-        count += 1
-        ending = f"_{count}" if count else ""
-        meta = folder / f"influences_results_meta_{start}-{num}{ending}.json"
-        result = folder / f"influence_results_{start}_{num}{ending}.json"
-        parts = folder / f"influence_results_{start}_{num}{ending}_parts"
-        if meta.exists() or result.exists():
-            continue
-        try:
-            parts.mkdir()
-        except FileExistsError:
-            continue
-        created = _created(meta)
-        if created and not result.exists():
-            return meta, result, parts
-        parts.rmdir()
-        if created:
-            meta.unlink()
-
-
-def _created(path: Path) -> bool:
-    """Create an empty file; False where it is there already."""
-    try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    except FileExistsError:
-        return False
-    return True

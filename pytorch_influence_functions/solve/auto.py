@@ -19,6 +19,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..data.reader import UnreadableError
 from ..model.gradients import NonFiniteError
 from .cg import conjugate_gradient
 from .ekfac import by_gradients, solver
@@ -62,7 +63,7 @@ def auto(problem: Problem, damping: Damping | None) -> Prepared:
     for name, way in WAYS.items():
         try:
             prepared = way(problem, damping)
-        except (NonFiniteError, torch.OutOfMemoryError):
+        except (UnreadableError, NonFiniteError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, ArithmeticError) as error:
             if name == list(WAYS)[-1]:

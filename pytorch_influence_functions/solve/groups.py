@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .solution import Solution
+from ..data.batch import Batch
+from .solution import Prepared, Solution
 
 
 @dataclasses.dataclass
@@ -36,10 +37,32 @@ class Group:
     residual: Tensor
 
 
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """What stands before the groups that are left, where a run goes on.
+
+    Attributes:
+        total: test samples of the whole run.
+        report: of the groups that are done.
+    """
+
+    total: int
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
 def split(indices: Sequence[int], size: int) -> Iterator[list[int]]:
     """Parts of at most `size`, in order."""
     for start in range(0, len(indices), size):
         yield list(indices[start : start + size])
+
+
+def parts_of(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch in parts of at most `size` rows."""
+    if batch.size <= size:
+        yield batch
+        return
+    for start in range(0, batch.size, size):
+        yield batch.rows(start, start + size)
 
 
 def shared_facts(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -49,4 +72,22 @@ def shared_facts(groups: Sequence[dict[str, Any]]) -> dict[str, Any]:
         key: value
         for key, value in first.items()
         if key != "tests" and all(other.get(key) == value for other in groups)
+    }
+
+
+def described(
+    facts: dict[str, Any],
+    prepared: Prepared,
+    groups: list[dict[str, Any]],
+    group: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """The report of a run with one more group: what all groups share stands at the top too."""
+    every = groups + ([group] if group else [])
+    return {
+        **facts,
+        "curvature": prepared.system.curvature.kind,
+        "damping": prepared.system.damping,
+        **prepared.report,
+        **shared_facts(every),
+        "groups": every,
     }

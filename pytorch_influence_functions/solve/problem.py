@@ -110,6 +110,13 @@ class Problem:
         curvature = Curvature(self.objective, "ggn", self.budget.product)
         return dataclasses.replace(self, curvature=curvature)
 
+    def with_budget(self, total: float) -> Problem:
+        """The same problem with so many bytes for working tensors."""
+        budget = dataclasses.replace(self.budget, total=total)
+        kind = self.curvature.kind
+        curvature = Curvature(self.objective, kind, budget.product)
+        return dataclasses.replace(self, budget=budget, curvature=curvature)
+
     def instead_of_hessian(self, reason: str) -> Problem:
         """`with_gauss_newton`, said in a warning, where the user left the choice open."""
         warn(

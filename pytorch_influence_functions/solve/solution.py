@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .errors import DivergenceError
 from .system import Residual, System
 
 
@@ -65,3 +66,12 @@ class Prepared:
         n, seed = self.system.samples.n, self.system.config.seed + 2
         count = n if self.certified is None else min(n, self.certified)
         return self.system.certificate(v, solution.vectors, count, seed)
+
+
+def require_solved(vectors: Tensor) -> None:
+    """Raise where a solution [K, P] is not finite, though the right-hand sides are; the guard looks for the sample."""
+    if not bool(vectors.isfinite().all()):
+        raise DivergenceError(
+            "the solution is NaN or infinite, though the loss and the gradient of each training sample are finite: "
+            "raise config['damping'], or use the model in double precision"
+        )

@@ -379,3 +379,24 @@ def test_models_are_averaged():
         assert_close(member.s_test(loader), one.s_test(loader))
     with pytest.raises(ValueError, match="empty"):
         ptif.InfluenceFunction([], loader)
+
+
+def test_a_sample_that_cannot_be_read_leaves_no_way_for_the_next(caplog):
+    """It may be readable a moment later: the run ends with it, and does not take another way."""
+
+    class Broken(TensorDataset):
+        left = 10**9
+
+        def __getitem__(self, index):
+            Broken.left -= 1
+            if Broken.left < 0:
+                raise OSError("a broken image")
+            return super().__getitem__(index)
+
+    torch.manual_seed(0)
+    data = Broken(torch.randn(30, 4), torch.arange(30) % 3)
+    influence = ptif.InfluenceFunction(nn.Linear(4, 3), DataLoader(data, batch_size=5), progress=False, solver="auto")
+    Broken.left = 40
+    with caplog.at_level("INFO"), pytest.raises(ValueError, match="cannot be read: OSError: a broken image"):
+        influence.scores((torch.randn(2, 4), torch.tensor([0, 1])))
+    assert "leaves out" not in caplog.text
