@@ -381,6 +381,12 @@ def test_models_are_averaged():
         ptif.InfluenceFunction([], loader)
 
 
+@pytest.mark.parametrize("far", [1e-3, 1.0, 3e3, 1e5])
+def test_the_search_goes_as_far_as_deep_networks_need(far):
+    found, _ = search.search(lambda value: 0.23 * (far / value) ** 0.5, 1.0, 0.23)
+    assert abs(found / far - 1) < 0.2
+
+
 def test_a_sample_that_cannot_be_read_leaves_no_way_for_the_next(caplog):
     """It may be readable a moment later: the run ends with it, and does not take another way."""
 
