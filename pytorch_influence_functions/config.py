@@ -1,8 +1,4 @@
-"""Options: a plain dict on the outside; inside one frozen, validated, typed dataclass.
-
-The fields of `Config` are the table: a row a key, with its default, the rule, what an error says was expected, and what
-it means. Checks, `get_default_config` and the documentation of `Config` come from it.
-"""
+"""Options: a plain dict outside; inside one frozen, validated dataclass, whose fields are the table of all options."""
 
 from __future__ import annotations
 
@@ -28,6 +24,7 @@ from .rules import (
     check,
     either,
     is_above_zero,
+    is_even,
     is_fraction,
     is_function,
     is_path,
@@ -155,6 +152,10 @@ class Config:
     parameters: str | Sequence[str] | None = field(default=None, metadata=row(
         TEXT, either(None, are_names), "a name or pattern, a list of them, or None",
         'names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.',
+    ))
+    smoothing: int | None = field(default=None, metadata=row(
+        NUMBER, either(None, is_even), "an even whole number of at least 2, or None",
+        "points, in pairs, over which gradients are averaged: the mean effect over random halves of the training set.",
     ))
     top_k: int = field(default=500, metadata=row(
         NUMBER, at_least(0), "a whole number of at least 0",

@@ -12,20 +12,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from .config import Config
-from .data.batch import UNCUT, Batch, as_batch
-from .data.labels import batch_labels, plain
+from .data.batch import Batch, as_batch
 from .data.samples import Samples
-from .model.door import check_losses, check_mean
+from .model.door import check_mean
 from .model.gradients import (
     gradient,
     gradient_products,
-    per_sample_gradients,
     require_finite,
 )
+from .sample_gradients import SampleGradients
 from .solve.errors import ToleranceWarning
-from .solve.groups import Earlier, Group, Unmeasured, described, parts_of, split
+from .solve.groups import Earlier, Group, Unmeasured, described, split
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
+from .solve.smoothing import Points
 from .solve.solution import Solution, require_solved
 from .solve.solvers import Solver, row_of
 from .utils import warn
@@ -33,7 +33,7 @@ from .utils import warn
 logger = logging.getLogger(__name__)
 
 
-class Member:
+class Member(SampleGradients):
     """One model: gradients, solutions and scores of its own.
 
     Attributes:
@@ -59,6 +59,14 @@ class Member:
         self.report: dict[str, Any] = {}
         self.unmeasured: list[Tensor | Unmeasured] = []
         self._warned = False
+        self.points = self._new_points()
+
+    def _new_points(self) -> Points:
+        return Points(
+            self.problem,
+            self.config.smoothing,
+            lambda v: self.solver(v, len(v)).vectors,
+        )
 
     @property
     def group_size(self) -> int:
@@ -71,6 +79,7 @@ class Member:
         if curvature == "ggn":
             self.problem = self.problem.with_gauss_newton()
         self.solver = Solver(self.problem)
+        self.points = self._new_points()
 
     # ---- solutions
 
@@ -88,7 +97,7 @@ class Member:
             wrapped = as_batch(batch, name="test batch")
             wrapped = wrapped.to(self.objective.device)
             check_mean(self.objective, wrapped, "test batch")
-            g = gradient(self.objective, wrapped).unsqueeze(0)
+            g = self.points.mean(lambda at: gradient(at, wrapped)).unsqueeze(0)
             require_finite(g, wrapped.indices, "test batch", "gradient")
             return self._solve(g, 1).vectors[0]
 
@@ -170,7 +179,7 @@ class Member:
         with self.problem.guard():
             self._begin()
             products = self.solver.prepared().self_products
-            if products is not None:
+            if products is not None and self.config.smoothing is None:
                 values = products()
                 require_solved(values.unsqueeze(1))
                 self._describe()
@@ -188,71 +197,6 @@ class Member:
         """Scores of solutions that are already known, [K, P] -> [K, n]."""
         with self.problem.guard():
             return self._score(vectors)
-
-    # ---- gradients
-
-    def test_gradients(self, tests: Any) -> tuple[int, Iterator[Tensor]]:
-        """How many test samples a batch or loader has, and their loss gradients, a group at a time."""
-        if hasattr(tests, "dataset"):
-            samples = Samples(
-                tests,
-                device=self.objective.device,
-                name="test_loader",
-                progress=self.config.progress,
-            )
-            self.check(samples, range(samples.n))
-            groups = split(range(samples.n), self.group_size)
-            return samples.n, (
-                self.gradients_of(samples, indices) for indices in groups
-            )
-        batch = as_batch(tests, name="test batch").to(self.objective.device)
-        if batch.size > 1 and not self.objective.paths.rows:
-            raise ValueError(UNCUT)
-        check_losses(self.objective, [batch], "test batch")
-        return batch.size, (
-            self.gradients(part, "test batch")
-            for part in parts_of(batch, self.group_size)
-        )
-
-    def check(self, tests: Samples, indices: Sequence[int]) -> list[Any]:
-        """The labels of these samples, as they are read in one pass of their losses, before any long work.
-
-        Raises:
-            TypeError, ValueError: a sample cannot be read, or the model or the loss cannot take it.
-            NonFiniteError: its loss is NaN or infinite.
-        """
-        labels: list[Any] = []
-        with self.problem.guard(tests):
-            for batch in tests.ordered(self.problem.scoring_batch, indices):
-                check_losses(self.objective, [batch], tests.name)
-                labels += batch_labels(batch)
-        return [plain(label) for label in labels]
-
-    def gradients_of(self, tests: Samples, indices: Sequence[int]) -> Tensor:
-        """Loss gradients of these samples -> [K, P]."""
-        with self.problem.guard(tests):
-            batches = tests.ordered(self.problem.gradient_batch, indices)
-            return torch.cat(
-                [self.gradients(batch, tests.name) for batch in batches]
-            )
-
-    def gradient_rows(
-        self, indices: Sequence[int], text: str | None = None
-    ) -> Iterator[tuple[Sequence[int], Tensor]]:
-        """Loss gradients of training samples, a block at a time: indices, [B, P]."""
-        with self.problem.guard():
-            for batch in self.samples.ordered(
-                self.problem.gradient_batch, indices, text=text
-            ):
-                yield batch.indices, self.gradients(batch, self.samples.name)
-
-    def gradients(self, batch: Batch, name: str) -> Tensor:
-        """Loss gradients of a batch -> [B, P]; `name` is what a message calls it."""
-        rows = per_sample_gradients(
-            self.objective, batch, self.problem.budget.product
-        )
-        require_finite(rows, batch.indices, name, "gradient")
-        return rows
 
     # ---- inside
 
@@ -299,6 +243,7 @@ class Member:
         facts = {
             "solver": self.config.solver_in_use[0],
             "solver_why": self._why,
+            **self.points.report,
         }
         self.report = described(facts, prepared, self.report["groups"], group)
 
@@ -313,7 +258,7 @@ class Member:
         return scores.mean(0), scores
 
     def _score(self, vectors: Tensor) -> Tensor:
-        n, max_bytes = self.samples.n, self.problem.budget.product
+        n = self.samples.n
         # what a pass left out would show
         scores = torch.full(
             (len(vectors), n), torch.nan, dtype=self.objective.dtype
@@ -321,14 +266,19 @@ class Member:
         for batch in self.samples.ordered(
             self.problem.scoring_batch, text="Scoring the training set"
         ):
-            block = (
-                gradient_products(self.objective, batch, vectors, max_bytes) / n
-            )
+            block = self._block(batch, vectors) / n
             require_finite(
                 block.T, batch.indices, self.samples.name, "gradient"
             )
             scores[:, torch.as_tensor(batch.indices)] = block.detach().cpu()
         return scores
+
+    def _block(self, batch: Batch, vectors: Tensor) -> Tensor:
+        """Products of the solutions [K, P] with the gradients of a batch -> [K, B]."""
+        max_bytes = self.problem.budget.product
+        return self.points.mean(
+            lambda at: gradient_products(at, batch, vectors, max_bytes)
+        )
 
     def _warn_if_inexact(self, residual: Tensor) -> None:
         tolerance = self.config.tolerance

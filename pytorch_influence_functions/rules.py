@@ -59,6 +59,11 @@ def at_least(least: int) -> Callable[[Any], bool]:
     return lambda value: is_whole(value, least)
 
 
+def is_even(value: Any) -> bool:
+    """An even whole number of at least 2."""
+    return is_whole(value, 2) and value % 2 == 0
+
+
 def is_above_zero(value: Any) -> bool:
     """A finite number above 0."""
     return is_real(value) and value > 0

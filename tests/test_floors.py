@@ -22,6 +22,7 @@ BETWEEN = {
     "utils": -1,
     "rules": -1,
     "config": 0,
+    "sample_gradients": 3.5,
     "member": 4,
     "influence": 5,
     "influence_function": 8,

@@ -22,17 +22,13 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..model.gradients import (
-    REUSED,
-    gradient_products,
-    per_sample_gradients,
-    reuse,
-)
+from ..model.gradients import gradient_products
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from .problem import Problem
 from .search import Point, search
 from .solution import Damping
+from .weighted import weighted_gradients
 
 logger = logging.getLogger(__name__)
 TARGET = 0.23
@@ -153,7 +149,9 @@ class _Rule:
         together = problem.budget.halves(problem.row, count)
         self._parts = self.halves.split(together)
         self._gradients = (
-            self.gradients(self.halves) if len(self._parts) == 1 else None
+            weighted_gradients(problem, self.halves)
+            if len(self._parts) == 1
+            else None
         )
 
     def _precise(self, own: Objective) -> tuple[Losses, Tensor]:
@@ -176,66 +174,12 @@ class _Rule:
         way = functools.partial(_losses_at, own)
         return way, self._losses(way)
 
-    def gradients(self, halves: Tensor) -> Tensor:
-        """(1/n) of the summed gradients of each of these halves [h, n] -> [h, P]."""
-        problem, objective = self.problem, self.problem.objective
-        total = torch.zeros(
-            len(halves),
-            objective.P,
-            dtype=objective.dtype,
-            device=objective.device,
-        )
-        size = max(
-            1,
-            min(
-                problem.scoring_batch,
-                int(
-                    problem.budget.product
-                    / (2 * len(halves) * problem.activations)
-                ),
-            ),
-        )
-        if self._by_sample:
-            size = min(size, problem.gradient_batch)
-        for batch in problem.samples.ordered(size, text="Damping: gradients"):
-            weights = halves[:, torch.as_tensor(batch.indices)].to(total)
-            total += self._weighted(batch, weights)
-        return total / problem.samples.n
-
-    @property
-    def _by_sample(self) -> bool:
-        """Whether the gradient of each sample costs less than one pass for each half: where weights are used often."""
-        objective = self.problem.objective
-        uses = reuse(objective, self.problem.first)
-        return objective.paths.vmap and uses >= REUSED
-
-    def _weighted(self, batch: Batch, weights: Tensor) -> Tensor:
-        """Sums of the batch's gradients with these weights [h, B] -> [h, P]."""
-        objective = self.problem.objective
-        if self._by_sample:
-            rows = per_sample_gradients(
-                objective, batch, self.problem.budget.product
-            )
-            return weights @ rows
-        theta = objective.theta.detach().requires_grad_()
-        losses = objective.losses(theta, batch)
-        if objective.paths.vmap:
-            (sums,) = torch.autograd.grad(
-                losses, theta, weights, is_grads_batched=True
-            )
-            return sums
-        each = [
-            torch.autograd.grad(losses, theta, w, retain_graph=True)[0]
-            for w in weights
-        ]
-        return torch.stack(each)
-
     def error(self, damping: float) -> float:
         """The prediction error at this damping; as many halves at a time as the memory holds."""
         actual, predicted = [], []
         for halves in self._parts:
             gradients = (
-                self.gradients(halves)
+                weighted_gradients(self.problem, halves)
                 if self._gradients is None
                 else self._gradients
             )

@@ -1,0 +1,55 @@
+"""Sums of the training samples' gradients with weights, several at a time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..model.gradients import REUSED, per_sample_gradients, reuse
+from .problem import Problem
+
+
+def weighted_gradients(problem: Problem, weights: Tensor) -> Tensor:
+    r"""(1/n) \sum_i w_hi \nabla \ell_i for weights w [h, n] -> [h, P]."""
+    objective = problem.objective
+    total = torch.zeros(
+        len(weights),
+        objective.P,
+        dtype=objective.dtype,
+        device=objective.device,
+    )
+    fitting = problem.budget.product / (2 * len(weights) * problem.activations)
+    size = max(1, min(problem.scoring_batch, int(fitting)))
+    if by_sample(problem):
+        size = min(size, problem.gradient_batch)
+    for batch in problem.samples.ordered(size, text="Sums of gradients"):
+        own = weights[:, torch.as_tensor(batch.indices)].to(total)
+        total += _of_batch(problem, batch, own)
+    return total / problem.samples.n
+
+
+def by_sample(problem: Problem) -> bool:
+    """Whether the gradient of each sample costs less than one pass for each sum: where weights are used often."""
+    uses = reuse(problem.objective, problem.first)
+    return problem.objective.paths.vmap and uses >= REUSED
+
+
+def _of_batch(problem: Problem, batch: Batch, weights: Tensor) -> Tensor:
+    """Sums of the batch's gradients with these weights [h, B] -> [h, P]."""
+    objective = problem.objective
+    if by_sample(problem):
+        rows = per_sample_gradients(objective, batch, problem.budget.product)
+        return weights @ rows
+    theta = objective.theta.detach().requires_grad_()
+    losses = objective.losses(theta, batch)
+    if objective.paths.vmap:
+        (sums,) = torch.autograd.grad(
+            losses, theta, weights, is_grads_batched=True
+        )
+        return sums
+    each = [
+        torch.autograd.grad(losses, theta, w, retain_graph=True)[0]
+        for w in weights
+    ]
+    return torch.stack(each)

@@ -1,0 +1,187 @@
+"""Smoothed influence against a direct average over explicitly shifted copies of the model, in double precision."""
+
+import copy
+
+import pytest
+import pytorch_influence_functions as ptif
+import torch
+from pytorch_influence_functions.solve.smoothing import signs
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+pytestmark = pytest.mark.usefixtures("double")
+N, K, LAMBDA, SHIFTS = 20, 3, 0.3, 6
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def cnn():
+    return nn.Sequential(nn.Unflatten(1, (1, 2, 3)), nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Flatten(), nn.Linear(6, 3))
+
+
+def with_norms():
+    model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 3))
+    model.train()
+    model(torch.randn(50, 6))
+    return model.eval()
+
+
+MODELS = {"MLP": mlp, "CNN": cnn, "norms": with_norms}
+
+
+def data(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(N + K, 6, generator=generator), torch.randint(0, 3, (N + K,), generator=generator)
+
+
+def loss_of(model, x, t):
+    return F.cross_entropy(model(x), t)
+
+
+def gradient(model, x, t):
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss_of(model, x, t), list(model.parameters()))])
+
+
+def gauss_newton(model, x):
+    """(1/n) sum J^T R J, one sample and one output at a time."""
+    total = 0
+    for i in range(len(x)):
+        y = model(x[i : i + 1])[0]
+        rows = [torch.autograd.grad(y[c], list(model.parameters()), retain_graph=True) for c in range(len(y))]
+        J = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        p = y.detach().softmax(0)
+        total = total + J.T @ (p.diag() - p.outer(p)) @ J
+    return total / len(x)
+
+
+def shifted(model, shift):
+    """A copy of the model at the parameters plus the shift."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for p, part in zip(other.parameters(), shift.split([p.numel() for p in other.parameters()]), strict=True):
+            p += part.view_as(p)
+    return other
+
+
+def averaged(model, x, t, points):
+    """Mean gradient of each sample over copies of the model [B, P]."""
+    rows = [torch.stack([gradient(m, x[i : i + 1], t[i : i + 1]) for m in points]).mean(0) for i in range(len(x))]
+    return torch.stack(rows)
+
+
+def directly(model, seed=42):
+    """Scores [K, n] and self-influence [n] by the definition."""
+    x, t = data()
+    G = gauss_newton(model, x[:N]) + LAMBDA * torch.eye(sum(p.numel() for p in model.parameters()))
+    plain = averaged(model, x[:N], t[:N], [model])
+    halves = signs(N, SHIFTS // 2, seed).double()
+    shifts = torch.linalg.solve(G, (halves @ plain / N).T).T
+    points = [shifted(model, sign * shift) for shift in shifts for sign in (1, -1)]
+    g, v = averaged(model, x[:N], t[:N], points), averaged(model, x[N:], t[N:], points)
+    solved = torch.linalg.solve(G, torch.cat([v, g]).T).T
+    return solved[:K] @ g.T / N, (solved[K:] * g).sum(1) / N
+
+
+def influence(model, **options):
+    x, t = data()
+    given = {"solver": "exact", "damping": LAMBDA, "smoothing": SHIFTS, "progress": False, **options}
+    return ptif.InfluenceFunction(model, DataLoader(TensorDataset(x[:N], t[:N]), batch_size=6), **given)
+
+
+def tests():
+    x, t = data()
+    return DataLoader(TensorDataset(x[N:], t[N:]), batch_size=2)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("options", [{}, {"solver": "auto"}, {"solver": "cg", "tolerance": 1e-12}], ids=str)
+def test_scores_are_the_average_over_shifted_copies(name, options):
+    torch.manual_seed(1)
+    model = MODELS[name]()
+    scores, own = directly(model)
+    found = influence(model, **options)
+    assert_close(found.scores(tests()), scores, rtol=1e-8, atol=1e-12)
+    assert_close(found.self_influence(), own, rtol=1e-8, atol=1e-12)
+    plain = influence(model, **{**options, "smoothing": None}).scores(tests())
+    assert float((plain - scores).norm() / scores.norm()) > 1e-3  # it is another number
+
+
+def test_an_ensemble_averages_what_is_smoothed_in_each():
+    torch.manual_seed(1)
+    models = [mlp(), mlp()]
+    expected = [directly(model) for model in models]
+    found = influence(models)
+    assert_close(found.scores(tests()), (expected[0][0] + expected[1][0]) / 2, rtol=1e-8, atol=1e-12)
+    assert_close(found.self_influence(), (expected[0][1] + expected[1][1]) / 2, rtol=1e-8, atol=1e-12)
+
+
+def test_batches_of_any_structure():
+    torch.manual_seed(1)
+    model = mlp()
+    x, t = data()
+    rows = [{"x": a, "t": b} for a, b in zip(x, t, strict=True)]
+    found = ptif.InfluenceFunction(
+        model, DataLoader(rows[:N], batch_size=6), solver="exact", damping=LAMBDA, smoothing=SHIFTS, progress=False,
+        model_loss=lambda m, batch: F.cross_entropy(m(batch["x"]), batch["t"]),
+    )  # fmt: skip
+    assert_close(found.scores(DataLoader(rows[N:], batch_size=2)), directly(model)[0], rtol=1e-8, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["img_wise", "all_grad_then_test"])
+def test_drivers_smooth_too(method, tmp_path):
+    torch.manual_seed(1)
+    model = mlp()
+    x, t = data()
+    config = {"outdir": tmp_path, "solver": "exact", "damping": LAMBDA, "smoothing": SHIFTS, "calc_method": method}
+    loader = DataLoader(TensorDataset(x[:N], t[:N]), batch_size=6)
+    result = ptif.calc_influences({**config, "progress": False}, model, loader, tests())
+    found = torch.tensor([result.influences[str(k)]["influence"] for k in range(K)])
+    assert_close(found, directly(model)[0], rtol=1e-8, atol=1e-12)
+
+
+def test_without_it_the_scores_are_the_plain_ones_bit_for_bit():
+    torch.manual_seed(1)
+    model = mlp()
+    found = influence(model, smoothing=None)
+    x, t = data()
+    with found.problem.guard():
+        v = torch.cat([block for _, block in found.gradient_rows(range(N))])
+    assert torch.equal(found.scores(tests()), influence(model, smoothing=None).scores(tests()))
+    assert_close(v, averaged(model, x[:N], t[:N], [model]))
+    assert "smoothing" not in found.report
+
+
+def test_the_report_says_how_many_and_how_large():
+    torch.manual_seed(1)
+    found = influence(mlp())
+    found.scores(tests())
+    said = found.report["smoothing"]
+    assert said["shifts"] == SHIFTS
+    assert 0.01 < said["relative_size"] < 1
+
+
+def test_nothing_depends_on_batches_and_the_model_is_as_it_was():
+    torch.manual_seed(1)
+    model = mlp()
+    before = copy.deepcopy(model.state_dict())
+    scores = influence(model).scores(tests())
+    assert_close(influence(model, batch_size=1, max_memory=64).scores(tests()), scores, rtol=1e-9, atol=1e-12)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert not torch.equal(influence(model, seed=1).scores(tests()), scores)
+
+
+def test_halves_are_halves():
+    found = signs(7, 50, 0)
+    assert found.sum(1).tolist() == [1.0] * 50
+    assert len({tuple(row) for row in found.tolist()}) > 25
+    assert float(found.mean(0).abs().max()) < 0.6
+
+
+@pytest.mark.parametrize("value", [0, 1, 3, 2.5, "some", True])
+def test_other_values_are_refused(value):
+    with pytest.raises((ValueError, TypeError), match=r"config\['smoothing'\].*even whole number of at least 2"):
+        influence(mlp(), smoothing=value)
