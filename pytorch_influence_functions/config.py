@@ -154,7 +154,7 @@ class Config:
         'names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.',
     ))
     smoothing: int | None = field(default=None, metadata=row(
-        NUMBER, either(None, is_even), "an even whole number of at least 2, or None",
+        NUMBER, either(None, is_even), "an even whole number of at least 0, or None for 0",
         "points, in pairs, over which gradients are averaged: the mean effect over random halves of the training set.",
     ))
     top_k: int = field(default=500, metadata=row(

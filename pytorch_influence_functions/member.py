@@ -62,11 +62,7 @@ class Member(SampleGradients):
         self.points = self._new_points()
 
     def _new_points(self) -> Points:
-        return Points(
-            self.problem,
-            self.config.smoothing,
-            lambda v: self.solver(v, len(v)).vectors,
-        )
+        return Points(self.problem, self.config.smoothing or 0, self.solver)
 
     @property
     def group_size(self) -> int:
@@ -179,7 +175,7 @@ class Member(SampleGradients):
         with self.problem.guard():
             self._begin()
             products = self.solver.prepared().self_products
-            if products is not None and self.config.smoothing is None:
+            if products is not None and not self.config.smoothing:
                 values = products()
                 require_solved(values.unsqueeze(1))
                 self._describe()

@@ -60,8 +60,8 @@ def at_least(least: int) -> Callable[[Any], bool]:
 
 
 def is_even(value: Any) -> bool:
-    """An even whole number of at least 2."""
-    return is_whole(value, 2) and value % 2 == 0
+    """An even whole number of at least 0."""
+    return is_whole(value, 0) and value % 2 == 0
 
 
 def is_above_zero(value: Any) -> bool:

@@ -71,6 +71,11 @@ class Budget:
             return cls(working, working, device.type, named=True)
         return cls(FREE_SHARE * free_bytes(device), UNTOLD, device.type)
 
+    def beside(self, held: float) -> Budget:
+        """What is left where so many bytes are held all along; half of it at least."""
+        total = max(self.total - held, self.total / 2)
+        return dataclasses.replace(self, total=total)
+
     def require(self, parameters: int, row: float) -> None:
         """Raise `ValueError` where `max_memory` does not hold the vectors [P], of `row` bytes, of one test sample."""
         need = LEAST_VECTORS * row

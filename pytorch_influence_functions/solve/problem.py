@@ -223,6 +223,10 @@ def make_problem(
     )
     budget = Budget.of(config.max_memory, device)
     budget.require(objective.P, objective.theta.nbytes)
+    # a pair of shifts is held as one vector
+    pairs = (config.smoothing or 0) // 2
+    if pairs:
+        budget = budget.beside(pairs * objective.theta.nbytes)
     with random_state(config.seed), objective.active():
         samples = Samples(
             train_loader,

@@ -17,20 +17,21 @@ score is that effect at the full set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model.objective import Objective
+from .groups import split
 from .problem import Problem
+from .solution import require_solved
+from .solvers import Solver
 from .weighted import weighted_gradients
 
 SEED = 3
 """Added to the run's seed, so that the halves are not those of the damping rule."""
-Solve = Callable[[Tensor], Tensor]
-"""[K, P] -> (G + lambda I)^-1 of each row."""
 
 
 def signs(n: int, count: int, seed: int) -> Tensor:
@@ -47,46 +48,50 @@ class Points:
 
     Args:
         problem: the model and its training set.
-        count: of shifted parameters, in pairs; None: no smoothing.
-        solve: the solver, by which they are found when they are first needed.
+        count: of shifted parameters, in pairs; 0: no smoothing.
+        solver: by which they are found when they are first needed.
 
     Attributes:
         report: how many shifts, and how large they are beside the parameters.
     """
 
-    def __init__(
-        self, problem: Problem, count: int | None, solve: Solve
-    ) -> None:
-        self._problem, self._count, self._solve = problem, count, solve
-        self._found: list[Objective] = []
+    def __init__(self, problem: Problem, count: int, solver: Solver) -> None:
+        self._problem, self._count, self._solver = problem, count, solver
+        self._shifts: Tensor | None = None
         self.report: dict[str, Any] = {}
 
-    def all(self) -> list[Objective]:
-        """One for each point."""
-        if not self._found:
-            self._found = self._find()
-        return self._found
+    def all(self) -> Iterator[Objective]:
+        """One for each point, made one at a time: of a pair only its first shift is held."""
+        own = self._problem.objective
+        if not self._count:
+            yield own
+            return
+        if self._shifts is None:
+            self._shifts = self._find()
+        for shift in self._shifts:
+            yield own.at(own.theta + shift)
+            yield own.at(own.theta - shift)
 
     def mean(self, value: Callable[[Objective], Tensor]) -> Tensor:
         """Mean of a value over the points; that of one point is the value itself."""
         points = self.all()
-        total = value(points[0])
-        for point in points[1:]:
+        total = value(next(points))
+        for point in points:
             total = total + value(point)
-        return total if len(points) == 1 else total / len(points)
+        return total / self._count if self._count else total
 
-    def _find(self) -> list[Objective]:
-        problem, own = self._problem, self._problem.objective
-        if self._count is None:
-            return [own]
-        halves = signs(problem.samples.n, self._count // 2, problem.config.seed)
-        shifts = self._solve(weighted_gradients(problem, halves))
-        size = float(shifts.norm(dim=1).mean() / own.theta.norm())
+    def _find(self) -> Tensor:
+        r"""The first \Delta of each pair [pairs, P], as many at a time as test samples are solved together."""
+        problem, pairs = self._problem, self._count // 2
+        halves = signs(problem.samples.n, pairs, problem.config.seed)
+        parts = []
+        for part in split(range(pairs), self._solver.group_size):
+            g = weighted_gradients(problem, halves[list(part)])
+            parts.append(self._solver(g, pairs).vectors)
+        shifts = torch.cat(parts)
+        require_solved(shifts)
+        size = float(shifts.norm(dim=1).mean() / problem.objective.theta.norm())
         self.report = {
             "smoothing": {"shifts": self._count, "relative_size": size}
         }
-        return [
-            own.at(own.theta + sign * shift)
-            for shift in shifts
-            for sign in (1, -1)
-        ]
+        return shifts

@@ -92,7 +92,7 @@ def influence(model, **options):
     return ptif.InfluenceFunction(model, DataLoader(TensorDataset(x[:N], t[:N]), batch_size=6), **given)
 
 
-def tests():
+def held_out():
     x, t = data()
     return DataLoader(TensorDataset(x[N:], t[N:]), batch_size=2)
 
@@ -104,9 +104,9 @@ def test_scores_are_the_average_over_shifted_copies(name, options):
     model = MODELS[name]()
     scores, own = directly(model)
     found = influence(model, **options)
-    assert_close(found.scores(tests()), scores, rtol=1e-8, atol=1e-12)
+    assert_close(found.scores(held_out()), scores, rtol=1e-8, atol=1e-12)
     assert_close(found.self_influence(), own, rtol=1e-8, atol=1e-12)
-    plain = influence(model, **{**options, "smoothing": None}).scores(tests())
+    plain = influence(model, **{**options, "smoothing": None}).scores(held_out())
     assert float((plain - scores).norm() / scores.norm()) > 1e-3  # it is another number
 
 
@@ -115,7 +115,7 @@ def test_an_ensemble_averages_what_is_smoothed_in_each():
     models = [mlp(), mlp()]
     expected = [directly(model) for model in models]
     found = influence(models)
-    assert_close(found.scores(tests()), (expected[0][0] + expected[1][0]) / 2, rtol=1e-8, atol=1e-12)
+    assert_close(found.scores(held_out()), (expected[0][0] + expected[1][0]) / 2, rtol=1e-8, atol=1e-12)
     assert_close(found.self_influence(), (expected[0][1] + expected[1][1]) / 2, rtol=1e-8, atol=1e-12)
 
 
@@ -138,7 +138,7 @@ def test_drivers_smooth_too(method, tmp_path):
     x, t = data()
     config = {"outdir": tmp_path, "solver": "exact", "damping": LAMBDA, "smoothing": SHIFTS, "calc_method": method}
     loader = DataLoader(TensorDataset(x[:N], t[:N]), batch_size=6)
-    result = ptif.calc_influences({**config, "progress": False}, model, loader, tests())
+    result = ptif.calc_influences({**config, "progress": False}, model, loader, held_out())
     found = torch.tensor([result.influences[str(k)]["influence"] for k in range(K)])
     assert_close(found, directly(model)[0], rtol=1e-8, atol=1e-12)
 
@@ -150,15 +150,18 @@ def test_without_it_the_scores_are_the_plain_ones_bit_for_bit():
     x, t = data()
     with found.problem.guard():
         v = torch.cat([block for _, block in found.gradient_rows(range(N))])
-    assert torch.equal(found.scores(tests()), influence(model, smoothing=None).scores(tests()))
+    for solver in ("exact", "auto"):
+        none, zero = (influence(model, solver=solver, smoothing=m) for m in (None, 0))
+        assert torch.equal(none.scores(held_out()), zero.scores(held_out()))
+        assert torch.equal(none.self_influence(), zero.self_influence())
     assert_close(v, averaged(model, x[:N], t[:N], [model]))
-    assert "smoothing" not in found.report
+    assert "smoothing" not in zero.report
 
 
 def test_the_report_says_how_many_and_how_large():
     torch.manual_seed(1)
     found = influence(mlp())
-    found.scores(tests())
+    found.scores(held_out())
     said = found.report["smoothing"]
     assert said["shifts"] == SHIFTS
     assert 0.01 < said["relative_size"] < 1
@@ -168,10 +171,40 @@ def test_nothing_depends_on_batches_and_the_model_is_as_it_was():
     torch.manual_seed(1)
     model = mlp()
     before = copy.deepcopy(model.state_dict())
-    scores = influence(model).scores(tests())
-    assert_close(influence(model, batch_size=1, max_memory=64).scores(tests()), scores, rtol=1e-9, atol=1e-12)
+    scores = influence(model).scores(held_out())
+    assert_close(influence(model, batch_size=1, max_memory=64).scores(held_out()), scores, rtol=1e-9, atol=1e-12)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
-    assert not torch.equal(influence(model, seed=1).scores(tests()), scores)
+    assert not torch.equal(influence(model, seed=1).scores(held_out()), scores)
+
+
+def test_little_memory_changes_nothing():
+    """The shifts are solved for a few at a time then."""
+    torch.manual_seed(1)
+    model = mlp()
+    options = {"solver": "cg", "tolerance": 1e-12, "smoothing": 20}
+    few, many = influence(model, max_memory=0.05, **options), influence(model, **options)
+    assert few.group_size < 10 <= many.group_size
+    assert_close(few.scores(held_out()), many.scores(held_out()), rtol=1e-7, atol=1e-12)
+    assert_close(few.self_influence(), many.self_influence(), rtol=1e-7, atol=1e-12)
+
+
+def test_shifts_are_counted_in_the_memory():
+    """A pair is held as one vector, and leaves less for the rest: half of it at least."""
+    torch.manual_seed(1)
+    plain, smoothed, many = (influence(mlp(), max_memory=1, smoothing=m) for m in (0, 6, 10**6))
+    total, row = plain.problem.budget.total, plain.objective.theta.nbytes
+    assert smoothed.problem.budget.total == total - 3 * row
+    assert many.problem.budget.total == total / 2
+
+
+def test_the_solution_of_a_mean_is_the_mean_of_the_solutions():
+    torch.manual_seed(1)
+    model = mlp()
+    batch = next(iter(held_out()))
+    found = influence(model)
+    mean = found.s_test_of_mean(batch)
+    assert_close(mean, found.s_test(batch).mean(0), rtol=1e-8, atol=1e-12)
+    assert (mean - influence(model, smoothing=None).s_test_of_mean(batch)).norm() > 1e-3 * mean.norm()
 
 
 def test_halves_are_halves():
@@ -181,7 +214,7 @@ def test_halves_are_halves():
     assert float(found.mean(0).abs().max()) < 0.6
 
 
-@pytest.mark.parametrize("value", [0, 1, 3, 2.5, "some", True])
+@pytest.mark.parametrize("value", [-2, 1, 3, 2.5, "some", True])
 def test_other_values_are_refused(value):
-    with pytest.raises((ValueError, TypeError), match=r"config\['smoothing'\].*even whole number of at least 2"):
+    with pytest.raises((ValueError, TypeError), match=r"config\['smoothing'\].*even whole number of at least 0"):
         influence(mlp(), smoothing=value)
