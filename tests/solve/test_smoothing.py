@@ -218,3 +218,11 @@ def test_halves_are_halves():
 def test_other_values_are_refused(value):
     with pytest.raises((ValueError, TypeError), match=r"config\['smoothing'\].*even whole number of at least 0"):
         influence(mlp(), smoothing=value)
+
+
+def test_own_influence_of_a_solver_with_a_way_of_its_own_is_smoothed():
+    torch.manual_seed(1)
+    found = influence(mlp(), solver="ekfac", tolerance=None)
+    x, t = data()
+    scores = found.scores(DataLoader(TensorDataset(x[:N], t[:N]), batch_size=6))
+    assert_close(found.self_influence(), scores.diagonal(), rtol=1e-8, atol=1e-12)
