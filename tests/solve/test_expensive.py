@@ -4,8 +4,9 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.model.budget import Budget
-from pytorch_influence_functions.solve import damping, directions, low_rank, passes, positions
+from pytorch_influence_functions.solve import damping, directions, low_rank, passes, positions, weighted
 from pytorch_influence_functions.solve.factors import build
+from pytorch_influence_functions.solve.weighted import weighted_gradients
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -207,25 +208,20 @@ def test_gradients_or_what_the_layer_sees_are_turned(turned, monkeypatch):
 # ---- the damping
 
 
-def rule(**options):
-    given = influence(**options)
-    return damping._Rule(given.problem, lambda v, _: 1e-3 * v), given.problem
-
-
-def test_gradients_of_halves_by_sample_are_those_of_weighted_losses(monkeypatch):
+def test_sums_of_gradients_by_sample_are_those_of_weighted_losses(monkeypatch):
     problem = influence().problem
+    weights = torch.randn(5, N, generator=torch.Generator().manual_seed(2))
     with problem.guard():
-        found, _ = rule()
-        by_sample = found.gradients(found.halves)
-        assert found._by_sample
-        monkeypatch.setattr(damping, "REUSED", 1e9)
-        assert not found._by_sample
-        weighted = found.gradients(found.halves)
+        assert weighted.by_sample(problem)
+        by_sample = weighted_gradients(problem, weights)
+        monkeypatch.setattr(weighted, "REUSED", 1e9)
+        assert not weighted.by_sample(problem)
+        together = weighted_gradients(problem, weights)
         problem.objective.paths = problem.objective.paths._replace(vmap=False)
-        one_by_one = damping._Rule(problem, found.shift).gradients(found.halves)
+        one_by_one = weighted_gradients(problem, weights)
     rows = torch.stack([row for _, block in influence().gradient_rows(range(N)) for row in block])
-    for result in (by_sample, weighted, one_by_one):
-        assert_close(result, found.halves.to(rows) @ rows / N)
+    for result in (by_sample, together, one_by_one):
+        assert_close(result, weights.to(rows) @ rows / N)
 
 
 def test_losses_of_outputs_are_those_of_the_whole_in_double(expensive):
