@@ -3,7 +3,7 @@
 # The build CI checks with; a plain `torch` fetches gigabytes of CUDA on Linux.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv install test lint types wheel ci example bench figures-of-code memory clean
+.PHONY: venv install test lint types wheel ci example bench figures-of-code memory kills networks clean
 
 venv:
 	python3 -m venv .venv
@@ -43,6 +43,14 @@ figures-of-code:
 # Peak memory of every solver over max_memory.
 memory:
 	python benchmarks/memory.py
+
+# Two runs, each killed at 20 random moments and started again.
+kills:
+	KILLS=20 python -m pytest -q tests/run/test_resume.py -k killed
+
+# What attributions of real architectures cost.
+networks:
+	python benchmarks/networks.py --quick
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache
