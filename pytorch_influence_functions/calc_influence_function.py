@@ -35,7 +35,7 @@ from .run.store import (
     save_solutions,
 )
 from .run.stored import load_grad_z, load_s_test
-from .show.results import harmful_and_helpful
+from .show.entries import harmful_and_helpful
 
 __all__ = [
     "calc_all_grad_then_test",

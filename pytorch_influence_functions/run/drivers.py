@@ -19,7 +19,8 @@ from ..config import Config
 from ..data.labels import agree
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
-from ..show.results import InfluenceResult, entry, harmful_and_helpful
+from ..show.entries import entry, harmful_and_helpful
+from ..show.results import InfluenceResult
 from ..solve.groups import Earlier
 from ..utils import log_to
 from .files import RunFiles, writable_folder
@@ -152,9 +153,11 @@ class _Run:
         if done < len(self.indices):
             earlier = Earlier(len(self.indices), report)
             report = self._groups(earlier, done)
-        self._write_meta(report, finished=True)
+        meta = self._write_meta(report, finished=True)
         self.files.finish()
-        return self.collected.result()
+        return self.collected.result().about(
+            meta, self.influence.samples.dataset, self.tests.dataset
+        )
 
     def _go_on(self) -> dict[str, Any]:
         """Take what an earlier start has done -> its report; the first one notes what its numbers come from."""
@@ -199,10 +202,13 @@ class _Run:
             )
         return self.influence.report
 
-    def _write_meta(self, report: dict[str, Any], finished: bool) -> None:
+    def _write_meta(
+        self, report: dict[str, Any], finished: bool
+    ) -> dict[str, Any]:
         options, influence = self.options, self.influence
         meta = _meta(options, influence, self.indices, report, finished)
         self.files.write_meta(meta)
+        return meta
 
 
 def _selected(options: Config, labels: Sequence[Any]) -> list[int]:

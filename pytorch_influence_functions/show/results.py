@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..solve.repeats import Row, resolved_ends
+from . import stored
+from .entries import harmful_and_helpful
+from .images import Look
+from .table import notebook_table, to_dataframe
 
 
-class InfluenceResult(NamedTuple):
-    """What a run returns.
+class Ranked(NamedTuple):
+    """A training sample and its influence (units of the loss; positive is helpful)."""
+
+    train_index: int
+    influence: float
+
+
+class _Triple(NamedTuple):
+    influences: dict[str, dict[str, Any]]
+    harmful: list[int]
+    helpful: list[int]
+
+
+class InfluenceResult(_Triple):
+    """What a run returns; three values to unpack, and questions to ask.
 
     Attributes:
         influences: one entry per test sample, `"0"`, `"1"`, ...: `label`, `num_in_dataset` (its index in the test set),
@@ -20,68 +40,130 @@ class InfluenceResult(NamedTuple):
             each list would be there again in a repeated run.
         harmful: training indices, smallest (most negative) mean influence over the test samples first.
         helpful: training indices, largest mean influence first.
+        meta: what the run's meta file holds (`config`, `solver`: what it did); empty where it is not known.
+        train_set, test_set: the data sets of the run, for pictures; None where they are not known. They are not saved.
     """
 
-    influences: dict[str, dict[str, Any]]
-    harmful: list[int]
-    helpful: list[int]
+    meta: Mapping[str, Any] = MappingProxyType({})
+    train_set: Any = None
+    test_set: Any = None
+
+    def about(
+        self,
+        meta: Mapping[str, Any],
+        train_set: Any = None,
+        test_set: Any = None,
+    ) -> InfluenceResult:
+        """Itself, with what is known of the run."""
+        self.meta = meta
+        self.train_set, self.test_set = train_set, test_set
+        return self
+
+    # ---- the numbers
+
+    @property
+    def tests(self) -> list[str]:
+        """Keys of the entries, in order."""
+        return list(self.influences)
+
+    @property
+    def scores(self) -> NDArray[np.float64]:
+        """Influence of each training sample on each test sample [tests, n]."""
+        rows = [self.row(key) for key in self.influences]
+        return np.stack(rows) if rows else np.zeros((0, len(self.harmful)))
+
+    def row(self, test: int | str | None = None) -> NDArray[np.float64]:
+        """Influences on one test sample [n], by its key or its place in the run; None is their mean over all.
+
+        Raises:
+            KeyError: the run has no such test sample.
+        """
+        if test is None:
+            mean: NDArray[np.float64] = self.scores.mean(0)
+            return mean
+        return np.asarray(self._entry(test)["influence"], dtype=np.float64)
+
+    def _entry(self, test: int | str) -> dict[str, Any]:
+        key = str(test)
+        if key not in self.influences:
+            raise KeyError(
+                f"test: the run has {len(self.influences)} test samples, named from 0 on, and none is {test}; "
+                "its index in the test set is the entry's num_in_dataset"
+            )
+        return self.influences[key]
+
+    def top(self, test: int | str | None = None, k: int = 10) -> list[Ranked]:
+        """The k most helpful training samples of a test sample (None: of the mean over all), largest first."""
+        return self._ranked(test, k, 1)
+
+    def bottom(
+        self, test: int | str | None = None, k: int = 10
+    ) -> list[Ranked]:
+        """The k most harmful training samples of a test sample (None: of the mean over all), most negative first."""
+        return self._ranked(test, k, 0)
+
+    def _ranked(self, test: int | str | None, k: int, end: int) -> list[Ranked]:
+        if isinstance(k, bool) or not isinstance(k, int) or k < 0:
+            raise ValueError(
+                f"k: expected a whole number of at least 0, got {k!r}"
+            )
+        row = self.row(test)
+        order = harmful_and_helpful(row, k)[end]
+        return [Ranked(index, float(row[index])) for index in order]
+
+    def to_dataframe(self, k: int | None = None) -> Any:
+        """A pandas DataFrame, one row per test and training sample, the most helpful first.
+
+        Columns: `test`, `test_index`, `test_label`, `rank` (0 is the most helpful), `train_index`, `influence`, and
+        `stderr` with r > 1.
+
+        Args:
+            k: only the k most helpful and the k most harmful of each test sample; None is all of them.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        return to_dataframe(self.influences, k)
+
+    # ---- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the result to one file (`.npz`: arrays and JSON, no pickle); the data sets are not part of it."""
+        stored.save(path, self.influences, self.meta)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> InfluenceResult:
+        """What `save` wrote, or an `influence_results_*.json` of a run with its meta file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is none of the two.
+        """
+        influences, meta = stored.load(path)
+        rows = [one["influence"] for one in influences.values()]
+        mean = np.mean(np.asarray(rows, dtype=np.float64), axis=0)
+        result = cls(influences, *harmful_and_helpful(np.atleast_1d(mean)))
+        return result.about(meta)
+
+    # ---- what it looks like
+
+    def _repr_html_(self) -> str:
+        """A table for notebooks, with thumbnails where the data are images."""
+        return notebook_table(
+            self.influences, self.train_set, self.test_set, Look()
+        )
+
+    def __repr__(self) -> str:
+        """How large it is, and the ends of the mean."""
+        return (
+            f"InfluenceResult({len(self.influences)} test samples, {len(self.harmful)} training samples, "
+            f"most harmful {_few(self.harmful)}, most helpful {_few(self.helpful)})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and processes get the numbers, not the data sets."""
+        return {"meta": dict(self.meta)}
 
 
-POWERS = np.array([float(f"1e{k}") for k in range(-31, 55)])
-"""10^k for every k that nine digits of a float32 need, each the nearest double; `np.power` may miss it by a bit."""
-
-
-def as_numbers(row: Row) -> list[float]:
-    """A row [n] as plain numbers; nine digits in single precision, which tell all its values apart.
-
-    `float(np.float32(0.1))` is 0.10000000149011612: without the digits that it does not hold a file is half as long.
-    """
-    wide = row.astype(np.float64)
-    if row.dtype != np.float32:
-        exact: list[float] = wide.tolist()
-        return exact
-    exponent = np.floor(
-        np.log10(np.abs(wide), where=wide != 0, out=np.zeros_like(wide))
-    )
-    power = POWERS[8 - exponent.astype(int) + 31]
-    numbers: list[float] = (np.rint(wide * power) / power).tolist()
-    return numbers
-
-
-def harmful_and_helpful(
-    influence: Row, top_k: int | None = None
-) -> tuple[list[int], list[int]]:
-    """Training indices by influence [n], smallest first and largest first; ties in the order of the index."""
-    harmful = np.argsort(influence, kind="stable")[:top_k]
-    helpful = np.argsort(-influence, kind="stable")[:top_k]
-    return harmful.tolist(), helpful.tolist()
-
-
-def entry(
-    influence: Row,
-    *,
-    label: Any,
-    index: int,
-    seconds: float,
-    residual: float,
-    top_k: int,
-    chains: Row | None = None,
-) -> dict[str, Any]:
-    """One test sample's result; from the scores of its chains [r, n] also standard errors and what they resolve."""
-    harmful, helpful = harmful_and_helpful(influence, top_k)
-    errors: dict[str, Any] = {}
-    if chains is not None:
-        errors = {
-            "stderr": as_numbers(chains.std(0, ddof=1) / len(chains) ** 0.5),
-            "resolved": resolved_ends(chains, top_k),
-        }
-    return {
-        "label": label,
-        "num_in_dataset": index,
-        "time_calc_influence_s": seconds,
-        "influence": as_numbers(influence),
-        **errors,
-        "harmful": harmful,
-        "helpful": helpful,
-        "relative_residual": residual,
-    }
+def _few(indices: Sequence[int]) -> str:
+    return "[" + ", ".join(map(str, indices[:3])) + ", ...]"

@@ -97,7 +97,7 @@ def test_influence_is_the_change_of_loss_when_a_sample_is_left_out(problem, solv
         recursion_depth=20000, scale=8.0, loss_func=loss, progress=False,
     )  # fmt: skip
     scores = influence.scores(test)
-    harmful, helpful = ptif.show.results.harmful_and_helpful(scores[0].numpy())
+    harmful, helpful = ptif.show.entries.harmful_and_helpful(scores[0].numpy())
     chosen = helpful[: LEFT_OUT // 2] + harmful[: LEFT_OUT // 2]
     actual = torch.stack([change_without(problem, i) for i in chosen], 1)
     predicted = scores[:, chosen]

@@ -14,7 +14,7 @@ import torch
 from pytorch_influence_functions.run.files import RunFiles
 from pytorch_influence_functions.run.row_writer import RowWriter
 from pytorch_influence_functions.run.store import read_chains, read_rows
-from pytorch_influence_functions.show.results import as_numbers
+from pytorch_influence_functions.show.entries import as_numbers
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
