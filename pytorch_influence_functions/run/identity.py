@@ -38,8 +38,9 @@ def identity(
         if key not in OF_NO_MATTER
     }
     with influence.problem.guard(tests):
-        train = _of_samples(influence.samples, range(influence.samples.n))
-        test = _of_samples(tests, indices)
+        everything = range(influence.samples.n)
+        train = _of_samples(influence, influence.samples, everything)
+        test = _of_samples(influence, tests, indices)
     return {
         "method": options.calc_method,
         "options": given,
@@ -98,15 +99,21 @@ def _of_model(model: nn.Module) -> str:
     return found.hexdigest()
 
 
-def _of_samples(samples: Samples, indices: Sequence[int]) -> dict[str, Any]:
-    """How many there are, and what a few of them hold."""
+def _of_samples(
+    influence: InfluenceFunction, samples: Samples, indices: Sequence[int]
+) -> dict[str, Any]:
+    """How many there are, what a few of them hold, and their losses: those of a changed function are others."""
     last = max(len(indices) - 1, 0)
     few = sorted({last * k // LOOKED_AT for k in range(LOOKED_AT + 1)})
     found = hashlib.blake2b(digest_size=16)
+    objective, losses = influence.objective, []
     for k in few if indices else []:
-        for leaf in samples.sample(indices[k]).leaves:
+        one = samples.sample(indices[k])
+        for leaf in one.leaves:
             _add(found, leaf)
-    return {"n": samples.n, "samples": found.hexdigest()}
+        loss = objective.losses(objective.theta, one.to(objective.device))
+        losses.append(f"{float(loss.detach().sum()):.4g}")
+    return {"n": samples.n, "samples": found.hexdigest(), "losses": losses}
 
 
 def _add(found: Any, value: Tensor) -> None:

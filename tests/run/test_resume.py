@@ -221,11 +221,20 @@ def metas(folder):
     return {path.name: json.loads(path.read_text()) for path in Path(folder).glob("*meta*.json")}
 
 
-@pytest.mark.parametrize("change", ["option", "model", "data", "resume"])
+def smoothed(amount):
+    """Functions of one name."""
+    return lambda y, t: nn.functional.cross_entropy(y, t, label_smoothing=amount)
+
+
+@pytest.mark.parametrize("change", ["option", "model", "data", "resume", "loss"])
 def test_another_run_starts_beside_it(small_groups, tmp_path, change, caplog):
     options = dict(WAYS["cg"])
+    if change == "loss":
+        options["loss_func"] = smoothed(0.1)
     stop(tmp_path, options)
     before = files(tmp_path)
+    if change == "loss":
+        options["loss_func"] = smoothed(0.2)
     model, train, test = case()
     if change == "option":
         options["damping"] = 0.2
@@ -242,9 +251,12 @@ def test_another_run_starts_beside_it(small_groups, tmp_path, change, caplog):
     after = files(tmp_path)
     assert {name: after[name] for name in before} == before
     assert (tmp_path / "influence_results_0_12_1.json").exists()
-    said = {"option": "options.damping", "model": "model", "data": "train_loader.samples", "resume": None}[change]
-    if said:
-        assert f"an unfinished run of other {said} is there" in caplog.text
+    said = {
+        "option": "options.damping", "model": "model", "data": "train_loader.losses, train_loader.samples",
+        "loss": "test_loader.losses, train_loader.losses",
+    }  # fmt: skip
+    if change in said:
+        assert f"an unfinished run of other {said[change]}" in caplog.text
 
 
 def test_a_run_that_still_runs_is_left_alone(small_groups, tmp_path):
