@@ -3,7 +3,7 @@
 # The build CI checks with; a plain `torch` fetches gigabytes of CUDA on Linux.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv install test lint types wheel ci example bench figures-of-code memory kills networks clean
+.PHONY: venv install test lint types wheel ci example bench figures figures-of-code memory kills networks clean
 
 venv:
 	python3 -m venv .venv
@@ -32,6 +32,13 @@ ci:
 
 example:
 	set -e; for script in examples/[a-z]*.py; do python "$$script"; done
+
+# Every picture of README, from scratch; the retrainings of the damping figure take some minutes.
+figures:
+	python examples/digits.py
+	python examples/flipped_labels.py
+	python examples/leave_one_out.py
+	python examples/damping.py
 
 bench:
 	set -e; for script in benchmarks/[a-z]*.py; do python "$$script"; done

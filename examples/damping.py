@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.show.plotting import plot_damping_curve
+from pytorch_influence_functions.show.plotting import plot_damping
 
 N, TESTS, EPOCHS, BATCH = 1400, 150, 40, 100
 GRID = np.logspace(-3.5, 0, 15).tolist()
@@ -116,35 +116,37 @@ def main():
         f'{picked["damping"]:9.2g}{own!s:>16}{picked["error"]:8.2f}   chosen by damping="auto"'
     )
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(9, 3.8), layout="constrained"
+    )
     line = picked["damping"]
-    plot_damping_curve(
+    plot_damping(
         GRID,
-        {"linear datamodeling score": [float(results[v]) for v in GRID]},
+        {"each damping": [float(results[v]) for v in GRID]},
         chosen=line,
+        label="rank correlation with 300 retrainings",
         axis=left,
     )
-    left.plot(line, float(own), "*", color="black", markersize=10)
-    left.set_ylabel("rank correlation with retraining")
-    left.set_ylim(bottom=0)
-    plot_damping_curve(
+    left.plot(
+        line,
+        float(own),
+        "*",
+        color="black",
+        markersize=10,
+        label="chosen by damping='auto'",
+    )
+    left.legend(frameon=False, fontsize=8)
+    left.set_title("how well retraining is predicted", fontsize=9)
+    plot_damping(
         GRID,
-        {"error of first-order predictions": errors},
+        {"each damping": errors},
         chosen=line,
+        target=picked["target"],
+        label="relative error",
         axis=right,
     )
-    right.axhline(
-        picked["target"],
-        color="0.6",
-        linewidth=1,
-        linestyle=":",
-        label=f"target: {picked['target']}",
-    )
-    right.legend(frameon=False, fontsize=8)
-    right.set_ylabel("relative error, without retraining")
-    right.set_ylim(bottom=0)
+    right.set_title("what is measured without retraining", fontsize=9)
     args.out.parent.mkdir(exist_ok=True, parents=True)
-    figure.tight_layout()
     figure.savefig(args.out, dpi=150)
 
 

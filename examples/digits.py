@@ -143,7 +143,14 @@ def main():
     )
 
     notes = {int(i): f"(is a {int(true[i])})" for i in wrong.nonzero()}
-    plot_influences(few, train_set, test_set, notes=notes, path=options.figure)
+    plot_influences(
+        result,
+        range(5),
+        predictions=model(x).argmax(1),
+        notes=notes,
+        invert=True,
+        path=options.figure,
+    )
     print(
         f"\nresults in {Path(options.outdir).resolve()}\nfigure  in {Path(options.figure).resolve()}"
     )

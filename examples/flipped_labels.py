@@ -21,7 +21,7 @@ from pytorch_influence_functions.evaluation import (
     label_baselines,
     mislabel_curve,
 )
-from pytorch_influence_functions.show.plotting import plot_mislabel_curves
+from pytorch_influence_functions.show.plotting import plot_mislabel_curve
 
 N, EPOCHS, BATCH = 1400, 40, 100
 matplotlib.use("agg")
@@ -120,8 +120,9 @@ def main():
         f"self-influence by {args.solver} costs {np.median(costs):.2f} plain training epochs of {EPOCHS}"
     )
     args.out.parent.mkdir(exist_ok=True, parents=True)
-    plot_mislabel_curves(
-        {name: (c.inspected, c.found) for name, c in runs[0].items()},
+    plot_mislabel_curve(
+        runs[0],
+        share=0.1,
         path=args.out,
     )
 

@@ -149,13 +149,14 @@ def main():
             )
     args.out.parent.mkdir(exist_ok=True, parents=True)
     figure, axes = plt.subplots(
-        1, len(results), figsize=(4.2 * len(results), 4), squeeze=False
+        1,
+        len(results),
+        figsize=(3.7 * len(results), 4.2),
+        squeeze=False,
+        layout="constrained",
     )
     for axis, (name, result) in zip(axes[0], results.items(), strict=True):
-        plot_leave_one_out(
-            result.predicted, result.actual, title=name, axis=axis
-        )
-    figure.tight_layout()
+        plot_leave_one_out(result, title=name, axis=axis)
     figure.savefig(args.out, dpi=120)
 
 

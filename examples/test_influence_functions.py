@@ -65,7 +65,7 @@ def main() -> None:
         print(f"test image {entry['num_in_dataset']} (label {entry['label']}): "
               f"helpful {entry['helpful'][:5]}, harmful {entry['harmful'][:5]}")  # fmt: skip
     figure = f"{options.outdir}/influences.png"
-    plot_influences(result, train, test, path=figure)
+    plot_influences(result, path=figure)
     print(f"results in {options.outdir}, figure in {figure}")
 
 

@@ -30,7 +30,8 @@ def as_numbers(row: Row) -> list[float]:
 
 
 def harmful_and_helpful(
-    influence: Row, top_k: int | None = None
+    influence: Row,
+    top_k: int | None = None,
 ) -> tuple[list[int], list[int]]:
     """Training indices by influence [n], smallest first and largest first; ties in the order of the index."""
     harmful = np.argsort(influence, kind="stable")[:top_k]

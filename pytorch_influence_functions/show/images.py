@@ -53,7 +53,10 @@ class Look:
                 f"layout: expected 'CHW', 'HWC', 'HW' or None to find it, got {self.layout!r}"
             )
 
-    def label(self, label: Any) -> str:
+    def label(
+        self,
+        label: Any,
+    ) -> str:
         """A label by its name, where there is one."""
         value = plain(label)
         if isinstance(value, list) and len(value) == 1:
@@ -67,7 +70,10 @@ class Look:
             return str(self.classes[value])  # type: ignore[index]
         return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    def shown(self, sample: Any) -> Pixels | str:
+    def shown(
+        self,
+        sample: Any,
+    ) -> Pixels | str:
         """A sample of a data set as pixels [H, W, 3] of uint8, or as text."""
         value = input_of(sample)
         value = self.view(value) if self.view else value
@@ -76,7 +82,10 @@ class Look:
         image = self._channels_last(value)
         return as_text(value) if image is None else self._pixels(image)
 
-    def _channels_last(self, value: Any) -> NDArray[Any] | None:
+    def _channels_last(
+        self,
+        value: Any,
+    ) -> NDArray[Any] | None:
         """An image as [H, W, C]; None where it is none."""
         try:
             array = np.asarray(plain_array(value))
@@ -95,12 +104,18 @@ class Look:
         )
         return whole if fits else None
 
-    def _channels_first(self, shape: Sequence[int]) -> bool:
+    def _channels_first(
+        self,
+        shape: Sequence[int],
+    ) -> bool:
         if self.layout is not None:
             return self.layout == "CHW"
         return shape[0] in CHANNELS
 
-    def _pixels(self, image: NDArray[Any]) -> Pixels:
+    def _pixels(
+        self,
+        image: NDArray[Any],
+    ) -> Pixels:
         """[H, W, C] of any range as [H, W, 3] of 0 to 255."""
         whole = image.dtype.kind in "uib"
         x = image.astype(np.float64)
@@ -114,9 +129,13 @@ class Look:
         return np.rint(x * 255).astype(np.uint8)
 
 
-def _to_unit(x: NDArray[Any], whole: bool) -> NDArray[Any]:
+def _to_unit(
+    x: NDArray[Any],
+    whole: bool,
+) -> NDArray[Any]:
     """Values as 0 to 1: they are already, or go to 255, or lie between others that become the ends."""
-    low, high = float(x.min()), float(x.max())
+    low = float(x.min())
+    high = float(x.max())
     if low >= 0 and high <= 1:
         return x
     if low >= 0 and high <= 255 and whole:
@@ -147,12 +166,18 @@ def as_text(value: Any) -> str:
     return shortened(text)
 
 
-def short_number(value: Any, form: str = ".2g") -> str:
+def short_number(
+    value: Any,
+    form: str = ".2g",
+) -> str:
     """A number as text; what is none, or not finite, as a word."""
     return "unknown" if value is None else f"{float(value):{form}}"
 
 
-def shortened(text: str, most: int = LONGEST_TEXT) -> str:
+def shortened(
+    text: str,
+    most: int = LONGEST_TEXT,
+) -> str:
     """The beginning of a text, with an ellipsis where it goes on."""
     return text if len(text) <= most else text[: most - 1].rstrip() + "…"
 
@@ -175,12 +200,18 @@ def png(pixels: Pixels) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(_chunk(*part) for part in parts)
 
 
-def _chunk(name: bytes, content: bytes) -> bytes:
+def _chunk(
+    name: bytes,
+    content: bytes,
+) -> bytes:
     check = struct.pack(">I", zlib.crc32(name + content))
     return struct.pack(">I", len(content)) + name + content + check
 
 
-def data_uri(pixels: Pixels, largest: int = 64) -> str:
+def data_uri(
+    pixels: Pixels,
+    largest: int = 64,
+) -> str:
     """Pixels as the address of an image that needs no file; every so many pixels left out above `largest`."""
     step = -(-max(pixels.shape[:2]) // largest)
     encoded = base64.b64encode(png(pixels[::step, ::step])).decode("ascii")

@@ -72,7 +72,10 @@ class InfluenceResult(_Triple):
         rows = [self.row(key) for key in self.influences]
         return np.stack(rows) if rows else np.zeros((0, len(self.harmful)))
 
-    def row(self, test: int | str | None = None) -> NDArray[np.float64]:
+    def row(
+        self,
+        test: int | str | None = None,
+    ) -> NDArray[np.float64]:
         """Influences on one test sample [n], by its key or its place in the run; None is their mean over all.
 
         Raises:
@@ -83,7 +86,10 @@ class InfluenceResult(_Triple):
             return mean
         return np.asarray(self._entry(test)["influence"], dtype=np.float64)
 
-    def _entry(self, test: int | str) -> dict[str, Any]:
+    def _entry(
+        self,
+        test: int | str,
+    ) -> dict[str, Any]:
         key = str(test)
         if key not in self.influences:
             raise KeyError(
@@ -92,17 +98,28 @@ class InfluenceResult(_Triple):
             )
         return self.influences[key]
 
-    def top(self, test: int | str | None = None, k: int = 10) -> list[Ranked]:
+    def top(
+        self,
+        test: int | str | None = None,
+        k: int = 10,
+    ) -> list[Ranked]:
         """The k most helpful training samples of a test sample (None: of the mean over all), largest first."""
         return self._ranked(test, k, 1)
 
     def bottom(
-        self, test: int | str | None = None, k: int = 10
+        self,
+        test: int | str | None = None,
+        k: int = 10,
     ) -> list[Ranked]:
         """The k most harmful training samples of a test sample (None: of the mean over all), most negative first."""
         return self._ranked(test, k, 0)
 
-    def _ranked(self, test: int | str | None, k: int, end: int) -> list[Ranked]:
+    def _ranked(
+        self,
+        test: int | str | None,
+        k: int,
+        end: int,
+    ) -> list[Ranked]:
         if isinstance(k, bool) or not isinstance(k, int) or k < 0:
             raise ValueError(
                 f"k: expected a whole number of at least 0, got {k!r}"
@@ -111,7 +128,10 @@ class InfluenceResult(_Triple):
         order = harmful_and_helpful(row, k)[end]
         return [Ranked(index, float(row[index])) for index in order]
 
-    def to_dataframe(self, k: int | None = None) -> Any:
+    def to_dataframe(
+        self,
+        k: int | None = None,
+    ) -> Any:
         """A pandas DataFrame, one row per test and training sample, the most helpful first.
 
         Columns: `test`, `test_index`, `test_label`, `rank` (0 is the most helpful), `train_index`, `influence`, and
@@ -127,12 +147,18 @@ class InfluenceResult(_Triple):
 
     # ---- files
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+    ) -> None:
         """Write the result to one file (`.npz`: arrays and JSON, no pickle); the data sets are not part of it."""
         stored.save(path, self.influences, self.meta)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> InfluenceResult:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+    ) -> InfluenceResult:
         """What `save` wrote, or an `influence_results_*.json` of a run with its meta file.
 
         Raises:

@@ -23,7 +23,9 @@ FORMAT = "pytorch_influence_functions result 1"
 
 
 def save(
-    path: str | os.PathLike[str], influences: Entries, meta: Mapping[str, Any]
+    path: str | os.PathLike[str],
+    influences: Entries,
+    meta: Mapping[str, Any],
 ) -> None:
     """Write entries and meta to `path`, beside it first and then in its place."""
     arrays = {
@@ -80,7 +82,9 @@ def load(path: str | os.PathLike[str]) -> tuple[Entries, dict[str, Any]]:
         ) from e
 
 
-def _joined(arrays: dict[str, Any]) -> tuple[Entries, dict[str, Any]]:
+def _joined(
+    arrays: dict[str, Any],
+) -> tuple[Entries, dict[str, Any]]:
     known = json.loads(arrays["json"].tobytes().decode("utf-8"))
     if known.get("format") != FORMAT:
         raise ValueError(f"its format is {known.get('format')!r}")
@@ -94,7 +98,10 @@ def _joined(arrays: dict[str, Any]) -> tuple[Entries, dict[str, Any]]:
     return entries, known["meta"]
 
 
-def _of_run(file: Path, content: bytes) -> tuple[Entries, dict[str, Any]]:
+def _of_run(
+    file: Path,
+    content: bytes,
+) -> tuple[Entries, dict[str, Any]]:
     """A result file of a run, with the meta file that stands beside it."""
     try:
         entries = json.loads(content)

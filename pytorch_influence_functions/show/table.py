@@ -15,7 +15,10 @@ SHOWN_TESTS = 8
 SHOWN_SAMPLES = 5
 
 
-def to_dataframe(influences: Entries, k: int | None = None) -> Any:
+def to_dataframe(
+    influences: Entries,
+    k: int | None = None,
+) -> Any:
     """One row per test and training sample; see `InfluenceResult.to_dataframe`."""
     try:
         import pandas as pd  # type: ignore[import-untyped]
@@ -30,7 +33,11 @@ def to_dataframe(influences: Entries, k: int | None = None) -> Any:
     )
 
 
-def _columns(key: str, one: dict[str, Any], k: int | None) -> dict[str, Any]:
+def _columns(
+    key: str,
+    one: dict[str, Any],
+    k: int | None,
+) -> dict[str, Any]:
     """The rows of one test sample, as columns."""
     row = np.asarray(one["influence"], dtype=np.float64)
     order = np.array(harmful_and_helpful(row)[1], dtype=np.int64)
@@ -56,7 +63,10 @@ def _columns(key: str, one: dict[str, Any], k: int | None) -> dict[str, Any]:
 
 
 def notebook_table(
-    influences: Entries, train_set: Any, test_set: Any, look: Look
+    influences: Entries,
+    train_set: Any,
+    test_set: Any,
+    look: Look,
 ) -> str:
     """The first test samples with their most helpful and harmful training samples, as an HTML table."""
     body = "".join(
@@ -73,7 +83,11 @@ def notebook_table(
 
 
 def _table_row(
-    key: str, one: dict[str, Any], train_set: Any, test_set: Any, look: Look
+    key: str,
+    one: dict[str, Any],
+    train_set: Any,
+    test_set: Any,
+    look: Look,
 ) -> str:
     helpful, harmful = (
         "".join(
@@ -89,7 +103,12 @@ def _table_row(
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
 
-def _card(dataset: Any, index: int, text: str, look: Look) -> str:
+def _card(
+    dataset: Any,
+    index: int,
+    text: str,
+    look: Look,
+) -> str:
     """A sample with its caption; only the caption where the data set is not known."""
     caption = html.escape(text)
     picture = "" if dataset is None else _picture(dataset[index], look)
@@ -99,7 +118,10 @@ def _card(dataset: Any, index: int, text: str, look: Look) -> str:
     )
 
 
-def _picture(sample: Any, look: Look) -> str:
+def _picture(
+    sample: Any,
+    look: Look,
+) -> str:
     shown = look.shown(sample)
     if isinstance(shown, str):
         return f"<div>{html.escape(shown)}</div>"
