@@ -197,6 +197,7 @@ class Member(SampleGradients):
     # ---- inside
 
     def _begin(self, earlier: Earlier | None = None) -> None:
+        self.meet_all()
         self.report = {"groups": []}
         if earlier and earlier.report:
             self.report = dict(earlier.report)

@@ -88,6 +88,14 @@ class Samples:
             self.device
         )
 
+    def both(self, indices: Sequence[int]) -> tuple[Batch, list[Batch]]:
+        """Two samples or more, read once: collated together, and each collated alone."""
+        whole, each = self._fetch(apart=False).both(indices)
+        alone = self._batch(each).parts
+        return self._batch(whole).to(self.device), [
+            one.to(self.device) for one in alone
+        ]
+
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Inside: the workers of a pass live on for the next one; at the end of the outermost they are gone."""
@@ -288,12 +296,20 @@ def varying_sample(samples: Samples, tries: int = 8) -> int | None:
     """Index of a sample that is not the same when read twice (random augmentation), or None."""
     step = max(samples.n // tries, 1)
     for index in range(0, samples.n, step)[:tries]:
-        first = samples.sample(index).leaves
-        second = samples.sample(index).leaves
-        if any(not _same(a, b) for a, b in zip(first, second, strict=True)):
+        if varies(samples, index):
             return index
     return None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def varies(samples: Samples, index: int) -> bool:
+    """Whether a sample is not the same when it is read twice."""
+    first = samples.sample(index).leaves
+    second = samples.sample(index).leaves
+    return any(
+        not same_numbers(a, b) for a, b in zip(first, second, strict=True)
+    )
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN at the same places."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

@@ -126,15 +126,12 @@ def forward_products(
 ) -> Tensor:
     """g_i . s_k by forward mode: the derivative of the B losses along each vector, [K, P] -> [K, B]."""
 
+    def losses(theta: Tensor) -> Tensor:
+        return objective.losses(theta, batch)
+
     def along(s: Tensor) -> Tensor:
-        return cast(
-            Tensor,
-            jvp(
-                lambda theta: objective.losses(theta, batch),
-                (objective.theta,),
-                (s,),
-            )[1],
-        )
+        products: Tensor = jvp(losses, (objective.theta,), (s,))[1]
+        return products.detach()
 
     fitting = forward_stack(
         batch.size * activation_bytes(objective, batch), max_bytes
@@ -167,7 +164,8 @@ def vmap_gradients(objective: Objective, batch: Batch) -> Tensor:
         )
     )
     over = vmap(one, in_dims=(None, *(0 for _ in batch.leaves)))
-    return cast(Tensor, over(objective.theta, *batch.leaves))
+    rows = cast(Tensor, over(objective.theta, *batch.leaves))
+    return rows.detach()
 
 
 def _block(objective: Objective, batch: Batch, max_bytes: float) -> int:

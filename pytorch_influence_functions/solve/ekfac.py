@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.gradients import per_sample_gradients
-from ..model.layers import backward, forward, gather, layer_inputs
+from ..model.layers import backward, by_parts, forward, gather, layer_inputs
 from ..model.objective import Objective
 from ..model.outer_products import (
     is_one_hot,
@@ -87,14 +87,17 @@ def _by_layers(problem: Problem, factors: Ekfac, damping: float) -> Tensor:
     layers = [block.layer for block in factors.blocks]
     weights = 1 / (factors.eigenvalues + damping).unsqueeze(0)
     result = torch.zeros(problem.samples.n, dtype=problem.objective.dtype)
+
+    def quadratic(one: Batch) -> Tensor:
+        return _quadratic_by_layers(
+            problem.objective, factors, weights, one, problem.budget.product
+        )
+
     for batch in problem.samples.ordered(
         batch_size(problem, layers), text="Self-influence"
     ):
-        for one in batch.parts or (batch,):
-            found = _quadratic_by_layers(
-                problem.objective, factors, weights, one, problem.budget.product
-            )
-            result[torch.as_tensor(one.indices)] = found.detach().cpu()
+        found = torch.cat(list(by_parts(batch, quadratic)))
+        result[torch.as_tensor(batch.indices)] = found.detach().cpu()
     return result
 
 

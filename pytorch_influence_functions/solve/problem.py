@@ -20,6 +20,7 @@ from ..model.budget import Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
 from ..model.gradients import activation_bytes, per_sample_gradients, reuse
+from ..model.linear import INSIDE
 from ..model.objective import Objective
 from ..model.probe import probe
 from ..utils import random_state, warn
@@ -207,7 +208,8 @@ def make_problem(
         train_loader: over the training set.
         config: the options.
         curvature: the kind to take where the options name none.
-        or_hessian: whether to take the Hessian then where the model has no Gauss-Newton matrix.
+        or_hessian: whether to take the Hessian then where the model has no Gauss-Newton matrix. A loss inside the model
+            has one that is not seen, so that the Hessian is another question, which is the user's to ask.
 
     Raises:
         TypeError, ValueError: the model, the loader or an option cannot be used.
@@ -236,7 +238,7 @@ def make_problem(
         )
         warn_if_varying(samples)
         probe(objective, samples, budget)
-    if or_hessian and objective.refused is not None:
+    if or_hessian and objective.refused not in (None, INSIDE):
         logger.info("the curvature is the Hessian: %s", objective.refused)
         curvature = "hessian"
     if (

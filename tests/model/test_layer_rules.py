@@ -417,7 +417,7 @@ def prepared(name, **options):
 @pytest.mark.parametrize("largest", [2**13, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_ekfac_is_its_definition(name, largest, monkeypatch):
-    monkeypatch.setattr(passes, "LARGEST_FACTOR", largest)
+    monkeypatch.setattr(sides, "LARGEST_FACTOR", largest)
     monkeypatch.setattr(passes, "DIAGONAL_BLOCK", 1)  # then no draw is in the diagonal outside the layers
     if name != "encoder":
         monkeypatch.setattr(passes, "batch_size", lambda *_: 4)
