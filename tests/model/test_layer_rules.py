@@ -13,7 +13,7 @@ from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outer_products import one_hot_norms, outer_products
 from pytorch_influence_functions.model.probe import probe
 from pytorch_influence_functions.model.usable import usable_layers
-from pytorch_influence_functions.solve import auto, ekfac, passes
+from pytorch_influence_functions.solve import auto, ekfac, passes, sides
 from pytorch_influence_functions.solve.low_rank import low_rank
 from torch import nn
 from torch.nn import functional as F
