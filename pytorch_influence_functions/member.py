@@ -225,7 +225,8 @@ class Member(SampleGradients):
         group.update(error)
         self._describe()
         self.score_errors.append(error.get("score_error"))
-        self._warn_if_off(error.get("score_error", 0.0))
+        worst = float(residual.relative.max())
+        self._warn_if_off(error.get("score_error", 0.0), worst)
         return residual.relative.cpu()
 
     def _residual_for_later(
@@ -308,14 +309,15 @@ class Member(SampleGradients):
             ToleranceWarning,
         )
 
-    def _warn_if_off(self, error: float) -> None:
-        tolerance = self.config.tolerance or 0.0
-        if error <= max(SMALL, 10 * tolerance) or self._warned_of_scores:
+    def _warn_if_off(self, error: float, residual: float) -> None:
+        """Warn where the scores are off by more than the residual lets one expect."""
+        expected = 10 * max(self.config.tolerance or 0.0, residual)
+        if error <= max(SMALL, expected) or self._warned_of_scores:
             return
         self._warned_of_scores = True
         warn(
-            f"the scores are off by about {error:.0%} of their size, which a residual does not tell of where the "
-            f"damping ({self.solver.prepared().system.damping:.3g}) is far below the largest eigenvalue: a larger "
+            f"the scores are off by about {error:.0%} of their size, though the relative residual is {residual:.3g}: "
+            f"the damping ({self.solver.prepared().system.damping:.3g}) is far below the largest eigenvalue: a larger "
             "config['damping'], config['solver'] = 'exact' where it fits, or in an iteration a smaller "
             "config['tolerance'] lowers it",
             ScoreErrorWarning,

@@ -64,7 +64,6 @@ ILL = {
     "logistic, a smaller tolerance": (logistic, -12, 1e-12, {"tolerance": 1e-5}),
     "logistic, a milder condition": (logistic, -8, 1e-8, {"tolerance": 1e-2}),
     "mlp": (mlp, -8, 1e-8, {"tolerance": 1e-2}),
-    "lissa": (logistic, -8, 1e-8, {"tolerance": 1e-2, "solver": "lissa", "curvature": "ggn", "recursion_depth": 100}),
 }
 WELL = {
     "linear": (linear, -1, 0.25, {"tolerance": 1e-3}),
@@ -84,7 +83,7 @@ def test_scores_of_an_ill_conditioned_system_are_told_to_be_off(name):
         scores = found.scores(test)
     true = true_error(found, scores, test)
     assert true > 0.1
-    assert true > 2 * float(found.relative_residual.min())
+    assert true > 10 * float(found.relative_residual.max())
     assert true / 2 <= found.score_error <= 2 * true
     assert found.report["score_error"] == found.score_error
 
@@ -139,10 +138,20 @@ def test_an_approximation_is_measured_when_it_is_asked_for():
     scores = found.scores(test)
     assert "score_error" not in found.report
     found.self_influence()
-    with pytest.warns(ptif.ScoreErrorWarning):
-        error = found.score_error
     true = true_error(found, scores, test)
-    assert true / 3 <= error <= 3 * true
+    assert true / 3 <= found.score_error <= 3 * true
+
+
+@pytest.mark.filterwarnings("error::pytorch_influence_functions.ScoreErrorWarning")
+def test_a_residual_that_tells_it_is_warned_of_alone():
+    """LiSSA that stops early: the residual itself is far above the tolerance."""
+    options = {"solver": "lissa", "curvature": "ggn", "recursion_depth": 100}
+    found, test = influence(logistic, -8, 1e-8, **options)
+    with pytest.warns(ptif.ToleranceWarning):
+        scores = found.scores(test)
+    true = true_error(found, scores, test)
+    assert true > 0.1
+    assert true / 2 <= found.score_error <= 2 * true
 
 
 def test_rounding_of_a_model_in_single_precision_is_seen():
