@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from .cg import iterate
 from .errors import DivergenceError
 from .factors import build
 from .lissa import sampled_scores
+from .passes import LARGEST_FACTOR
 from .solution import Prepared
 from .system import Residual
 
@@ -35,10 +36,13 @@ PILOTS = 4
 """Test samples of a group, those with the largest residuals, that stand for it."""
 SAMPLED = 64
 """Training samples whose scores are compared."""
-STEPS, PLAIN_STEPS = 2, 20
+STEPS, PLAIN_STEPS = 2, 10
 """Conjugate gradients of the second solve, with EKFAC and without. On linear, logistic and small tanh models with
-conditions of 10^2 to 10^12 two with EKFAC gave 0.5 to 1.6 times the true error, as eight did; those without give a
-quarter of it where they cannot converge."""
+conditions of 10^2 to 10^12 two with EKFAC gave 0.5 to 1.6 times the true error, as eight did; without it is as little
+as a sixth, where they cannot converge."""
+EIGENVECTORS = 1.2
+"""Times the third power of a factor's size: the work of its eigenvectors in operations of a product (`LARGEST_FACTOR`).
+EKFAC is left out where it costs more than the steps without."""
 
 
 class ScoreErrors:
@@ -123,12 +127,22 @@ class ScoreErrors:
     @functools.cached_property
     def _preconditioner(self) -> tuple[Callable[[Tensor], Tensor], int]:
         """EKFAC's inverse and how many steps follow it; nothing and more steps where the model has none."""
+        work = EIGENVECTORS * sum(size**3 for size in self._factors())
+        if work > PLAIN_STEPS * self.problem.product_work:
+            return _itself, PLAIN_STEPS
         try:
             return build(self.problem).inverse(self.system.damping), STEPS
         except (UnreadableError, NonFiniteError, torch.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, ArithmeticError):
             return _itself, PLAIN_STEPS
+
+    def _factors(self) -> Iterator[int]:
+        """Sizes of EKFAC's factors, about."""
+        for shape in self.problem.objective.shapes:
+            if len(shape) > 1:
+                sizes = shape[0], math.prod(shape[1:])
+                yield from (size for size in sizes if size <= LARGEST_FACTOR)
 
 
 def _itself(v: Tensor) -> Tensor:

@@ -112,6 +112,18 @@ def test_without_ekfac_the_iteration_goes_on(steps, monkeypatch):
     assert true / 10 < found.score_error < true
 
 
+def test_ekfac_is_left_out_where_it_costs_more(monkeypatch):
+    """Of a wide layer and few samples, whose eigenvectors are the most of it."""
+    monkeypatch.setattr(score_error, "build", None)
+    wide = nn.Sequential(nn.Linear(D, 200), nn.Tanh(), nn.Linear(200, 3))
+    x, t = data(-8, None).dataset.tensors
+    found = ptif.InfluenceFunction(
+        wide, DataLoader(TensorDataset(x[:4], t[:4])), progress=False, solver="cg", damping=1e-8
+    )
+    found.scores((x[:2] + 1, t[:2]))
+    assert found.score_error > 0
+
+
 def refused(problem):
     raise NotImplementedError
 
