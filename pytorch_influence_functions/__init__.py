@@ -33,6 +33,7 @@ from .solve.errors import (
     DeviceWarning,
     DivergenceError,
     NegativeCurvatureError,
+    ScoreErrorWarning,
     ToleranceWarning,
     VaryingDataWarning,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "DivergenceError",
     "NegativeCurvatureError",
     "ToleranceWarning",
+    "ScoreErrorWarning",
     "CurvatureWarning",
     "VaryingDataWarning",
     "DeviceWarning",

@@ -21,10 +21,11 @@ from .model.gradients import (
     require_finite,
 )
 from .sample_gradients import SampleGradients
-from .solve.errors import ToleranceWarning
+from .solve.errors import ScoreErrorWarning, ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
+from .solve.score_error import SMALL
 from .solve.smoothing import Points
 from .solve.solution import Solution, require_solved
 from .solve.solvers import Solver, row_of
@@ -41,6 +42,7 @@ class Member(SampleGradients):
         solver: of the problem.
         report: what the last computation did, as plain values; `groups` holds a row for each group of test samples.
         unmeasured: residuals of the last scores, or what they can be measured from.
+        score_errors: of those that are measured, a number for each group; None where it could not be had.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Member(SampleGradients):
         self.solver = Solver(self.problem)
         self.report: dict[str, Any] = {}
         self.unmeasured: list[Tensor | Unmeasured] = []
+        self.score_errors: list[float | None] = []
         self._warned = False
+        self._warned_of_scores = False
         self.points = self._new_points()
 
     def _new_points(self) -> Points:
@@ -118,11 +122,14 @@ class Member(SampleGradients):
         """The solutions of each group of test samples, with their residuals."""
         total = earlier.total if earlier else len(indices)
         self._begin(earlier)
+        self.score_errors = []
         for part in split(indices, self.group_size):
             with self.problem.guard():
                 v = self.gradients_of(tests, part)
                 solution = self._solve(v, total)
-                residual = self._measured(v, solution)
+                residual = self._measured(
+                    v, solution, self.report["groups"][-1]
+                )
                 self._warn_if_inexact(residual)
             yield Group(part, solution.vectors, solution.chains, residual)
 
@@ -136,7 +143,7 @@ class Member(SampleGradients):
     def scores(self, tests: Any) -> tuple[Tensor, Tensor | None]:
         """Scores [K, n], and with r > 1 their standard errors [K, n], on the CPU."""
         means, errors = [], []
-        self.unmeasured = []
+        self.unmeasured, self.score_errors = [], []
         with self.problem.guard():
             self._begin()
             count, gradients = self.test_gradients(tests)
@@ -159,7 +166,7 @@ class Member(SampleGradients):
         with self.problem.guard():
             for part in self.unmeasured:
                 known = (
-                    self._measured(part.v, part.solution)
+                    self._measured(part.v, part.solution, part.group)
                     if isinstance(part, Unmeasured)
                     else part
                 )
@@ -210,18 +217,29 @@ class Member(SampleGradients):
             self._warn_if_inexact(solution.residual.relative)
         return solution
 
-    def _measured(self, v: Tensor, solution: Solution) -> Tensor:
-        return self.solver.residual(v, solution).relative.cpu()
+    def _measured(
+        self, v: Tensor, solution: Solution, group: dict[str, Any]
+    ) -> Tensor:
+        """The relative residual [K]; the error of the scores goes to the group's row of the report."""
+        residual = self.solver.residual(v, solution)
+        error = self.solver.score_error(v, solution, residual)
+        group.update(error)
+        self._describe()
+        self.score_errors.append(error.get("score_error"))
+        worst = float(residual.relative.max())
+        self._warn_if_off(error.get("score_error", 0.0), worst)
+        return residual.relative.cpu()
 
     def _residual_for_later(
         self, v: Tensor, solution: Solution, tests: int
     ) -> Tensor | Unmeasured:
         """The residual; of an approximation only what it can be measured from, where all of these fit the memory."""
         kept = 2 * tests * self.objective.P * v.element_size()
+        group = self.report["groups"][-1]
         if solution.residual is None and kept <= self.problem.budget.product:
             self._look_at_first(v, solution)
-            return Unmeasured(v, solution)
-        return self._measured(v, solution)
+            return Unmeasured(v, solution, group)
+        return self._measured(v, solution, group)
 
     def _look_at_first(self, v: Tensor, solution: Solution) -> None:
         """Warn now where an approximation is of a matrix that is singular up to rounding."""
@@ -232,7 +250,8 @@ class Member(SampleGradients):
         rounding = torch.finfo(v.dtype).eps * trace
         if not self.unmeasured and prepared.system.damping <= rounding:
             one = dataclasses.replace(solution, vectors=solution.vectors[:1])
-            self._warn_if_inexact(self._measured(v[:1], one))
+            residual = self.solver.residual(v[:1], one)
+            self._warn_if_inexact(residual.relative)
 
     def _describe(self, group: dict[str, Any] | None = None) -> None:
         """Add a group to the report: what all groups share stands at the top too."""
@@ -289,4 +308,18 @@ class Member(SampleGradients):
             f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
             f"{self.solver.row.advice}",
             ToleranceWarning,
+        )
+
+    def _warn_if_off(self, error: float, residual: float) -> None:
+        """Warn where the scores are off by more than the residual lets one expect."""
+        expected = 10 * max(self.config.tolerance or 0.0, residual)
+        if error <= max(SMALL, expected) or self._warned_of_scores:
+            return
+        self._warned_of_scores = True
+        warn(
+            f"the scores are off by about {error:.0%} of their size, though the relative residual is {residual:.3g}: "
+            f"the damping ({self.solver.prepared().system.damping:.3g}) is far below the largest eigenvalue: a larger "
+            "config['damping'], config['solver'] = 'exact' where it fits, or in an iteration a smaller "
+            "config['tolerance'] lowers it",
+            ScoreErrorWarning,
         )

@@ -238,10 +238,19 @@ def _by_low_rank(
             s, report={"rows": len(M.J), "step": length, "step_why": reason}
         )
 
+    def again(v: Tensor) -> Tensor:
+        return inverse(next(iter(inverses), None))(v)
+
     def self_products() -> Tensor:
         return by_gradients(problem, inverse(None).quadratic)
 
-    return Prepared(system, solve, damping.report, self_products=self_products)
+    return Prepared(
+        system,
+        solve,
+        damping.report,
+        self_products=self_products,
+        again=again,
+    )
 
 
 def _step_length(

@@ -79,6 +79,7 @@ def solver(problem: Problem, factors: Ekfac, damping: Damping) -> Prepared:
         report={**damping.report, **facts},
         certified=CERTIFIED,
         self_products=self_products,
+        again=inverse,
     )
 
 

@@ -25,7 +25,7 @@ QUIET = {"progress": False, "recursion_depth": 40}
 def digits():
     """A trained model and its loaders: 120 training and 30 test digits."""
     x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y)
+    x, y = torch.tensor(x / 16, dtype=torch.get_default_dtype()).view(-1, 1, 8, 8), torch.tensor(y)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
