@@ -76,6 +76,11 @@ class Config:
         OTHER, lambda value: isinstance(value, bool), "True or False",
         "whether a run that was stopped goes on when it is started again; False starts anew beside it.",
     ))
+    json: bool | str = field(default="auto", metadata=row(
+        OTHER, either("auto", lambda value: isinstance(value, bool)), 'True, False or "auto"',
+        "whether the result file holds the scores as lists; False leaves them to the array beside it, \"auto\" too "
+        "where the file would be larger than 200 MB.",
+    ))
     calc_method: Literal["img_wise", "all_grad_then_test"] = field(default="img_wise", metadata=row(
         TEXT, one_of(CALC_METHODS), quoted(CALC_METHODS),
         '`"img_wise"` or `"all_grad_then_test"`, for `calc_influences`.',

@@ -6,26 +6,28 @@ no gradients; `calc_all_grad_then_test` computes and stores every gradient first
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
 from ..data.labels import agree
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
-from ..show.entries import entry, harmful_and_helpful
+from ..show.lazy import ROWS
 from ..show.results import InfluenceResult
 from ..solve.groups import Earlier
 from ..utils import log_to
+from .collected import Collected
 from .files import RunFiles, writable_folder
 from .identity import identity, versions
 from .modes import METHODS, Task
+from .row_writer import numpy_dtype
+from .scores import ScoreRows
 from .select import require_writable, select_test_samples
 
 logger = logging.getLogger(__name__)
@@ -143,26 +145,37 @@ class _Run:
     ) -> None:
         self.options, self.influence, self.files = options, influence, files
         self.tests, self.indices, self.labels = tests, indices, labels
-        self.collected = _Collected(files, influence, options.top_k)
 
     def result(self) -> InfluenceResult:
         """Do what is left."""
-        report = self._go_on()
-        self._write_meta(report, finished=False)
-        done = len(self.collected.influences)
-        if done < len(self.indices):
-            earlier = Earlier(len(self.indices), report)
-            report = self._groups(earlier, done)
-        meta = self._write_meta(report, finished=True)
-        self.files.finish()
-        return self.collected.result().about(
+        groups = list(self.files.finished())
+        report = self._go_on(groups)
+        with contextlib.closing(self._rows(groups)) as rows:
+            collected = Collected(self.files, self.influence, rows)
+            for entries, _ in groups:
+                collected.take(entries)
+            del groups
+            self._write_meta(report, finished=False)
+            if len(collected.influences) < len(self.indices):
+                report = self._groups(collected, report)
+            meta = self._write_meta(report, finished=True)
+            result = collected.finish(self.options.json)
+        return result.about(
             meta, self.influence.samples.dataset, self.tests.dataset
         )
 
-    def _go_on(self) -> dict[str, Any]:
-        """Take what an earlier start has done -> its report; the first one notes what its numbers come from."""
-        groups = list(self.files.finished())
+    def _rows(self, groups: Sequence[Any]) -> ScoreRows:
+        """The arrays for the scores; those that finished groups name are there."""
+        samples, objective = self.influence.samples, self.influence.objective
+        first = next(iter(groups[0][0].values())) if groups else {}
+        known = [name for name in ROWS if name in first]
+        shape = len(self.indices), samples.n
+        return ScoreRows(self.files, shape, numpy_dtype(objective.dtype), known)
+
+    def _go_on(self, groups: Sequence[Any]) -> dict[str, Any]:
+        """Take the sizes of an earlier start -> its report; the first one notes what its numbers come from."""
         report: dict[str, Any] = groups[-1][1] if groups else {}
+        done = sum(len(entries) for entries, _ in groups)
         known = self.files.state("sizes")
         if known:
             curvature = report.get("curvature", "")
@@ -170,34 +183,29 @@ class _Run:
         else:
             budget = self.influence.problem.budget.total
             self.files.write_state("sizes", {"budget": budget})
-        for entries, _ in groups:
-            self.collected.take(entries)
-        if self.collected.influences:
+        if done:
             logger.info(
                 "%d of %d test samples were done by an earlier start",
-                len(self.collected.influences),
+                done,
                 len(self.indices),
             )
         return report
 
-    def _groups(self, earlier: Earlier, done: int) -> dict[str, Any]:
+    def _groups(
+        self, collected: Collected, report: dict[str, Any]
+    ) -> dict[str, Any]:
         """Compute and write the groups that are left -> what was done in all."""
         method = METHODS[self.options.calc_method]
+        done = len(collected.influences)
+        earlier = Earlier(len(self.indices), report)
         task = Task(
             self.influence, self.tests, list(self.indices), self.files, done
         )
-        for part, scores, chains, residual, seconds in method(task, earlier):
-            self.collected.add(
-                part,
-                [self.labels[i] for i in part],
-                scores,
-                chains,
-                residual,
-                seconds,
-            )
+        for group in method(task, earlier):
+            collected.add(group, [self.labels[i] for i in group[0]])
             logger.info(
                 "%d of %d test samples are done",
-                len(self.collected.influences),
+                len(collected.influences),
                 len(self.indices),
             )
         return self.influence.report
@@ -216,62 +224,6 @@ def _selected(options: Config, labels: Sequence[Any]) -> list[int]:
     indices = select_test_samples(options, labels)
     require_writable(labels, indices)
     return indices
-
-
-class _Collected:
-    """Entries of the finished test samples, and the sum of their influences."""
-
-    def __init__(
-        self, files: RunFiles, influence: InfluenceFunction, top_k: int
-    ) -> None:
-        self.files, self.influence, self.top_k = files, influence, top_k
-        self.influences: dict[str, dict[str, Any]] = {}
-        self.total = np.zeros(influence.samples.n)
-
-    def add(
-        self,
-        part: list[int],
-        labels: list[Any],
-        scores: Tensor,
-        chains: Tensor | None,
-        residual: Tensor,
-        seconds: float,
-    ) -> None:
-        """Keep and write a finished group."""
-        first = len(self.influences)
-        entries = {
-            str(first + k): entry(
-                scores[k].numpy(),
-                label=labels[k],
-                index=index,
-                seconds=seconds,
-                residual=float(residual[k]),
-                top_k=self.top_k,
-                chains=None if chains is None else chains[:, k].numpy(),
-            )
-            for k, index in enumerate(part)
-        }
-        self.files.write_part(entries, self.influence.report)
-        self._add(entries, scores)
-
-    def take(self, entries: dict[str, dict[str, Any]]) -> None:
-        """Keep a group that an earlier start wrote."""
-        rows = [one["influence"] for one in entries.values()]
-        scores = torch.tensor(rows, dtype=self.influence.objective.dtype)
-        for part in scores.split(self.influence.group_size):
-            self.total += part.double().sum(0).numpy()
-        self.influences |= entries
-
-    def _add(self, entries: dict[str, dict[str, Any]], scores: Tensor) -> None:
-        self.influences |= entries
-        self.total += scores.double().sum(0).numpy()
-
-    def result(self) -> InfluenceResult:
-        """The entries, and the two orders by mean influence."""
-        return InfluenceResult(
-            self.influences,
-            *harmful_and_helpful(self.total / max(len(self.influences), 1)),
-        )
 
 
 def _meta(

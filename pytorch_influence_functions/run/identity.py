@@ -18,6 +18,7 @@ from ..influence import InfluenceFunction
 
 OF_NO_MATTER = (
     "outdir", "save_pth", "log_filename", "progress", "resume", "calc_method", "num_classes",
+    "json",
     "test_sample_start_per_class", "test_sample_num",
 )  # fmt: skip
 """Options that do not change a number; which test samples are taken is told by their indices."""

@@ -176,6 +176,10 @@ def start(folder, way, method):
     return process
 
 
+NUMBERED = re.compile(r"(?<=_12)_\d+|(?<=0-12)_\d+|_\d+(?=/)")
+"""What tells a run beside an earlier one."""
+
+
 def killed_runs(tmp_path, way, method, moments, seed):
     """Kill a run at random moments until it comes to its end -> its files."""
     rng = random.Random(seed)
@@ -199,13 +203,12 @@ def test_a_run_that_is_killed(small_groups, tmp_path, way, method):
     moments = int(os.environ.get("KILLS", "2"))  # `make kills` takes 20
     found = killed_runs(tmp_path, way, method, moments, seed=f"{way} {method}")
     run(tmp_path / "whole", WAYS[way], method)
-    names = {re.sub(r"_\d+(?=\.json$|_parts|/)", "", name) for name in found}
-    results = [name for name in found if name.startswith("influence_results_0_12")]
     expected = files(tmp_path / "whole")
     # a run that came to its end before it was killed is left as it is, and the next one is another
-    assert results
-    assert all(found[name] == expected["influence_results_0_12.json"] for name in results)
-    assert names <= {re.sub(r"_\d+(?=\.json$|_parts|/)", "", name) for name in expected}
+    results = [name for name in found if name.startswith("influence_results_0_12")]
+    assert {name.rpartition(".")[2] for name in results} == {"json", "npy"}
+    assert all(found[name] == expected[NUMBERED.sub("", name)] for name in results)
+    assert {NUMBERED.sub("", name) for name in found} <= set(expected)
 
 
 # ---- what is not gone on with
