@@ -37,7 +37,8 @@ class ScoreArray:
     """
 
     def __init__(self, path: Path, shape: tuple[int, int], dtype: Any) -> None:
-        self.path, self.shape, self.dtype = path, shape, np.dtype(dtype)
+        self.path, self.shape = path, shape
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
         if path.exists():
             known = require_array(path, shape, self.dtype)
             self._offset = int(known.offset)
