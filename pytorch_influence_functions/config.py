@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -22,6 +21,7 @@ from .rules import (
     are_names,
     at_least,
     check,
+    documented,
     either,
     is_above_zero,
     is_even,
@@ -328,24 +328,7 @@ def known_key(key: str) -> str | None:
     return name
 
 
-def _documented(cls: type[Config]) -> str:
-    """The docstring of the class, with the meaning of every option."""
-    rows = [
-        f"{option.name}: {option.metadata['meaning']}"
-        for option in dataclasses.fields(cls)
-    ]
-    wrapped = [
-        textwrap.fill(
-            row, 120, initial_indent=" " * 8, subsequent_indent=" " * 12
-        )
-        for row in rows
-    ]
-    return "\n".join(
-        [(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "]
-    )
-
-
-Config.__doc__ = _documented(Config)
+Config.__doc__ = documented(Config)
 DEFAULTS: dict[str, Any] = {
     option.name: option.default for option in dataclasses.fields(Config)
 }

@@ -23,6 +23,7 @@ from ..show.results import InfluenceResult
 from ..solve.groups import Earlier
 from ..utils import log_to
 from .collected import Collected
+from .estimate import outline
 from .files import RunFiles, writable_folder
 from .identity import identity, versions
 from .modes import METHODS, Task
@@ -114,6 +115,7 @@ def _run(
             labels = tests.labels(stored=False)
             indices = _selected(options, labels)
             influence.check(tests, indices)
+        logger.info("%s", outline(influence, len(indices)))
         own = identity(options, influence, tests, indices)
         with RunFiles(
             options.out_folder, options.start, num, own, options.resume

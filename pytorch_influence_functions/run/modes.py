@@ -15,6 +15,7 @@ from torch import Tensor
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
 from ..solve.groups import Earlier
+from .estimate import require_disk, row_bytes
 from .files import RunFiles
 from .row_writer import Progress
 from .store import (
@@ -94,6 +95,7 @@ def _store(task: Task) -> tuple[Path, Path, Tensor]:
     """Compute and store what is not yet -> the folders of grad_z and s_test, relative residuals [K]."""
     influence, files = task.influence, task.files
     parent = influence.config.save_folder
+    require_disk(_not_begun(task, parent), parent)
     with own_folder(files, parent, "grad_z") as grads:
         if not (grads / "grad_z.json").exists():
             save_gradients(influence, grads, progress=Progress(files, "grad_z"))
@@ -111,6 +113,16 @@ def _store(task: Task) -> tuple[Path, Path, Tensor]:
         "s_test": str(solutions),
     }
     return grads, solutions, residuals
+
+
+def _not_begun(task: Task, parent: Path) -> dict[str, float]:
+    """Bytes of the arrays whose space is not yet taken."""
+    need = row_bytes(task.influence, len(task.indices))
+    for name in list(need):
+        known = task.files.state(f"folder_of_{name}")
+        if known and list(Path(known).glob(f"{name}.npy*")):
+            del need[name]
+    return need
 
 
 METHODS = {"img_wise": _img_wise, "all_grad_then_test": _all_grad_then_test}

@@ -157,10 +157,15 @@ class ScoreRows:
 
     def fits_json(self, choice: bool | str) -> bool:
         """Whether the result file holds the scores, by `config["json"]`."""
-        if choice != "auto":
-            return bool(choice)
         numbers = len(self._arrays) * self._shape[0] * self._shape[1]
-        return numbers * DIGITS[self._dtype.itemsize] <= MOST_JSON
+        return fits_json(choice, numbers, self._dtype.itemsize)
+
+
+def fits_json(choice: bool | str, numbers: int, itemsize: int) -> bool:
+    """Whether a result file holds so many scores, of so many bytes each, by `config["json"]`."""
+    if choice != "auto":
+        return bool(choice)
+    return numbers * DIGITS[itemsize] <= MOST_JSON
 
 
 def pieces(entries: Mapping[str, Entry]) -> Iterator[bytes]:
