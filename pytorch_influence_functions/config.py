@@ -81,6 +81,11 @@ class Config:
         "whether the result file holds the scores as lists; False leaves them to the array beside it, \"auto\" too "
         "where the file would be larger than 200 MB.",
     ))
+    num_processes: int | None = field(default=None, metadata=row(
+        NUMBER, either(None, at_least(1)), "a whole number of at least 1, or None",
+        "processes of one thread each that share a run on this machine; None goes by the launcher (torchrun), 1 is "
+        "this process alone.",
+    ))
     calc_method: Literal["img_wise", "all_grad_then_test"] = field(default="img_wise", metadata=row(
         TEXT, one_of(CALC_METHODS), quoted(CALC_METHODS),
         '`"img_wise"` or `"all_grad_then_test"`, for `calc_influences`.',

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..config import Config
 from ..influence import InfluenceFunction
 from ..show.entries import entry, harmful_and_helpful
-from ..show.lazy import Entry
+from ..show.lazy import Entry, attached
 from ..show.results import InfluenceResult
+from ..utils import as_json
 from .files import RunFiles
 from .modes import Group
 from .scores import ScoreRows, pieces
@@ -76,16 +79,45 @@ class Collected:
 
     def _keep(self, entries: dict[str, Any], scores: Tensor) -> None:
         self.influences |= {key: Entry(one) for key, one in entries.items()}
-        self.total += scores.sum(0, dtype=torch.float64).numpy()
+        # torch would hold a copy of all scores in double precision
+        self.total += np.add.reduce(scores.numpy(), 0, dtype=np.float64)
 
-    def finish(self, json: bool | str) -> InfluenceResult:
+    def finish(self, in_json: bool | str) -> InfluenceResult:
         """Write the result file; the entries, and the two orders by mean influence."""
         arrays = self.rows.finish()
         for one in self.influences.values():
             one.attach(arrays)
-        whole = self.rows.fits_json(json)
+        whole = self.rows.fits_json(in_json)
         self.files.finish(pieces(self.influences) if whole else None)
         mean = self.total / max(len(self.influences), 1)
         return InfluenceResult(
             dict(self.influences), *harmful_and_helpful(mean)
         )
+
+
+class Plain(NamedTuple):
+    """A result whose scores are named, not held: what one process tells another."""
+
+    entries: dict[str, dict[str, Any]]
+    harmful: list[int]
+    helpful: list[int]
+    meta: str
+    """As JSON."""
+
+
+def plain(result: InfluenceResult) -> Plain:
+    """A result of a run, as another process can be told it."""
+    entries = {key: one.named() for key, one in _entries(result).items()}
+    meta = {**result.meta, "config": None}
+    return Plain(entries, result.harmful, result.helpful, as_json(meta))
+
+
+def rebuilt(told: Plain, options: Config) -> InfluenceResult:
+    """The result that another process has told of; it reads the same files."""
+    entries = attached(told.entries, options.out_folder)
+    result = InfluenceResult(dict(entries), told.harmful, told.helpful)
+    return result.about({**json.loads(told.meta), "config": options.asdict()})
+
+
+def _entries(result: InfluenceResult) -> dict[str, Entry]:
+    return result.influences  # type: ignore[return-value]

@@ -256,7 +256,7 @@ def _measured(
         if whole.config.calc_method == "all_grad_then_test":
             stored.append(pilot.gradients())
     writing = _writing(whole, K)
-    grown = _grown(whole, pilot, few[1], G)
+    grown = _grown(whole, pilot, few[1], G, K)
     power = 2 if _is_quadratic(whole) else 1
     set_up = _at(set_ups, sizes, n, power)
     reads = _at(stored, sizes, n) if stored else Measured(0.0, 0)
@@ -329,8 +329,13 @@ def _writing(whole: Member, tests: int) -> float:
     return tests * (time.perf_counter() - begin)
 
 
-def _grown(whole: Member, pilot: Pilot, tests: int, together: int) -> float:
-    """Bytes that the run holds and the pilot did not: scores of all, vectors of a whole group, a dense matrix."""
+def _grown(
+    whole: Member, pilot: Pilot, tests: int, together: int, all_tests: int
+) -> float:
+    """Bytes that the run holds and the pilot did not: scores of all, vectors of a whole group, a dense matrix.
+
+    And the array of scores, where the result file is written from it.
+    """
     problem, row = whole.problem, whole.problem.row
     item, chains = problem.objective.theta.element_size(), _chains(whole.config)
     copies = (2 + chains) * item
@@ -339,7 +344,10 @@ def _grown(whole: Member, pilot: Pilot, tests: int, together: int) -> float:
     dense = 0.0
     if _is_exact(whole):
         dense = dense_form(problem)[1] - dense_form(pilot.member.problem)[1]
-    return scores + vectors + max(dense, 0.0) + OF_RESULT * problem.samples.n
+    n, K = problem.samples.n, all_tests
+    numbers = K * n * (2 if chains > 1 else 1)
+    read = fits_json(whole.config.json, numbers, item) * numbers * item
+    return scores + vectors + max(dense, 0.0) + OF_RESULT * n + read
 
 
 def _is_exact(whole: Member) -> bool:

@@ -30,6 +30,7 @@ class Rows:
     """
 
     def __init__(self, path: Path) -> None:
+        self.name = path.name
         self.array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         self.numbers = functools.lru_cache(KEPT)(self._numbers)
 
@@ -42,6 +43,9 @@ class StoredRow:
 
     def __init__(self, rows: Rows, k: int) -> None:
         self.rows, self.k = rows, k
+
+    def named(self) -> dict[str, Any]:
+        return {"array": self.rows.name, "row": self.k}
 
     def read(self) -> list[float]:
         return self.rows.numbers(self.k)
@@ -78,6 +82,13 @@ class Entry(dict[str, Any]):
             if isinstance(named, dict):
                 self[name] = StoredRow(arrays[named["array"]], named["row"])
         return self
+
+    def named(self) -> dict[str, Any]:
+        """The entry with the rows named as `attach` finds them."""
+        return {
+            name: kept.named() if isinstance(kept, StoredRow) else kept
+            for name, kept in super().items()
+        }
 
     def array(self, name: str) -> Row:
         """A row as NumPy has it."""
