@@ -76,41 +76,33 @@ def _first_result(ends: dict[Any, Any]) -> Any:
     result = None
     for end, said in _heard(ends):
         if said is None:
+            ends[end].join(timeout=5)
             code = ends[end].exitcode
             raise ProcessError(
                 f"a process of the run ended (exit code {code}) without a word: killed, or out of memory?"
             )
         kind, value = said
         if kind == "failed":
-            raise _other(value, ends)
+            raise value
         result = value if value is not None else result
     return result
-
-
-def _other(error: BaseException, ends: dict[Any, Any]) -> BaseException:
-    """The failure itself, where what came first is that a process lost its connection to it."""
-    if not isinstance(error, ProcessError):
-        return error
-    for end in wait(list(ends), timeout=2):
-        with contextlib.suppress(EOFError, OSError):
-            kind, value = pickle.loads(end.recv_bytes())
-            if kind == "failed" and not isinstance(value, ProcessError):
-                other: BaseException = value
-                return other
-    return error
 
 
 def _heard(ends: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
     """What the processes say, as it comes; None of one that ended without a word."""
     left = list(ends)
     while left:
-        for end in wait(left):
-            left.remove(end)  # type: ignore[arg-type]
-            try:
-                yield end, pickle.loads(end.recv_bytes())
-            except EOFError:
-                ends[end].join(timeout=5)
-                yield end, None
+        ready: list[Any] = wait(left)
+        for end in ready:
+            left.remove(end)
+            yield end, _said(end)
+
+
+def _said(end: Any) -> Any:
+    try:
+        return pickle.loads(end.recv_bytes())
+    except EOFError:
+        return None
 
 
 def _one(
