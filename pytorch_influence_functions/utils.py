@@ -59,7 +59,19 @@ def log_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        _close(handler, filename)
+
+
+def _close(handler: logging.Handler, filename: str | os.PathLike[str]) -> None:
+    """Close a log; what cannot be written of it ends no run."""
+    try:
         handler.close()
+    except OSError as error:
+        logger.warning(
+            "config['log_filename']: cannot write to %s (%s); its last lines are lost",
+            filename,
+            error.strerror,
+        )
 
 
 def _file_handler(path: Path, key: str) -> logging.Handler:

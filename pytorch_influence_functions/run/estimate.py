@@ -24,7 +24,7 @@ from ..model.budget import MIB
 from ..show.entries import entry
 from ..solve.auto import foreseen
 from ..solve.exact import dense_form
-from ..solve.problem import MOST_CHAINS, Problem
+from ..solve.problem import MOST_CHAINS, Problem, choose_device
 from ..utils import as_json
 from .pilot import Measured, Peak, Pilot, extrapolated
 from .scores import fits_json
@@ -35,8 +35,8 @@ LEAST, MOST, SHARE = 1024, 4096, 16
 """Training samples of the larger pilot: one in `SHARE`, between these. Layers see up to 1,024 in a pass, so that with
 fewer the pilot would be more costly a sample, and take less memory, than the run."""
 WARM_UP = 64
-MOST_TESTS = 16
-"""Test samples in a pilot's group."""
+MOST_TESTS = 32
+"""Test samples in a pilot's group: as many as go through the model together."""
 OF_RESULT = 90
 """Bytes of each training sample for what a run returns: the sum of the scores, and two lists of indices."""
 
@@ -139,6 +139,7 @@ def estimate(
     """
     options = Config.of(config).replace(progress=False)
     begin = time.perf_counter()
+    peak = Peak(choose_device(options.gpu, model))
     tests = Samples(test_loader, name="test_loader", progress=False)
     indices = select_test_samples(options, tests.labels())
     influence = InfluenceFunction(model, train_loader, options)
@@ -147,6 +148,7 @@ def estimate(
     known = outline(influence, len(indices))
     found = _measured(influence, model, train_loader, tests, indices)
     found["set_up"] += made
+    found["memory"] += peak.bytes() / MIB
     result = dataclasses.replace(known, **found)  # type: ignore[arg-type]
     logger.info("%s", result)
     return result
@@ -246,7 +248,6 @@ def _measured(
     G = max(1, min(whole.group_size, K))
     sizes = _pilot_sizes(n)
     few = (max(1, min(G, MOST_TESTS) // 4), min(G, MOST_TESTS))
-    peak = Peak(whole.objective.device)
     late = _warm_up(whole, model, loader, tests, indices[:1])
     set_ups, groups, stored = [], [], []
     for size in sizes:
@@ -264,7 +265,7 @@ def _measured(
     full = _at(group, few, G)
     rest = _at(group, few, K % G) if K % G else Measured(0.0, 0)
     return {
-        "memory": (peak.bytes() + grown) / MIB,
+        "memory": grown / MIB,
         "set_up": late + set_up.seconds + reads.seconds,
         "solving": (K // G) * full.seconds + rest.seconds,
         "writing": writing,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,10 @@ from .identity import differences
 from .lock import Lock
 
 logger = logging.getLogger(__name__)
+UNWRITABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+)  # fmt: skip
+"""Of a disk that is full, may no longer be written to, or fails."""
 
 
 class Names(NamedTuple):
@@ -77,6 +82,12 @@ class RunFiles:
         trace: TracebackType | None,
     ) -> None:
         self._lock.release()
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise OSError(
+                error.errno,
+                f"the run in config['outdir'] = {self.parts.parent} cannot be written further ({error.strerror}): what "
+                "it has done stays there, and the same call goes on from it when there is space to write to",
+            ) from error
 
     # ---- while it runs
 
