@@ -339,7 +339,7 @@ def _grown(
     """
     problem, row = whole.problem, whole.problem.row
     item, chains = problem.objective.theta.element_size(), _chains(whole.config)
-    copies = (2 + chains) * item
+    copies = (1 + chains if chains > 1 else 1) * item
     scores = copies * (together * problem.samples.n - tests * pilot.size)
     vectors = (together - tests) * (3 + chains) * row
     dense = 0.0
