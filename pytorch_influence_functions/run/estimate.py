@@ -27,7 +27,7 @@ from ..solve.exact import dense_form
 from ..solve.problem import MOST_CHAINS, Problem, choose_device
 from ..utils import as_json
 from .pilot import Measured, Peak, Pilot, extrapolated
-from .scores import fits_json
+from .scores import DIGITS, fits_json
 from .select import select_test_samples
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ MOST_TESTS = 32
 """Test samples in a pilot's group: as many as go through the model together."""
 OF_RESULT = 90
 """Bytes of each training sample for what a run returns: the sum of the scores, and two lists of indices."""
+
+OF_INDEX = 6
+"""Bytes of an index in JSON, about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +190,12 @@ def _chains(config: Config) -> int:
 
 def _score_bytes(problem: Problem, tests: int) -> float:
     """Of the arrays of scores, and of the result file where it holds them."""
-    kinds = 2 if _chains(problem.config) > 1 else 1
-    item = problem.objective.theta.element_size()
-    item = max(item, 4)
-    numbers = kinds * tests * problem.samples.n
-    in_json = fits_json(problem.config.json, numbers, item)
-    few = 16.0 * problem.config.top_k * tests
-    return numbers * (item + (12 if in_json else 0)) + few
+    config, n = problem.config, problem.samples.n
+    item = max(problem.objective.theta.element_size(), 4)
+    numbers = (2 if _chains(config) > 1 else 1) * tests * n
+    in_json = DIGITS[item] if fits_json(config.json, numbers, item) else 0
+    orders = 2.0 * min(config.top_k, n) * tests * OF_INDEX
+    return numbers * (item + in_json) + orders
 
 
 def row_bytes(influence: InfluenceFunction, tests: int) -> dict[str, float]:

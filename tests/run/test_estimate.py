@@ -66,7 +66,9 @@ def test_passes_are_those_of_the_run(tmp_path, monkeypatch, way, wrapped):
     monkeypatch.setattr(Samples, "__init__", kept)
     result = ptif.calc_influences(*given)
     (train,) = (samples for samples in made if samples.name == "train_loader")
-    assert found.passes == pytest.approx(train.passed / N, rel=0.1)
+    # iterations are as many on few samples as on all, about
+    bound = 1e-9 if way in ("ekfac", "exact") else 0.3
+    assert found.passes == pytest.approx(train.passed / N, rel=bound)
     assert (found.n, found.tests, found.together) == (N, TESTS, 4)
     assert found.parameters == 83
     assert found.names == ("0.weight", "0.bias", "2.weight", "2.bias")
@@ -81,7 +83,7 @@ def test_disk_is_what_the_run_writes(tmp_path, method, json):
     ptif.calc_influences(*given)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     told = found.disk * 2**20
-    assert abs(told - written) < 0.3 * written
+    assert abs(told - written) < 0.15 * written + 2000  # the meta file and manifests
     assert found.free > 0
 
 
