@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, TensorDataset
 import pytorch_influence_functions as ptif
 from pytorch_influence_functions.run.pilot import Peak
 
-N, K = 4_000, 32
-OVER_N = (1_000, 2_000, 4_000, 8_000, 16_000)
-OVER_K = (4, 8, 16, 32, 64, 128)
+N, K = 2_000, 16
+OVER_N = (500, 1_000, 2_000, 4_000, 8_000)
+OVER_K = (4, 8, 16, 32, 64)
 PROCESSES = (1, 2, 3, 4)
 SOLVERS = {
-    "lissa": {"solver": "lissa", "recursion_depth": 500, "tolerance": None},
+    "lissa": {"solver": "lissa", "recursion_depth": 100, "tolerance": None},
     "auto": {"solver": "auto"},
 }
 MILLION = (100, 1_000)

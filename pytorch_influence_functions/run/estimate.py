@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import math
-import shutil
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +21,12 @@ from ..model.budget import MIB
 from ..show.entries import entry
 from ..solve.auto import foreseen
 from ..solve.exact import dense_form
-from ..solve.problem import MOST_CHAINS, Problem, choose_device
+from ..solve.problem import choose_device
 from ..utils import as_json
 from .pilot import Measured, Peak, Pilot, extrapolated
-from .scores import DIGITS, fits_json
+from .scores import fits_json
 from .select import select_test_samples
+from .space import chains_of, free_disk, row_bytes, score_bytes
 
 logger = logging.getLogger(__name__)
 LEAST, MOST, SHARE = 1024, 4096, 16
@@ -39,9 +37,6 @@ MOST_TESTS = 32
 """Test samples in a pilot's group: as many as go through the model together."""
 OF_RESULT = 90
 """Bytes of each training sample for what a run returns: the sum of the scores, and two lists of indices."""
-
-OF_INDEX = 6
-"""Bytes of an index in JSON, about."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,7 +160,7 @@ def outline(influence: InfluenceFunction, tests: int) -> Estimate:
         solver = f"auto, {foreseen(problem)}"
     folder = config.out_folder
     rows = config.calc_method == "all_grad_then_test"
-    disk = _score_bytes(problem, tests)
+    disk = score_bytes(problem, tests)
     disk += sum(row_bytes(influence, tests).values()) if rows else 0
     return Estimate(
         solver,
@@ -178,59 +173,6 @@ def outline(influence: InfluenceFunction, tests: int) -> Estimate:
         problem.budget.total / MIB,
         disk / MIB,
         free_disk(folder) / MIB,
-    )
-
-
-def _chains(config: Config) -> int:
-    """Recursions of a solver that averages some, at most."""
-    if config.solver_in_use[0] != "lissa":
-        return 1
-    return MOST_CHAINS if config.r == "auto" else int(config.r)
-
-
-def _score_bytes(problem: Problem, tests: int) -> float:
-    """Of the arrays of scores, and of the result file where it holds them."""
-    config, n = problem.config, problem.samples.n
-    item = max(problem.objective.theta.element_size(), 4)
-    numbers = (2 if _chains(config) > 1 else 1) * tests * n
-    in_json = DIGITS[item] if fits_json(config.json, numbers, item) else 0
-    orders = 2.0 * min(config.top_k, n) * tests * OF_INDEX
-    return numbers * (item + in_json) + orders
-
-
-def row_bytes(influence: InfluenceFunction, tests: int) -> dict[str, float]:
-    """Of the arrays that `calc_all_grad_then_test` stores."""
-    objective = influence.objective
-    row = objective.P * max(objective.theta.element_size(), 4)
-    r = influence.config.r
-    chains = MOST_CHAINS if r == "auto" else int(r)
-    return {
-        "grad_z": float(influence.samples.n * row),
-        "s_test": float(tests * chains * row),
-    }
-
-
-def free_disk(folder: Path) -> float:
-    """Bytes that are free where a folder is, or will be."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    return float(shutil.disk_usage(there).free)
-
-
-def require_disk(need: Mapping[str, float], folder: Path) -> None:
-    """Raise `OSError` where a disk has not the space for these arrays, before anything of them is computed."""
-    free = free_disk(folder)
-    if sum(need.values()) <= free:
-        return
-    each = ", ".join(
-        f"{size / MIB:.0f} MiB for {k}" for k, size in need.items()
-    )
-    raise OSError(
-        errno.ENOSPC,
-        f"calc_all_grad_then_test stores {sum(need.values()) / MIB:.0f} MiB ({each}), but the disk of {folder} has "
-        f"{free / MIB:.0f} MiB; give config['save_pth'] on a larger one, fewer config['parameters'], or take "
-        "calc_img_wise, which stores no gradients",
     )
 
 
@@ -340,7 +282,10 @@ def _grown(
     And the array of scores, where the result file is written from it.
     """
     problem, row = whole.problem, whole.problem.row
-    item, chains = problem.objective.theta.element_size(), _chains(whole.config)
+    item, chains = (
+        problem.objective.theta.element_size(),
+        chains_of(whole.config),
+    )
     copies = (1 + chains if chains > 1 else 1) * item
     scores = copies * (together * problem.samples.n - tests * pilot.size)
     vectors = (together - tests) * (3 + chains) * row

@@ -18,9 +18,9 @@ from ..influence import InfluenceFunction
 from ..solve.groups import Earlier
 from . import shares
 from .distributed import ALONE, Team
-from .estimate import require_disk, row_bytes
 from .files import RunFiles
 from .row_writer import Progress
+from .space import require_disk, row_bytes
 from .store import (
     own_folder,
     read_chains,
