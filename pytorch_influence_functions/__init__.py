@@ -27,6 +27,7 @@ from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
 from .model.doubts import ModelWarning
 from .model.gradients import NonFiniteError
+from .run.estimate import Estimate, estimate
 from .show.results import InfluenceResult
 from .solve.errors import (
     CurvatureWarning,
@@ -49,6 +50,8 @@ __all__ = [
     "calc_influences",
     "InfluenceFunction",
     "InfluenceResult",
+    "estimate",
+    "Estimate",
     # options
     "Config",
     "get_default_config",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -22,6 +21,7 @@ from .rules import (
     are_names,
     at_least,
     check,
+    documented,
     either,
     is_above_zero,
     is_even,
@@ -75,6 +75,16 @@ class Config:
     resume: bool = field(default=True, metadata=row(
         OTHER, lambda value: isinstance(value, bool), "True or False",
         "whether a run that was stopped goes on when it is started again; False starts anew beside it.",
+    ))
+    json: bool | str = field(default="auto", metadata=row(
+        OTHER, either("auto", lambda value: isinstance(value, bool)), 'True, False or "auto"',
+        "whether the result file holds the scores as lists; False leaves them to the array beside it, \"auto\" too "
+        "where the file would be larger than 200 MB.",
+    ))
+    num_processes: int | None = field(default=None, metadata=row(
+        NUMBER, either(None, at_least(1)), "a whole number of at least 1, or None",
+        "processes of one thread each that share a run on this machine; None goes by the launcher (torchrun), 1 is "
+        "this process alone.",
     ))
     calc_method: Literal["img_wise", "all_grad_then_test"] = field(default="img_wise", metadata=row(
         TEXT, one_of(CALC_METHODS), quoted(CALC_METHODS),
@@ -323,24 +333,7 @@ def known_key(key: str) -> str | None:
     return name
 
 
-def _documented(cls: type[Config]) -> str:
-    """The docstring of the class, with the meaning of every option."""
-    rows = [
-        f"{option.name}: {option.metadata['meaning']}"
-        for option in dataclasses.fields(cls)
-    ]
-    wrapped = [
-        textwrap.fill(
-            row, 120, initial_indent=" " * 8, subsequent_indent=" " * 12
-        )
-        for row in rows
-    ]
-    return "\n".join(
-        [(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "]
-    )
-
-
-Config.__doc__ = _documented(Config)
+Config.__doc__ = documented(Config)
 DEFAULTS: dict[str, Any] = {
     option.name: option.default for option in dataclasses.fields(Config)
 }

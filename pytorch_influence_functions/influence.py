@@ -180,14 +180,12 @@ class InfluenceFunction:
         """The labels of these samples, as they are read in one pass of their losses; errors name the sample."""
         return self._members[0].check(tests, indices)
 
-    def groups(
-        self,
-        tests: Samples,
-        indices: Sequence[int],
-        earlier: Earlier | None = None,
-    ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
-        """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
-        return self._only_member("groups").groups(tests, indices, earlier)
+    def scores_of_group(
+        self, group: Group, indices: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of a group [k, m] for these training samples, and those of each chain [r, k, m] or None."""
+        member = self._only_member("scores_of_group")
+        return member.scores_of_group(group, indices)
 
     def solutions(
         self,

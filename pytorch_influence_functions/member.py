@@ -101,17 +101,12 @@ class Member(SampleGradients):
             require_finite(g, wrapped.indices, "test batch", "gradient")
             return self._solve(g, 1).vectors[0]
 
-    def groups(
-        self,
-        tests: Samples,
-        indices: Sequence[int],
-        earlier: Earlier | None = None,
-    ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
-        """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
-        for group in self.solutions(tests, indices, earlier):
-            with self.problem.guard():
-                mean, chains = self._products(group.vectors, group.chains)
-            yield group, mean, chains
+    def scores_of_group(
+        self, group: Group, indices: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of a group [k, m] for these training samples, and those of each chain [r, k, m] or None."""
+        with self.problem.guard():
+            return self._products(group.vectors, group.chains, indices)
 
     def solutions(
         self,
@@ -264,29 +259,39 @@ class Member(SampleGradients):
         self.report = described(facts, prepared, self.report["groups"], group)
 
     def _products(
-        self, vectors: Tensor, chains: Tensor | None
+        self,
+        vectors: Tensor,
+        chains: Tensor | None,
+        indices: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores [K, n] of the solutions, and of each of their chains [r, K, n]."""
+        """Scores [K, m] of the solutions, and of each of their chains [r, K, m], for these training samples or all."""
         if chains is None:
-            return self._score(vectors), None
+            return self._score(vectors, indices), None
         r, k = chains.shape[:2]
-        scores = self._score(chains.flatten(0, 1)).view(r, k, -1)
+        scores = self._score(chains.flatten(0, 1), indices).view(r, k, -1)
         return scores.mean(0), scores
 
-    def _score(self, vectors: Tensor) -> Tensor:
+    def _score(
+        self, vectors: Tensor, indices: Sequence[int] | None = None
+    ) -> Tensor:
         n = self.samples.n
+        indices = range(n) if indices is None else indices
         # what a pass left out would show
         scores = torch.full(
-            (len(vectors), n), torch.nan, dtype=self.objective.dtype
+            (len(vectors), len(indices)), torch.nan, dtype=self.objective.dtype
         )
+        done = 0
         for batch in self.samples.ordered(
-            self.problem.scoring_batch, text="Scoring the training set"
+            self.problem.scoring_batch,
+            indices,
+            text="Scoring the training set",
         ):
             block = self._block(batch, vectors) / n
             require_finite(
                 block.T, batch.indices, self.samples.name, "gradient"
             )
-            scores[:, torch.as_tensor(batch.indices)] = block.detach().cpu()
+            scores[:, done : done + batch.size] = block.detach().cpu()
+            done += batch.size
         return scores
 
     def _block(self, batch: Batch, vectors: Tensor) -> Tensor:

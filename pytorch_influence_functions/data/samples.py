@@ -47,6 +47,7 @@ class Samples:
         apart: whether each sample is collated alone, since in a batch it would be another.
         shapes: the only shape in which samples may be collated together (that of each tensor behind its first
             dimension); batches of another are taken apart. None is any.
+        passed: samples that passes have given so far.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Samples:
         self.n = len(cast(Any, self.dataset))
         self.batch_size = min(batch_size_of(loader, self.n, name), self.n)
         self.apart = False
+        self.passed = 0
         self.shapes: Shapes | None = None
         self._readers: dict[object, Reader] = {}
         self._idle: list[Reader] = []
@@ -249,6 +251,7 @@ class Samples:
     def _read(self, chunks: Any, seed: int) -> Iterator[Batch]:
         if self._in_memory:
             for chunk in chunks:
+                self.passed += len(chunk)
                 yield self.take(chunk)
             return
         # by a key alone, since a frame that named the reader would keep its pipes as long as an exception is kept
@@ -256,6 +259,7 @@ class Samples:
         self._readers[key] = self._started(chunks, seed)
         try:
             for chunk in chunks:
+                self.passed += len(chunk)
                 yield self._batch(self._next(key, chunk)).to(self.device)
         finally:
             self._end(key)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from . import stored
 from .entries import harmful_and_helpful
 from .images import Look
+from .lazy import row_of
 from .table import notebook_table, to_dataframe
 
 
@@ -82,9 +83,15 @@ class InfluenceResult(_Triple):
             KeyError: the run has no such test sample.
         """
         if test is None:
-            mean: NDArray[np.float64] = self.scores.mean(0)
-            return mean
-        return np.asarray(self._entry(test)["influence"], dtype=np.float64)
+            return self._mean()
+        return row_of(self._entry(test), "influence")
+
+    def _mean(self) -> NDArray[np.float64]:
+        """Over all test samples [n], a row of them at a time."""
+        total = np.zeros(len(self.harmful))
+        for one in self.influences.values():
+            total += row_of(one, "influence")
+        return total / len(self.influences)
 
     def _entry(
         self,
@@ -166,8 +173,8 @@ class InfluenceResult(_Triple):
             ValueError: it is none of the two.
         """
         influences, meta = stored.load(path)
-        rows = [one["influence"] for one in influences.values()]
-        mean = np.mean(np.asarray(rows, dtype=np.float64), axis=0)
+        rows = (row_of(one, "influence") for one in influences.values())
+        mean = sum(rows, start=np.zeros(1)) / max(len(influences), 1)
         result = cls(influences, *harmful_and_helpful(np.atleast_1d(mean)))
         return result.about(meta)
 

@@ -147,6 +147,10 @@ class Solver:
             self._prepared = prepare(self.problem)
         return self._prepared
 
+    def take(self, prepared: Prepared | None) -> None:
+        """Use what was set up elsewhere."""
+        self._prepared = prepared
+
     def __call__(self, v: Tensor, tests: int) -> Solution:
         """Solve for v [K, P], of `tests` right-hand sides in all.
 

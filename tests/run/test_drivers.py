@@ -230,7 +230,7 @@ def test_pinned_signatures(function):
 def test_default_config_is_the_table_of_the_design():
     assert ptif.get_default_config() == {
         "outdir": "outdir", "save_pth": None, "log_filename": None, "progress": True, "seed": 42, "gpu": -1,
-        "resume": True, "smoothing": None,
+        "resume": True, "smoothing": None, "json": "auto", "num_processes": None,
         "calc_method": "img_wise", "test_sample_start_per_class": False, "test_sample_num": False,
         "num_classes": None, "recursion_depth": 5000, "r": 1, "damp": 0.01, "scale": 25, "solver": None,
         "curvature": None, "damping": None, "preconditioner": None, "tolerance": 0.01, "batch_size": None,
