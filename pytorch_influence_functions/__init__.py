@@ -16,6 +16,8 @@ from .calc_influence_function import (
 )
 from .config import Config, get_default_config
 from .evaluation import (
+    Mislabelled,
+    find_mislabelled,
     label_baselines,
     leave_one_out,
     linear_datamodeling_score,
@@ -27,7 +29,9 @@ from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
 from .model.doubts import ModelWarning
 from .model.gradients import NonFiniteError
+from .show.groups import Groups
 from .show.results import InfluenceResult
+from .show.subsets import influential_subset
 from .solve.errors import (
     CurvatureWarning,
     DeviceWarning,
@@ -48,6 +52,11 @@ __all__ = [
     "calc_influences",
     "InfluenceFunction",
     "InfluenceResult",
+    # lists to act on
+    "find_mislabelled",
+    "Mislabelled",
+    "influential_subset",
+    "Groups",
     # options
     "Config",
     "get_default_config",

@@ -34,7 +34,7 @@ FILES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-EXTRAS = {"show/axes": {"matplotlib"}, "show/plotting": {"matplotlib"}, "show/table": {"pandas"}}
+EXTRAS = {"show/axes": {"matplotlib"}, "show/plotting": {"matplotlib"}, "data/frame": {"pandas"}}
 MOST_LINES = 350
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from . import stored
 from .entries import harmful_and_helpful
+from .groups import Groups, groups_of, labels_of
 from .images import Look
 from .table import notebook_table, to_dataframe
 
@@ -144,6 +145,28 @@ class InfluenceResult(_Triple):
             ImportError: pandas is not installed.
         """
         return to_dataframe(self.influences, k)
+
+    def harmful_groups(
+        self,
+        groups: Sequence[Any] | None = None,
+    ) -> Groups:
+        """Which groups of training samples do the harm: influences summed by group, the most harmful group first.
+
+        Args:
+            groups: name of the group of each training sample [n]: a class, where it comes from, a cluster; None is its
+                label.
+
+        Raises:
+            ValueError: `groups` has another length, or is None where the training set is not known.
+        """
+        if groups is None and self.train_set is None:
+            raise ValueError(
+                "groups: expected a name for each training sample, as the result knows no training set: it was loaded "
+                "or copied"
+            )
+        named = labels_of(self.train_set) if groups is None else groups
+        tests = [entry["label"] for entry in self.influences.values()]
+        return groups_of(self.scores, tests, named)
 
     # ---- files
 
