@@ -116,13 +116,14 @@ class Mislabelled:
 
     def __repr__(self) -> str:
         """How many there are, and what to do with them."""
+        name = self.rank_by.replace("self_", "self-").replace("_", " ")
         if self.expected is None:
             return (
-                f"Mislabelled({len(self)} training samples by {self.rank_by}; how many are wrong is not known, since "
+                f"Mislabelled({len(self)} training samples by {name}; how many are wrong is not known, since "
                 "the model is no classifier)"
             )
         return (
-            f"Mislabelled({len(self)} training samples by {self.rank_by}; about {self.expected:.0f} labels are wrong; "
+            f"Mislabelled({len(self)} training samples by {name}; about {self.expected:.0f} labels are wrong; "
             f"{len(self.flagged)} are flagged, of which at most {self.level:.0%} are estimated to be right)"
         )
 

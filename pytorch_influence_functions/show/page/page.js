@@ -3,6 +3,7 @@
   // All text goes in as text nodes: nothing that a user wrote is ever read as HTML.
   const data = JSON.parse(document.getElementById("data").textContent);
   const FIRST_CARDS = 5;
+  const NUMBERS = ["number", "signed", "heat"];
 
   function make(tag, attributes, ...children) {
     const node = document.createElement(tag);
@@ -16,7 +17,7 @@
   }
 
   function number(value) {
-    if (value === null) return "unknown";
+    if (value === null) return "";
     if (value === 0 || Number.isInteger(value)) return String(value);
     const size = Math.abs(value);
     const text = size >= 0.001 && size < 1e5 ? String(Number(value.toPrecision(3))) : value.toExponential(1);
@@ -59,13 +60,12 @@
     harmful: (value, open) => make("td", {}, cards(value, "harmful", open)),
     heat: (value, open, column) => {
       const share = Math.min(Math.max(-value / (column.largest || 1), 0), 1);
-      const cell = make("td", { class: "number heat" }, signed(value));
+      const cell = make("td", { class: "number heat" }, signed(Number(value.toPrecision(2))));
       cell.style.setProperty("--share", share.toFixed(2));
       return cell;
     },
   };
   const isList = (kind) => kind === "helpful" || kind === "harmful";
-  const isText = (kind) => kind === "text";
 
   function key(value, kind) {
     if (isList(kind)) return value.length ? value[0][1] : 0;
@@ -103,7 +103,8 @@
     const buttons = columns.map((column, i) => {
       const arrow = make("span", { "aria-hidden": "true" });
       const button = make("button", { type: "button", onclick: () => sortBy(i) }, column.name + " ", arrow);
-      const cell = make("th", { scope: "col", title: column.hint || false }, button);
+      const side = NUMBERS.includes(column.kind) && "number";
+      const cell = make("th", { scope: "col", class: side, title: column.hint || false }, button);
       head.append(cell);
       return { cell, arrow };
     });
@@ -209,7 +210,7 @@
     }
 
     const whole = make("table", {}, make("caption", {}, spec.caption), make("thead", {}, head), body);
-    const region = make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": spec.title }, whole);
+    const region = make("div", { class: "scroll", role: "region", tabindex: "0", "aria-label": spec.title + ", table" }, whole);
     const section = make("section", { "aria-labelledby": name }, make("h2", { id: name }, spec.title),
       make("p", {}, spec.text), ...(rows.length ? [controls, status, region] : [make("p", { class: "dim" }, spec.empty)]));
     if (rows.length) {
