@@ -28,6 +28,7 @@ BETWEEN = {
     "influence_function": 8,
     "calc_influence_function": 8,
     "__init__": 9,
+    "__main__": 9,
 }
 """The modules outside the rooms."""
 FILES = {

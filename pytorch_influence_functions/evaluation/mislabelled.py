@@ -142,9 +142,11 @@ def find_mislabelled(
     A wrong label pulls its sample's margin (score of the label's class less the best of the others) below zero. The
     margins are taken for a mixture of normal distributions, and the components with a mean below zero for the wrong
     labels: their weight says how many there are, and what share of any list of samples is right all the same. A right
-    label that the model is as sure to get wrong cannot be told from a wrong one and counts as such: on digits with
-    5 % of the labels flipped the estimate is 3 to 23 % too high. A network that has memorised its labels has no
-    margins below zero, and nothing is flagged; the order still means something.
+    label that the model is as sure to get wrong cannot be told from a wrong one and counts as such. Measured on 1,000
+    and 1,400 digits with 5, 10 or 20 % of the labels flipped, five seeds each: the number is within 13 % of the truth,
+    and of the flagged labels 4 to 17 % are right at the stated 10 %; with 500 and fewer samples the number is up to
+    22 % off. A network that gives every training sample its label has no margins below zero, and nothing is flagged;
+    the order still means something.
 
     Args:
         model: the trained model, or several whose numbers are averaged; it comes back as it was.

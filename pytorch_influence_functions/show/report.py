@@ -86,6 +86,10 @@ class _Page:
         )
         self.mean = self.scores.mean(0) if len(influences) else np.zeros(0)
         self.labels = None if train_set is None else labels_of(train_set)
+        if self.labels is not None and len(self.labels) != len(self.mean):
+            raise ValueError(
+                f"train_set: the result is of {len(self.mean)} training samples, and it has {len(self.labels)}"
+            )
         self.ends: Ends = {
             key: _ends(row, k)
             for key, row in zip(influences, self.scores, strict=True)

@@ -224,26 +224,34 @@ EKFAC = {"progress": False, "solver": "ekfac", "damping": 0.1}
 
 
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
-def test_flipped_digits(share):
-    """Number within 20 % of the truth, and a better model without what is flagged; the mean of two seeds."""
-    ratio, gain = [], []
-    for seed in (0, 1):
-        data, test, wrong = digits(seed, share)
-        loader = DataLoader(data, 100, shuffle=True)
+def test_number_of_flipped_digits(share):
+    """Within 20 % of the truth; over ten seeds with 1,000 or 1,400 samples it is within 13 % at each share."""
+    data, _, wrong = digits(0, share, 1000)
+    loader = DataLoader(data, 50, shuffle=True)
+    table = ptif.find_mislabelled(trained(loader, 0), loader, EKFAC)
+    assert table.expected == pytest.approx(len(wrong), rel=0.2)
+    right = 1 - np.isin(table.flagged, wrong).mean()
+    assert right < 0.2, "0.1 is what is stated; 0.04 to 0.17 is what the ten seeds have"
+    first = table.index[: len(wrong)]
+    assert np.isin(first, wrong).mean() > 0.85
+
+
+def test_dropping_what_is_flagged_helps():
+    """500 digits, a tenth of them flipped: accuracy on the other 1,297, in the mean of three seeds (five: + 1.5 %)."""
+    gain = []
+    for seed in range(3):
+        data, test, _ = digits(seed, 0.1, 500)
+        loader = DataLoader(data, 50, shuffle=True)
         model = trained(loader, seed)
         table = ptif.find_mislabelled(model, loader, EKFAC)
-        ratio.append(table.expected / len(wrong))
-        right = 1 - np.isin(table.flagged, wrong).mean()
-        assert right < 0.2, "0.1 is what is stated; 0.07 to 0.19 for these seeds"
         again = trained(ptif.influential_subset(loader, drop=table.flagged), seed)
         gain.append(accuracy(again, test) - accuracy(model, test))
-    assert np.mean(ratio) == pytest.approx(1, abs=0.2)
-    assert np.mean(gain) > 0
+    assert np.mean(gain) > 0.005
 
 
 def test_clean_digits_have_none():
     data, _, _ = digits(0, 0.0, 600)
-    loader = DataLoader(data, 100, shuffle=True)
+    loader = DataLoader(data, 50, shuffle=True)
     table = ptif.find_mislabelled(trained(loader, 0, 20), loader, EKFAC)
     assert table.expected < 6
     assert len(table.flagged) < 6

@@ -56,7 +56,7 @@ def column(part, place):
 
 def test_first_content_is_there_at_once(page):
     paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-    assert paint < 1000 * 5  # a second on a free machine: 0.25 s there, and others may be using this one
+    assert paint < 5000  # 250 with two cores that ten others use; a second is what is promised on a free machine
     assert section(page).get_by_role("status").inner_text() == "Rows 1 to 10 of 1000"
 
 
@@ -82,18 +82,18 @@ def test_pages(page):
         part.get_by_role("button", name=name).press("Enter")
         assert part.get_by_role("status").inner_text() == f"Rows {range_} of 1000"
     assert part.get_by_role("button", name="Previous page").is_disabled()
-    part.get_by_label("Rows").select_option("100")
+    part.get_by_role("combobox", name="Rows").select_option("100")
     assert part.get_by_role("status").inner_text() == "Rows 1 to 100 of 1000"
 
 
 def test_filter(page):
     part = section(page)
-    part.get_by_label("Label", exact=True).select_option("7")
+    part.get_by_role("combobox", name="Label").select_option("7")
     assert set(column(part, 2)) == {"7"}
-    part.get_by_label("Filter").fill("test 99")
+    part.get_by_role("searchbox", name="Filter").fill("test 99")
     assert "filtered from 1000" in part.get_by_role("status").inner_text()
     assert all("test 99" in text for text in column(part, 1))
-    part.get_by_label("Filter").fill("no such thing")
+    part.get_by_role("searchbox", name="Filter").fill("no such thing")
     assert part.get_by_role("status").inner_text() == "No rows (filtered from 1000)"
 
 
@@ -133,7 +133,9 @@ def test_user_text_runs_nothing(browser, tmp_path):
     for one in result.influences.values():
         one["label"] = EVIL
     texts = [(EVIL, EVIL)] * 20
-    file = result.about(result.meta, texts, texts).to_html(tmp_path / "page.html", title=EVIL, predictions=[EVIL] * 20)
+    file = result.about(result.meta, texts[:6], texts).to_html(
+        tmp_path / "page.html", title=EVIL, predictions=[EVIL] * 20
+    )
     tab, seen = opened(browser, file)
     assert tab.title() == EVIL
     assert EVIL in tab.locator("tbody td").first.inner_text()

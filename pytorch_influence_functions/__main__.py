@@ -1,0 +1,467 @@
+"""The command line: `python -m pytorch_influence_functions report | top | mislabelled`.
+
+Exit codes: 0 done; 1 the computation failed; 2 wrong use (an argument, a file or an entry that is not there); 3 more
+labels are flagged than `--most` allows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .calc_influence_function import calc_influences, version
+from .config import DEFAULTS, Config, known_key
+from .evaluation import Mislabelled, find_mislabelled
+from .show.results import InfluenceResult
+from .utils import as_json
+
+DONE, FAILED, WRONG_USE, TOO_MANY = 0, 1, 2, 3
+NAME = "python -m pytorch_influence_functions"
+ABOUT = """Which training samples helped or harmed predictions, and which labels are wrong.
+
+Results on disk are what a run wrote (influence_results_*.json) or InfluenceResult.save (.npz). Anything that needs the
+model or the data takes them from your script: --entry my_script:make names a function without arguments that returns a
+dict with the keys model, train_loader, test_loader and, if you like, config, classes."""
+EXAMPLES = f"""examples:
+  {NAME} top outdir/influence_results_0_10.json --test 3 -k 5
+  {NAME} report result.npz --entry my_script:make --output page.html
+  {NAME} mislabelled --entry my_script:make --csv labels.csv
+
+exit codes: 0 done, 1 the computation failed, 2 wrong use, 3 more labels are flagged than --most allows"""
+
+
+class UsageError(Exception):
+    """What the person at the command line can put right; said without a traceback."""
+
+
+class Entry(NamedTuple):
+    """What a user's script gives."""
+
+    model: Any = None
+    train_loader: Any = None
+    test_loader: Any = None
+    config: Any = None
+    classes: Any = None
+
+
+# ---- the user's script
+
+
+def entry_of(name: str) -> Entry:
+    """What `module:function` or `folder/script.py:function` returns.
+
+    Raises:
+        UsageError: there is no such module or function, or it returns something else.
+    """
+    place, _, function = name.rpartition(":")
+    if not place or not function:
+        raise UsageError(
+            f"--entry: expected my_script:make, a module and a function in it, got {name!r}"
+        )
+    make = getattr(_module(place), function, None)
+    if not callable(make):
+        raise UsageError(f"--entry: {place} has no function {function!r}")
+    given = make()
+    if isinstance(given, Mapping):
+        return _entry(given)
+    if isinstance(given, tuple) and 2 <= len(given) <= len(Entry._fields):
+        return Entry(*given)
+    raise UsageError(
+        f"--entry: {name} returned a {type(given).__name__}; expected a dict with the keys {', '.join(Entry._fields)}"
+    )
+
+
+def _entry(given: Mapping[str, Any]) -> Entry:
+    unknown = [key for key in given if key not in Entry._fields]
+    if unknown:
+        raise UsageError(
+            f"--entry: it returned the key {unknown[0]!r}; the keys are {', '.join(Entry._fields)}"
+        )
+    return Entry(**given)
+
+
+def _module(place: str) -> Any:
+    """A module by its name, seen from the folder one is in, or a script by its path."""
+    if place.endswith(".py"):
+        return _script(Path(place))
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return importlib.import_module(place)
+    except ModuleNotFoundError as error:
+        if error.name != place.split(".")[0] and error.name != place:
+            raise
+        raise UsageError(
+            f"--entry: no module {place!r} in {Path.cwd()} or on the path"
+        ) from error
+
+
+def _script(path: Path) -> Any:
+    if not path.is_file():
+        raise UsageError(f"--entry: no file {path}")
+    sys.path.insert(0, str(path.parent.resolve()))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UsageError(f"--entry: {path} is no Python script")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _needed(
+    entry: Entry,
+    *names: str,
+) -> None:
+    for name in names:
+        if getattr(entry, name) is None:
+            raise UsageError(
+                f"--entry: what it returned has no {name}, which this needs"
+            )
+
+
+# ---- the commands
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Write a page."""
+    entry = entry_of(arguments.entry) if arguments.entry else Entry()
+    result = _result(arguments, entry)
+    sets = [
+        _dataset(loader) for loader in (entry.train_loader, entry.test_loader)
+    ]
+    suspects = None
+    if arguments.mislabelled:
+        _needed(entry, "model", "train_loader")
+        suspects = find_mislabelled(
+            entry.model, entry.train_loader, _config(arguments, entry)
+        )
+    page = result.to_html(
+        arguments.output,
+        *sets,
+        title=arguments.title,
+        suspects=suspects,
+        k=arguments.k,
+        classes=entry.classes,
+        invert=arguments.invert,
+    )
+    _say(f"{page.resolve()}")
+    return DONE
+
+
+def top(arguments: argparse.Namespace) -> int:
+    """Print the ends of the list of a test sample."""
+    entry = entry_of(arguments.entry) if arguments.entry else Entry()
+    result = _result(arguments, entry)
+    try:
+        helpful = result.top(arguments.test, arguments.k)
+        harmful = result.bottom(arguments.test, arguments.k)
+    except (KeyError, ValueError) as error:
+        raise UsageError(str(error.args[0])) from error
+    if arguments.json:
+        named = {"helpful": helpful, "harmful": harmful}
+        rows = {
+            name: [one._asdict() for one in ends]
+            for name, ends in named.items()
+        }
+        _say(as_json(rows))
+        return DONE
+    _say(_heading(result, arguments.test))
+    _say(f"{'most helpful':>28}{'most harmful':>28}")
+    for good, bad in zip(helpful, harmful, strict=True):
+        _say(_cell(good) + _cell(bad))
+    return DONE
+
+
+def _cell(one: Any) -> str:
+    return f"{one.train_index:14d}{one.influence:+14.3e}"
+
+
+def _heading(
+    result: InfluenceResult,
+    test: str | None,
+) -> str:
+    if test is None:
+        return f"mean over {len(result.tests)} test samples: training sample, influence"
+    one = result.influences[test]
+    return (
+        f"test sample {one['num_in_dataset']} (label {one['label']}, relative residual {one['relative_residual']}): "
+        "training sample, influence"
+    )
+
+
+def mislabelled(arguments: argparse.Namespace) -> int:
+    """Print the most suspicious labels."""
+    entry = entry_of(arguments.entry)
+    _needed(entry, "model", "train_loader")
+    table = find_mislabelled(
+        entry.model,
+        entry.train_loader,
+        _config(arguments, entry),
+        rank_by=arguments.rank_by,
+        level=arguments.level,
+    )
+    if arguments.csv:
+        _write_csv(table, Path(arguments.csv))
+    if arguments.json:
+        rows = table.rows(arguments.k)
+        numbers = {"expected": table.expected, "flagged": table.flagged}
+        _say(as_json({**numbers, "rows": rows}))
+    else:
+        _print_table(table, arguments.k)
+    too_many = arguments.most is not None and (
+        len(table.flagged) > arguments.most
+    )
+    return TOO_MANY if too_many else DONE
+
+
+def _print_table(
+    table: Mislabelled,
+    count: int,
+) -> None:
+    _say(repr(table).partition("(")[2].removesuffix(")"))
+    _say(
+        f"{'index':>8}{'label':>8}{'suggested':>11}{'probability':>13}{'self-influence':>16}{'loss':>10}{'margin':>10}"
+    )
+    for row in table.rows(count):
+        _say(
+            f"{row['index']:8d}{row['label']!s:>8}{row['suggested']!s:>11}{row['probability']:13.2f}"
+            f"{row['self_influence']:16.3e}{row['loss']:10.3g}{row['margin']:10.3g}"
+        )
+
+
+def _write_csv(
+    table: Mislabelled,
+    path: Path,
+) -> None:
+    import csv
+
+    rows = table.rows()
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _result(
+    arguments: argparse.Namespace,
+    entry: Entry,
+) -> InfluenceResult:
+    """Of the file, or of a run of what the entry gives."""
+    if arguments.result:
+        try:
+            return InfluenceResult.load(arguments.result)
+        except (OSError, ValueError) as error:
+            raise UsageError(str(error)) from error
+    _needed(entry, "model", "train_loader", "test_loader")
+    return calc_influences(
+        _config(arguments, entry),
+        entry.model,
+        entry.train_loader,
+        entry.test_loader,
+    )
+
+
+def _dataset(loader: Any) -> Any:
+    return None if loader is None else loader.dataset
+
+
+def _config(
+    arguments: argparse.Namespace,
+    entry: Entry,
+) -> Config:
+    """The entry's options with those of the command line on top."""
+    options = dict(map(_option, arguments.option))
+    try:
+        return Config.of(entry.config, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error)) from error
+
+
+def _option(text: str) -> tuple[str, Any]:
+    """`key=value`; the value is JSON where it can be, else a text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise UsageError(f"--option: expected key=value, got {text!r}")
+    try:
+        known_key(key)
+    except ValueError as error:
+        raise UsageError(f"--option: {error}") from error
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+# ---- arguments
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of all commands."""
+    whole = argparse.ArgumentParser(
+        prog=NAME,
+        description=ABOUT,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    whole.add_argument("--version", action="version", version=version())
+    commands = whole.add_subparsers(
+        dest="command",
+        metavar="command",
+        required=True,
+        help="what to do; each has its own --help",
+    )
+    _report_arguments(_command(commands, report, "write a page to look at"))
+    _top_arguments(
+        _command(commands, top, "print the most helpful and harmful samples")
+    )
+    _mislabelled_arguments(
+        _command(commands, mislabelled, "print the most suspicious labels")
+    )
+    return whole
+
+
+def _command(
+    commands: Any,
+    function: Callable[[argparse.Namespace], int],
+    about: str,
+) -> argparse.ArgumentParser:
+    one: argparse.ArgumentParser = commands.add_parser(
+        function.__name__,
+        help=about,
+        description=about[0].upper() + about[1:] + ".",
+        epilog=f"--option takes the keys of the config: {', '.join(DEFAULTS)}.",
+    )
+    one.set_defaults(run=function)
+    one.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the computation, e.g. solver=ekfac; may be given several times",
+    )
+    return one
+
+
+def _entry_argument(
+    one: argparse.ArgumentParser,
+    required: bool,
+) -> None:
+    one.add_argument(
+        "--entry",
+        required=required,
+        metavar="MODULE:FUNCTION",
+        help="function of yours that returns model and loaders, e.g. my_script:make or folder/script.py:make",
+    )
+
+
+def _result_argument(one: argparse.ArgumentParser) -> None:
+    one.add_argument(
+        "result",
+        nargs="?",
+        help="file of a result; without it the influences are computed from --entry",
+    )
+    _entry_argument(one, required=False)
+
+
+def _report_arguments(one: argparse.ArgumentParser) -> None:
+    _result_argument(one)
+    one.add_argument(
+        "--output",
+        "-o",
+        default="influence.html",
+        help="file of the page (default: %(default)s)",
+    )
+    one.add_argument(
+        "--title", default="Influence of training samples", help="of the page"
+    )
+    one.add_argument(
+        "-k",
+        type=int,
+        default=10,
+        help="training samples on each side of a test sample (default: %(default)s)",
+    )
+    one.add_argument(
+        "--mislabelled",
+        action="store_true",
+        help="also look for wrong labels, with the model of --entry",
+    )
+    one.add_argument(
+        "--invert", action="store_true", help="images dark on light"
+    )
+
+
+def _top_arguments(one: argparse.ArgumentParser) -> None:
+    _result_argument(one)
+    one.add_argument(
+        "--test",
+        help="key of the test sample, 0 for the first of the run (default: the mean over all)",
+    )
+    one.add_argument(
+        "-k",
+        type=int,
+        default=10,
+        help="training samples on each side (default: %(default)s)",
+    )
+    one.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _mislabelled_arguments(one: argparse.ArgumentParser) -> None:
+    _entry_argument(one, required=True)
+    one.add_argument(
+        "-k",
+        type=int,
+        default=20,
+        help="rows to print (default: %(default)s)",
+    )
+    one.add_argument(
+        "--rank-by",
+        default="self_influence",
+        choices=["self_influence", "loss", "gradient_norm", "margin"],
+        help="what the order goes by (default: %(default)s)",
+    )
+    one.add_argument(
+        "--level",
+        type=float,
+        default=0.1,
+        help="share of right labels that is accepted among the flagged ones (default: %(default)s)",
+    )
+    one.add_argument("--csv", help="write all rows to this file")
+    one.add_argument("--json", action="store_true", help="print JSON")
+    one.add_argument(
+        "--most",
+        type=int,
+        help="end with exit code 3 where more labels than this are flagged",
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command -> its exit code."""
+    given = parser().parse_args(arguments)
+    if given.command in ("report", "top") and not (given.result or given.entry):
+        parser().error(
+            f"{given.command}: give the file of a result, or --entry"
+        )
+    try:
+        code: int = given.run(given)
+        return code
+    except UsageError as error:
+        sys.stderr.write(f"{NAME}: {error}\n")
+        return WRONG_USE
+    except Exception as error:
+        sys.stderr.write(f"{NAME}: {type(error).__name__}: {error}\n")
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
