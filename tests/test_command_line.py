@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
-from pytorch_influence_functions.__main__ import Entry, entry_of, main
+from pytorch_influence_functions.__main__ import main
+from pytorch_influence_functions.script import Entry, entry_of
 
 SCRIPT = """
 import torch

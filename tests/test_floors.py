@@ -21,6 +21,7 @@ ROOMS = {
 BETWEEN = {
     "utils": -1,
     "rules": -1,
+    "script": -1,
     "config": 0,
     "sample_gradients": 3.5,
     "member": 4,
