@@ -23,6 +23,7 @@ BETWEEN = {
     "rules": -1,
     "script": -1,
     "config": 0,
+    "arguments": 1,
     "sample_gradients": 3.5,
     "member": 4,
     "influence": 5,
