@@ -16,6 +16,8 @@ from .calc_influence_function import (
 )
 from .config import Config, get_default_config
 from .evaluation import (
+    Mislabelled,
+    find_mislabelled,
     label_baselines,
     leave_one_out,
     linear_datamodeling_score,
@@ -28,7 +30,9 @@ from .influence_function import calc_loss, grad_z, hvp, s_test
 from .model.doubts import ModelWarning
 from .model.gradients import NonFiniteError
 from .run.estimate import Estimate, estimate
+from .show.groups import Groups
 from .show.results import InfluenceResult
+from .show.subsets import influential_subset
 from .solve.errors import (
     CurvatureWarning,
     DeviceWarning,
@@ -52,6 +56,11 @@ __all__ = [
     "InfluenceResult",
     "estimate",
     "Estimate",
+    # lists to act on
+    "find_mislabelled",
+    "Mislabelled",
+    "influential_subset",
+    "Groups",
     # options
     "Config",
     "get_default_config",

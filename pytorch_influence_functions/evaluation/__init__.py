@@ -14,6 +14,7 @@ from .mislabel import (
     label_baselines,
     mislabel_curve,
 )
+from .mislabelled import Mislabelled, find_mislabelled
 
 __all__ = [
     "Correlation",
@@ -21,7 +22,9 @@ __all__ = [
     "LabelBaselines",
     "LeaveOneOut",
     "MislabelCurve",
+    "Mislabelled",
     "SubsetLosses",
+    "find_mislabelled",
     "label_baselines",
     "leave_one_out",
     "linear_datamodeling_score",
