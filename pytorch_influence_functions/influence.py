@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from .config import Config
 from .data.samples import Samples
 from .member import Member
+from .out_of_sample import OutOfSample, out_of_sample
 from .solve.groups import Earlier, Group
 
 
@@ -133,6 +134,18 @@ class InfluenceFunction:
         High for samples that the model fits against the others: wrong labels stand at the top.
         """
         return _mean([member.self_influence() for member in self._members])
+
+    def out_of_sample(self) -> OutOfSample:
+        """What the model says of each training sample if it is trained without it: cross-validation without folds.
+
+        Returns:
+            Outputs, probabilities, losses and leverage of each training sample, with their mean loss as an estimate of
+            the loss on new samples; see `OutOfSample`. Of several models the means.
+
+        Raises:
+            ValueError: the loss is no function of each sample's own outputs; the message says why.
+        """
+        return out_of_sample(self._members)
 
     def damping_curve(self, dampings: Sequence[float]) -> list[float]:
         """What `damping="auto"` goes by: the relative error of predicted changes of the training loss at each damping.

@@ -23,6 +23,7 @@ from .model.gradients import (
 from .sample_gradients import SampleGradients
 from .solve.errors import ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
+from .solve.leverage import Leverage, outputs_of
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.smoothing import Points
@@ -193,6 +194,15 @@ class Member(SampleGradients):
         """Scores of solutions that are already known, [K, P] -> [K, n]."""
         with self.problem.guard():
             return self._score(vectors)
+
+    def leverage(self) -> Leverage:
+        """How much the training samples hold their own outputs; inside the problem's guard, as a new computation."""
+        self._begin()
+        return Leverage(self.problem, self.solver, outputs_of(self.problem))
+
+    def describe(self) -> None:
+        """Say in the report how the last computation was solved."""
+        self._describe()
 
     # ---- inside
 

@@ -21,9 +21,11 @@ ROOMS = {
 BETWEEN = {
     "utils": -1,
     "rules": -1,
+    "tables": -1,
     "config": 0,
     "sample_gradients": 3.5,
     "member": 4,
+    "out_of_sample": 4.5,
     "influence": 5,
     "influence_function": 8,
     "calc_influence_function": 8,
@@ -34,7 +36,7 @@ FILES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-EXTRAS = {"show/axes": {"matplotlib"}, "show/plotting": {"matplotlib"}, "show/table": {"pandas"}}
+EXTRAS = {"show/axes": {"matplotlib"}, "show/plotting": {"matplotlib"}, "show/table": {"pandas"}, "tables": {"pandas"}}
 MOST_LINES = 350
 
 

@@ -1,0 +1,133 @@
+r"""Predictions for each training sample by the model without it, from one training."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .member import Member
+from .model.local import Outputs
+from .solve.leverage import Block
+from .tables import dataframe
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class OutOfSample:
+    r"""What the model says of each training sample if it is trained without it, in index order.
+
+    Attributes:
+        outputs: \hat y_i = y_i + K_i (I - R_i K_i)^{-1} r_i, laid out as the model's outputs of a sample are, flat
+            [n, C].
+        probabilities: of the classes, or of each label of a multi-label loss [n, C]; None of regression.
+        spread: of regression, the standard deviation of a new target around the prediction [n, C]: the noise and what
+            leaving the sample out does not know; else None.
+        losses: of each sample at these outputs [n], in the units of the loss.
+        leverage: tr(R_i K_i) [n]: how many parameters the sample uses up for itself, 0 to C. The sum over all samples
+            is the effective number of parameters.
+        report: what the solver did, as plain values.
+    """
+
+    outputs: Array
+    probabilities: Array | None
+    spread: Array | None
+    losses: Array
+    leverage: Array
+    report: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
+
+    @property
+    def mean_loss(self) -> float:
+        """An estimate of the loss on new samples."""
+        return float(self.losses.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of `mean_loss`, from the spread of the losses."""
+        n = len(self.losses)
+        return float(self.losses.std(ddof=1) / n**0.5) if n > 1 else np.nan
+
+    def to_dataframe(self) -> Any:
+        """One row per training sample: loss, leverage, then each output, probability and spread.
+
+        Raises:
+            ImportError: pandas is not installed; the message names the extra.
+        """
+        columns = {"loss": self.losses, "leverage": self.leverage}
+        for name in ("output", "probability", "spread"):
+            columns |= self._columns(name)
+        table = dataframe(columns)
+        table.index.name = "train_index"
+        return table
+
+    def _columns(self, name: str) -> dict[str, Array]:
+        plural = {"output": "outputs", "probability": "probabilities"}
+        rows = getattr(self, plural.get(name, name))
+        if rows is None:
+            return {}
+        return {f"{name}_{c}": rows[:, c] for c in range(rows.shape[1])}
+
+
+def out_of_sample(members: Sequence[Member]) -> OutOfSample:
+    """Of one model, or the mean of several: of their outputs, probabilities and losses."""
+    found = [_of_member(member) for member in members]
+    if len(found) == 1:
+        return found[0]
+    return OutOfSample(
+        *(
+            _mean([getattr(one, name) for one in found])
+            for name in ("outputs", "probabilities", "spread", "losses")
+        ),
+        _mean([one.leverage for one in found]),
+        found[0].report,
+    )
+
+
+def _mean(parts: list[Any]) -> Any:
+    if parts[0] is None:
+        return None
+    return sum(parts[1:], parts[0]) / len(parts)
+
+
+def _of_member(member: Member) -> OutOfSample:
+    with member.problem.guard():
+        leverage = member.leverage()
+        outputs = leverage.outputs
+        blocks = leverage.blocks("Out-of-sample predictions")
+        rows = _joined(_of_block(outputs, block) for block in blocks)
+        member.describe()
+    y, losses, held, *around = rows
+    spread = _spread(*around) if outputs.kind == "numbers" else None
+    arrays = [y, outputs.probabilities(y), spread, losses, held]
+    known = [None if t is None else t.numpy() for t in arrays]
+    return OutOfSample(*known, member.report)
+
+
+def _of_block(outputs: Outputs, block: Block) -> tuple[Tensor, ...]:
+    r"""Of some samples: \hat y, the loss there, leverage; and r, R and (I - R K)^{-1} on their diagonals."""
+    y = block.outputs
+    there = outputs.local(block.batch, y)
+    d, inflation = (t.diagonal(dim1=1, dim2=2) for t in (there.R, block.M))
+    return y, there.losses, block.leverage, there.r, d, inflation
+
+
+def _joined(rows: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
+    parts = [[part.cpu() for part in one] for one in rows]
+    return [torch.cat(part) for part in zip(*parts, strict=True)]
+
+
+def _spread(r: Tensor, d: Tensor, inflation: Tensor) -> Tensor | None:
+    r"""\sigma_c (1 - h_{ic})^{-1/2}, \sigma_c^2 the mean product of the errors r / d with and without the sample [n, C].
+
+    Where the loss is squared error: else d, its curvature, is taken where it is largest, and r is a robust error.
+    """
+    curvature = d.amax(0)
+    if not bool((curvature > 0).all()):
+        return None
+    variance = ((r / curvature).square() / inflation).mean(0)
+    return (variance * inflation).sqrt()

@@ -1,0 +1,133 @@
+r"""How much each training sample holds its own outputs, and what they are without it.
+
+With A = G + \lambda I (or H), outputs y_i [C], J_i = \partial y_i / \partial \theta [C, P], r_i and R_i the gradient and
+the Hessian of \ell_i in y_i:
+
+    K_i = J_i A^{-1} J_i^T / n,   leverage_i = tr(R_i K_i),   \hat y_i = y_i + K_i (I - R_i K_i)^{-1} r_i.
+
+Without sample i the curvature is A - J_i^T R_i J_i / n, and (Woodbury) its inverse times J_i^T is
+A^{-1} J_i^T (I - R_i K_i)^{-1}: \hat y_i is a Newton step without the sample, exact for a quadratic loss of linear
+outputs (Cook & Weisberg 1982), and c_i = (I - R_i K_i)^{-1} r_i stands in r_i's place wherever a first-order effect of
+leaving i out does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from ..model.local import Local, Outputs
+from ..model.roots import signed_roots
+from .groups import split
+from .problem import Problem
+from .solution import require_solved
+from .solvers import Solver
+
+TRIED = 8
+"""Samples by which is told which of a model's outputs count, and what they mean."""
+LARGEST = 0.99
+"""Of an eigenvalue of R_i K_i. With the curvature itself they are below 1, by an approximation of it they need not be:
+the sample would then hold more than all of its own outputs."""
+
+
+class Block(NamedTuple):
+    """Some training samples, the losses around their outputs, K [B, C, C], and M = (I - R K)^{-1} [B, C, C]."""
+
+    batch: Batch
+    local: Local
+    K: Tensor
+    M: Tensor
+
+    @property
+    def c(self) -> Tensor:
+        """What stands in the place of r where a sample is left out [B, C]."""
+        return times(self.M, self.local.r)
+
+    @property
+    def outputs(self) -> Tensor:
+        """Those of the model without the sample [B, C]."""
+        return self.local.y + times(self.K, self.c)
+
+    @property
+    def leverage(self) -> Tensor:
+        """tr(R K) [B], the number of parameters that a sample uses up; below C."""
+        return torch.einsum("bij,bji->b", self.local.R, self.K)
+
+
+def times(matrices: Tensor, vectors: Tensor) -> Tensor:
+    """Of each sample, [B, C, C] and [B, C] -> [B, C]."""
+    return torch.einsum("bij,bj->bi", matrices, vectors)
+
+
+def without(R: Tensor, K: Tensor) -> Tensor:
+    r"""(I - R K)^{-1} of each sample, [B, C, C] each.
+
+    With R = W^T W it is I + W^T (I - W K W^T)^{-1} W K, where the eigenvalues of W K W^T are held below 1.
+    """
+    eye = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
+    W, signs = signed_roots(R, convex=False)
+    if bool((signs < 0).any()):
+        M: Tensor = torch.linalg.inv(eye - R @ K)
+        return M
+    values, Q = torch.linalg.eigh(W @ K @ W.mT)
+    QW = Q.mT @ W
+    scaled = QW / (1 - values.clamp(0, LARGEST)).unsqueeze(2)
+    return eye + QW.mT @ scaled @ K
+
+
+class Leverage:
+    """The blocks K of a problem, by whatever solver it has.
+
+    Args:
+        problem: the model and its training set.
+        solver: of it.
+        outputs: of the model.
+    """
+
+    def __init__(
+        self, problem: Problem, solver: Solver, outputs: Outputs
+    ) -> None:
+        self.problem, self.solver, self.outputs = problem, solver, outputs
+
+    def blocks(self, text: str | None = None) -> Iterator[Block]:
+        """Of all training samples, in order."""
+        n = self.problem.samples.n
+        for batch in self.problem.samples.ordered(self.at_once, text=text):
+            local = self.outputs.local(batch)
+            K = self._of(self.outputs.jacobians(batch), n)
+            yield Block(batch, local, K, without(local.R, K))
+
+    @property
+    def at_once(self) -> int:
+        """Training samples whose rows J are held together."""
+        row = self.outputs.C * self.problem.row
+        size = self.problem.budget.row_block(row + self.problem.activations)
+        fitting = max(1, self.solver.group_size // self.outputs.C)
+        return min(size, fitting)
+
+    def solved(self, rows: Tensor, tests: int) -> Tensor:
+        """A^{-1} of each row [m, P] -> [m, P]; `tests` of them in all."""
+        parts = [
+            self.solver(rows[part], tests).vectors
+            for part in split(range(len(rows)), self.solver.group_size)
+        ]
+        return torch.cat(parts)
+
+    def _of(self, J: Tensor, samples: int) -> Tensor:
+        """K of samples with derivatives J [B, C, P] -> [B, C, C], of so many samples in all."""
+        solved = self.solved(J.flatten(0, 1), samples * self.outputs.C)
+        require_solved(solved)
+        K = solved.view(J.shape) @ J.mT / self.problem.samples.n
+        K = K.to(self.outputs.dtype)
+        return (K + K.mT) / 2
+
+
+def outputs_of(problem: Problem) -> Outputs:
+    """What the loss goes by, as some training samples tell; errors as of `Outputs`."""
+    samples = problem.samples
+    few = sorted({i * samples.n // TRIED for i in range(TRIED)})
+    return Outputs(problem.objective, samples.take(few))
