@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from .solve.solvers import Solver, row_of
 from .utils import warn
 
 logger = logging.getLogger(__name__)
+Products = Callable[[Batch, Tensor], Tensor]
+"""Of a batch of training samples with solutions [K, P] -> [K, B]."""
 
 
 class Member(SampleGradients):
@@ -134,16 +136,21 @@ class Member(SampleGradients):
 
     # ---- scores
 
-    def scores(self, tests: Any) -> tuple[Tensor, Tensor | None]:
+    def scores(
+        self, tests: Any, corrected: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Scores [K, n], and with r > 1 their standard errors [K, n], on the CPU."""
         means, errors = [], []
+        block = self._corrected() if corrected else self._block
         self.unmeasured = []
         with self.problem.guard():
             self._begin()
             count, gradients = self.test_gradients(tests)
             for v in gradients:
                 solution = self._solve(v, count)
-                mean, chains = self._products(solution.vectors, solution.chains)
+                mean, chains = self._products(
+                    solution.vectors, solution.chains, block
+                )
                 means.append(mean)
                 if chains is not None:
                     errors.append(chains.std(0) / len(chains) ** 0.5)
@@ -254,16 +261,19 @@ class Member(SampleGradients):
         self.report = described(facts, prepared, self.report["groups"], group)
 
     def _products(
-        self, vectors: Tensor, chains: Tensor | None
+        self,
+        vectors: Tensor,
+        chains: Tensor | None,
+        block: Products | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Scores [K, n] of the solutions, and of each of their chains [r, K, n]."""
         if chains is None:
-            return self._score(vectors), None
+            return self._score(vectors, block), None
         r, k = chains.shape[:2]
-        scores = self._score(chains.flatten(0, 1)).view(r, k, -1)
+        scores = self._score(chains.flatten(0, 1), block).view(r, k, -1)
         return scores.mean(0), scores
 
-    def _score(self, vectors: Tensor) -> Tensor:
+    def _score(self, vectors: Tensor, block: Products | None = None) -> Tensor:
         n = self.samples.n
         # what a pass left out would show
         scores = torch.full(
@@ -272,11 +282,9 @@ class Member(SampleGradients):
         for batch in self.samples.ordered(
             self.problem.scoring_batch, text="Scoring the training set"
         ):
-            block = self._block(batch, vectors) / n
-            require_finite(
-                block.T, batch.indices, self.samples.name, "gradient"
-            )
-            scores[:, torch.as_tensor(batch.indices)] = block.detach().cpu()
+            part = (block or self._block)(batch, vectors) / n
+            require_finite(part.T, batch.indices, self.samples.name, "gradient")
+            scores[:, torch.as_tensor(batch.indices)] = part.detach().cpu()
         return scores
 
     def _block(self, batch: Batch, vectors: Tensor) -> Tensor:
@@ -285,6 +293,22 @@ class Member(SampleGradients):
         return self.points.mean(
             lambda at: gradient_products(at, batch, vectors, max_bytes)
         )
+
+    def _corrected(self) -> Products:
+        """Products of solutions [K, P] with J_i^T c_i in the place of gradients."""
+        with self.problem.guard():
+            leverage = self.leverage()
+            c, outputs = leverage.coefficients(), leverage.outputs
+
+        def block(batch: Batch, vectors: Tensor) -> Tensor:
+            own = c[torch.as_tensor(batch.indices)].to(vectors)
+            parts = []
+            for rows in split(range(batch.size), self.problem.gradient_batch):
+                few = batch.rows(rows[0], rows[-1] + 1)
+                parts.append(vectors @ outputs.pulled_back(few, own[rows]).T)
+            return torch.cat(parts, 1)
+
+        return block
 
     def _warn_if_inexact(self, residual: Tensor) -> None:
         tolerance = self.config.tolerance

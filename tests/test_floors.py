@@ -26,6 +26,7 @@ BETWEEN = {
     "sample_gradients": 3.5,
     "member": 4,
     "out_of_sample": 4.5,
+    "effect": 4.5,
     "influence": 5,
     "influence_function": 8,
     "calc_influence_function": 8,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
+from torch.func import grad, jacrev, vmap
 
 from ..data.batch import Batch
 from .objective import Objective, Theta
@@ -75,3 +75,43 @@ def _flat(
     y, _ = numbers_of(objective.outputs(theta, one))
     chosen = range(len(y)) if kept is None else kept
     return torch.cat([y[k].reshape(-1).to(objective.dtype) for k in chosen])
+
+
+def pulled_back(
+    objective: Objective,
+    batch: Batch,
+    c: Tensor,
+    kept: Sequence[int] | None = None,
+) -> Tensor:
+    """J_i^T c_i of each sample, c [B, C] -> [B, P]; `kept` as in `jacobians`."""
+    c = c.to(objective.theta)
+    if objective.paths.vmap and not batch.parts:
+        try:
+            return _pulled_by_vmap(objective, batch, c, kept)
+        except RuntimeError as error:
+            logger.debug("one sample at a time: %s", str(error).splitlines()[0])
+    rows = []
+    for one, row in zip(batch.singles(), c, strict=True):
+        theta = objective.theta.detach().requires_grad_()
+        y = _flat(objective, theta, one, kept)
+        rows += torch.autograd.grad(y, theta, row, materialize_grads=True)
+    return torch.stack(rows)
+
+
+def _pulled_by_vmap(
+    objective: Objective,
+    batch: Batch,
+    c: Tensor,
+    kept: Sequence[int] | None,
+) -> Tensor:
+    def product(theta: Tensor, row: Tensor, *leaves: Tensor) -> Tensor:
+        one = Batch(
+            [leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0]
+        )
+        return _flat(objective, theta, one, kept) @ row
+
+    over = tuple(0 for _ in batch.leaves)
+    rows: Tensor = vmap(grad(product), in_dims=(None, 0, *over))(
+        objective.theta, c, *batch.leaves
+    )
+    return rows

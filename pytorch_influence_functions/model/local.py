@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from .jacobians import jacobians
+from .jacobians import jacobians, pulled_back
 from .likelihoods import (
     DENSE_OUTPUTS,
     PENALTY,
@@ -24,6 +24,7 @@ from .likelihoods import (
 )
 from .objective import Objective, Rebuild
 from .outputs import numbers_of
+from .roots import signed_roots
 
 logger = logging.getLogger(__name__)
 NOT_PER_SAMPLE = (
@@ -47,6 +48,11 @@ class Local(NamedTuple):
     """Gradients of the losses in y [B, C]."""
     R: Tensor
     """Hessians of the losses in y [B, C, C]."""
+
+    @property
+    def roots(self) -> tuple[Tensor, Tensor]:
+        """W and signs S with R = W^T S W, [B, C, C] and [B, C]."""
+        return signed_roots(self.R, convex=False)
 
 
 class Outputs:
@@ -113,6 +119,10 @@ class Outputs:
     def jacobians(self, batch: Batch) -> Tensor:
         """Derivatives of the outputs in the parameters [B, C, P]."""
         return jacobians(self.objective, batch, self._kept).detach()
+
+    def pulled_back(self, batch: Batch, c: Tensor) -> Tensor:
+        """J_i^T c_i of each sample, c [B, C] -> [B, P]."""
+        return pulled_back(self.objective, batch, c, self._kept).detach()
 
     def probabilities(self, y: Tensor) -> Tensor | None:
         """Those that the loss reads from outputs y [B, C]: in the same places; None of numbers."""

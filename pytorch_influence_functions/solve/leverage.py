@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.local import Local, Outputs
-from ..model.roots import signed_roots
 from .groups import split
 from .problem import Problem
 from .solution import require_solved
@@ -63,14 +62,14 @@ def times(matrices: Tensor, vectors: Tensor) -> Tensor:
     return torch.einsum("bij,bj->bi", matrices, vectors)
 
 
-def without(R: Tensor, K: Tensor) -> Tensor:
-    r"""(I - R K)^{-1} of each sample, [B, C, C] each.
+def without(W: Tensor, signs: Tensor, K: Tensor) -> Tensor:
+    r"""(I - R K)^{-1} of each sample (or set) from the roots W, signs S of R = W^T S W, [B, C, C] each.
 
-    With R = W^T W it is I + W^T (I - W K W^T)^{-1} W K, where the eigenvalues of W K W^T are held below 1.
+    Of a convex loss it is I + W^T (I - W K W^T)^{-1} W K, where the eigenvalues of W K W^T are held below 1.
     """
-    eye = torch.eye(R.shape[1], dtype=R.dtype, device=R.device)
-    W, signs = signed_roots(R, convex=False)
+    eye = torch.eye(K.shape[1], dtype=K.dtype, device=K.device)
     if bool((signs < 0).any()):
+        R = W.mT @ (signs.unsqueeze(2) * W)
         M: Tensor = torch.linalg.inv(eye - R @ K)
         return M
     values, Q = torch.linalg.eigh(W @ K @ W.mT)
@@ -99,7 +98,17 @@ class Leverage:
         for batch in self.problem.samples.ordered(self.at_once, text=text):
             local = self.outputs.local(batch)
             K = self._of(self.outputs.jacobians(batch), n)
-            yield Block(batch, local, K, without(local.R, K))
+            yield Block(batch, local, K, without(*local.roots, K))
+
+    def coefficients(self) -> Tensor:
+        """c of all training samples [n, C], on the CPU."""
+        blocks = self.blocks("Leverage of the training samples")
+        return torch.cat([block.c.cpu() for block in blocks])
+
+    @property
+    def damping(self) -> float:
+        r"""The \lambda in use."""
+        return self.solver.prepared().system.damping
 
     @property
     def at_once(self) -> int:
