@@ -58,7 +58,10 @@ def effect(
 ) -> Effect:
     """Of one model, or the mean of several."""
     found = torch.stack(
-        [_of_member(member, changes, tests, test_loss, steps) for member in members]
+        [
+            _of_member(member, changes, tests, test_loss, steps)
+            for member in members
+        ]
     )
     error = found[:, 3].square().mean(0).sqrt()
     first, corrected, joint = found[:, :3].mean(0)
@@ -75,7 +78,9 @@ def _of_member(
     """The three orders of each set and the error -> [4, S, K]."""
     with member.problem.guard():
         leverage = member.leverage()
-        moves = torch.stack([shifts(leverage, change, steps) for change in changes], 1)
+        moves = torch.stack(
+            [shifts(leverage, change, steps) for change in changes], 1
+        )
         member.describe()
         batches = _batches(member, tests)
         if test_loss is not None:
@@ -173,8 +178,7 @@ def changes_of(
             f"labels, weights: expected one entry for each of the {count} sets"
         )
     return [
-        _change(one, n, *rest)
-        for one, *rest in zip(sets, *own, strict=True)
+        _change(one, n, *rest) for one, *rest in zip(sets, *own, strict=True)
     ]
 
 

@@ -126,9 +126,7 @@ class InfluenceFunction:
 
         `stderr` [K, n] (with r > 1) and `relative_residual` [K] of these scores are kept beside it.
         """
-        found = [
-            member.scores(tests, corrected) for member in self._members
-        ]
+        found = [member.scores(tests, corrected) for member in self._members]
         self.stderr = None
         errors = [error for _, error in found if error is not None]
         if errors:

@@ -105,7 +105,8 @@ def with_labels(batch: Batch, labels: Sequence[Any]) -> Batch:
     if place is None:
         keys = ", ".join(LABEL_KEYS)
         raise TypeError(
-            "labels: the batches hold no tensor of labels, which is their second part or one of " + keys
+            "labels: the batches hold no tensor of labels, which is their second part or one of "
+            + keys
         )
     rows = [torch.as_tensor(label).to(held) for label in labels]
     wrong = next((row for row in rows if row.numel() != held[0].numel()), None)

@@ -31,9 +31,7 @@ NOT_PER_SAMPLE = (
     "the loss is no function of each sample's own outputs with a curvature there ({}), so that there is no prediction "
     "of a sample by the others"
 )
-MANY_OUTPUTS = (
-    f"a sample has {{}} outputs, and a block of them squared is solved for each sample, for up to {DENSE_OUTPUTS}"
-)
+MANY_OUTPUTS = f"a sample has {{}} outputs, and a block of them squared is solved for each sample, for up to {DENSE_OUTPUTS}"
 UNEQUAL = "sample {} has {} outputs and others have {}; there is one prediction a sample only where all have as many"
 
 
@@ -102,7 +100,9 @@ class Outputs:
             pairs = zip(batch.parts, rows, strict=True)
             found = [self.local(one, row) for one, row in pairs]
             self._same([one.y for one in found], batch)
-            return Local(*(torch.cat(part) for part in zip(*found, strict=True)))
+            return Local(
+                *(torch.cat(part) for part in zip(*found, strict=True))
+            )
         parts, rebuild = self._parts(batch)
         if y is not None:
             self._put(parts, y)
@@ -159,7 +159,9 @@ class Outputs:
         """Put y [B, C] in the place of the outputs that count."""
         kept = list(range(len(parts))) if self._kept is None else self._kept
         sizes = [parts[k][0].numel() for k in kept]
-        for k, piece in zip(kept, y.to(self.dtype).split(sizes, 1), strict=True):
+        for k, piece in zip(
+            kept, y.to(self.dtype).split(sizes, 1), strict=True
+        ):
             parts[k] = piece.reshape(parts[k].shape)
 
     def _columns(self, parts: Sequence[Tensor]) -> Tensor:
@@ -211,7 +213,10 @@ class Outputs:
         if isinstance(first, Independent) and isinstance(second, Independent):
             # d = c p (1 - p) with one c at any outputs
             p = [there.sigmoid() for there in at]
-            d = [self.local(one, there).R.diagonal(dim1=1, dim2=2) for there in at]
+            d = [
+                self.local(one, there).R.diagonal(dim1=1, dim2=2)
+                for there in at
+            ]
             c = [d[i] / (p[i] * (1 - p[i])) for i in range(2)]
             if torch.allclose(c[0], c[1], rtol=1e-4, atol=0):
                 return "labels"

@@ -28,7 +28,7 @@ from ..data.labels import with_labels
 from ..model.gradients import per_sample_gradients
 from ..model.local import Local
 from .groups import split
-from .leverage import Leverage, without
+from .leverage import Leverage, times, without
 from .weighted import weighted_gradients
 
 STEPS = 20
@@ -128,20 +128,21 @@ def shifts(leverage: Leverage, change: Change, steps: int = 1) -> Tensor:
 def _again(here: Set, change: Change, shift: Tensor) -> Tensor:
     r"""\Delta after one more step on the changed training loss itself, if that lowers its gradient.
 
-    Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta, its curvature still that at \theta.
+    Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta; the curvature is that of the others at \theta
+    and of S where it has come to.
     """
     rest = _slope(here, change, shift)
-    better = shift - _inverse(here, rest)
+    better = shift - _inverse(here, here.pushed(shift), rest)
     lower = _slope(here, change, better).norm() < rest.norm()
     return better if bool(lower) else shift
 
 
-def _inverse(here: Set, v: Tensor) -> Tensor:
-    """(A + J^T D J / n)^-1 v with D = w R' - R, v [P]; Woodbury."""
+def _inverse(here: Set, z: Tensor, v: Tensor) -> Tensor:
+    """(A + J^T D J / n)^-1 v with D = w R'(y + z) - R, z [m, C], v [P]; Woodbury."""
     leverage, n = here.leverage, here.leverage.problem.samples.n
     s = leverage.solved(v.unsqueeze(0), 1)[0]
     m, C = here.local.y.shape
-    _, wR = here.slopes(torch.zeros_like(here.local.y))
+    wR = here.slopes(z)[1]
     D = torch.block_diag(*(wR - here.local.R))
     eye = torch.eye(m * C, dtype=D.dtype, device=D.device)
     inside = D @ here.pushed(s).flatten()
@@ -209,7 +210,7 @@ def _each(here: Set) -> Tensor:
         wr, wR = here.slopes(z)
         return wr - here.local.r, wR
 
-    M = without(*here.local.roots, own)
+    M = without(*here.local.roots, own, here.leverage.largest)
     return _solved(own, M, slopes)
 
 
@@ -223,7 +224,8 @@ def _jointly(here: Set) -> Tensor:
 
     W, signs = here.local.roots
     whole = here.K.reshape(1, m * C, m * C)
-    M = without(torch.block_diag(*W)[None], signs.reshape(1, -1), whole)
+    roots = torch.block_diag(*W)[None], signs.reshape(1, -1)
+    M = without(*roots, whole, here.leverage.largest)
     return _solved(whole, M, slopes).view(m, C)
 
 
@@ -233,13 +235,26 @@ def _solved(
     """e = M f(z) with z = -K M f(z) and f, its Hessian = slopes(z): Newton's method; K, M [B, c, c] -> [B, c]."""
     KM = K @ M
     eye = torch.eye(K.shape[1], dtype=K.dtype, device=K.device)
-    z = torch.zeros_like(K[:, 0])
-    f, R = slopes(z)
-    for _ in range(STEPS):
-        rest = z + (KM @ f.unsqueeze(2)).squeeze(2)
-        step = torch.linalg.solve(eye + KM @ R, rest.unsqueeze(2)).squeeze(2)
-        z = z - step
+
+    def around(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         f, R = slopes(z)
+        return z + times(KM, f), f, R
+
+    z = torch.zeros_like(K[:, 0])
+    rest, f, R = around(z)
+    for _ in range(STEPS):
+        step = torch.linalg.solve(eye + KM @ R, rest)
+        new = around(z - step)
+        # labels far from the outputs: a whole step may overshoot
+        while bool((worse := _norms(new[0]) > _norms(rest) + DONE).any()):
+            step = torch.where(worse[:, None], step / 2, step)
+            new = around(z - step)
+        z, (rest, f, R) = z - step, new
         if float(step.abs().max()) <= DONE * (1 + float(z.abs().max())):
             break
-    return (M @ f.unsqueeze(2)).squeeze(2)
+    return times(M, f)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = rows.norm(dim=1)
+    return norms

@@ -28,9 +28,9 @@ from .solvers import Solver
 
 TRIED = 8
 """Samples by which is told which of a model's outputs count, and what they mean."""
-LARGEST = 0.99
-"""Of an eigenvalue of R_i K_i. With the curvature itself they are below 1, by an approximation of it they need not be:
-the sample would then hold more than all of its own outputs."""
+LARGEST, LARGEST_FOUND = 1 - 1e-9, 0.99
+"""Of an eigenvalue of R_i K_i, and of one by an approximation. With the curvature itself it is below 1; by EKFAC or low
+rank it need not be: the sample would hold more than all of its own outputs."""
 
 
 class Block(NamedTuple):
@@ -62,10 +62,12 @@ def times(matrices: Tensor, vectors: Tensor) -> Tensor:
     return torch.einsum("bij,bj->bi", matrices, vectors)
 
 
-def without(W: Tensor, signs: Tensor, K: Tensor) -> Tensor:
+def without(
+    W: Tensor, signs: Tensor, K: Tensor, largest: float = LARGEST
+) -> Tensor:
     r"""(I - R K)^{-1} of each sample (or set) from the roots W, signs S of R = W^T S W, [B, C, C] each.
 
-    Of a convex loss it is I + W^T (I - W K W^T)^{-1} W K, where the eigenvalues of W K W^T are held below 1.
+    Of a convex loss it is I + W^T (I - W K W^T)^{-1} W K, where the eigenvalues of W K W^T are held below `largest`.
     """
     eye = torch.eye(K.shape[1], dtype=K.dtype, device=K.device)
     if bool((signs < 0).any()):
@@ -74,7 +76,7 @@ def without(W: Tensor, signs: Tensor, K: Tensor) -> Tensor:
         return M
     values, Q = torch.linalg.eigh(W @ K @ W.mT)
     QW = Q.mT @ W
-    scaled = QW / (1 - values.clamp(0, LARGEST)).unsqueeze(2)
+    scaled = QW / (1 - values.clamp(0, largest)).unsqueeze(2)
     return eye + QW.mT @ scaled @ K
 
 
@@ -85,12 +87,16 @@ class Leverage:
         problem: the model and its training set.
         solver: of it.
         outputs: of the model.
+
+    Attributes:
+        largest: eigenvalue of R_i K_i that is taken for one.
     """
 
     def __init__(
         self, problem: Problem, solver: Solver, outputs: Outputs
     ) -> None:
         self.problem, self.solver, self.outputs = problem, solver, outputs
+        self.largest = LARGEST
 
     def blocks(self, text: str | None = None) -> Iterator[Block]:
         """Of all training samples, in order."""
@@ -98,7 +104,7 @@ class Leverage:
         for batch in self.problem.samples.ordered(self.at_once, text=text):
             local = self.outputs.local(batch)
             K = self._of(self.outputs.jacobians(batch), n)
-            yield Block(batch, local, K, without(*local.roots, K))
+            yield Block(batch, local, K, without(*local.roots, K, self.largest))
 
     def coefficients(self) -> Tensor:
         """c of all training samples [n, C], on the CPU."""
@@ -120,10 +126,12 @@ class Leverage:
 
     def solved(self, rows: Tensor, tests: int) -> Tensor:
         """A^{-1} of each row [m, P] -> [m, P]; `tests` of them in all."""
-        parts = [
-            self.solver(rows[part], tests).vectors
-            for part in split(range(len(rows)), self.solver.group_size)
-        ]
+        parts = []
+        for part in split(range(len(rows)), self.solver.group_size):
+            solution = self.solver(rows[part], tests)
+            if solution.residual is None:
+                self.largest = LARGEST_FOUND
+            parts.append(solution.vectors)
         return torch.cat(parts)
 
     def _of(self, J: Tensor, samples: int) -> Tensor:

@@ -4,7 +4,6 @@ import functools
 
 import numpy as np
 import pytest
-import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.model.roots import signed_roots
 from pytorch_influence_functions.solve.leverage import LARGEST, without
@@ -16,88 +15,9 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from cases import N, dense_gauss_newton, loss_by, make
+from linear import DAMPING, LINEAR, influence_of, losses_of, pearson, refitted, slope
 
 pytestmark = pytest.mark.usefixtures("double")
-DAMPING = 0.05
-
-
-def linear_data(n, d, outputs):
-    generator = torch.Generator().manual_seed(n)
-    x = torch.randn(n, d, generator=generator)
-    return x, x @ torch.randn(d, outputs, generator=generator) + torch.randn(n, outputs, generator=generator)
-
-
-def slopes(loss, y, t):
-    """Gradient [n, C] and Hessian [n, C, C] of each sample's loss in its outputs, as the textbook has them."""
-    C = y.shape[1]
-    if loss is F.mse_loss:
-        return 2 * (y - t) / C, torch.eye(C).expand(len(y), C, C) * 2 / C
-    if loss is F.cross_entropy:
-        p = y.softmax(1)
-        return p - F.one_hot(t, C), torch.diag_embed(p) - p.unsqueeze(1) * p.unsqueeze(2)
-    p = y.sigmoid()
-    return (p - t) / C, torch.diag_embed(p * (1 - p)) / C
-
-
-def refit(loss, x, t, weights, theta):
-    """Newton to the optimum of (1/n) sum_i w_i loss_i + DAMPING / 2 |theta|^2 of linear outputs -> theta [out, d + 1]."""
-    X = torch.cat([x, torch.ones(len(x), 1)], 1)
-    for _ in range(30):
-        r, R = slopes(loss, X @ theta.T, t)
-        g = (weights[:, None] * r).T @ X / len(x) + DAMPING * theta
-        if float(g.norm()) < 1e-12:
-            break
-        H = torch.einsum("i,iab,ic,id->acbd", weights, R, X, X).reshape(theta.numel(), -1) / len(x)
-        step = torch.linalg.solve(H + DAMPING * torch.eye(len(H)), g.flatten())
-        theta = theta - step.view(theta.shape)
-    assert float(g.norm()) < 1e-10
-    return theta
-
-
-def linear_model(theta):
-    model = nn.Linear(theta.shape[1] - 1, len(theta))
-    with torch.no_grad():
-        model.weight.copy_(theta[:, :-1])
-        model.bias.copy_(theta[:, -1])
-    return model
-
-
-LINEAR = {
-    "ridge, d < n": (F.mse_loss, 40, 6, 2),
-    "ridge, d > n": (F.mse_loss, 15, 30, 1),
-    "logistic, d < n": (F.cross_entropy, 150, 4, 3),
-    "logistic, d > n": (F.cross_entropy, 30, 60, 2),
-    "multi-label": (F.binary_cross_entropy_with_logits, 120, 4, 2),
-}
-
-
-@functools.lru_cache
-def refitted(name):
-    """Model, loader, loss, and the outputs of each sample by the model that is refit without it."""
-    loss, n, d, outputs = LINEAR[name]
-    x, t = linear_data(n, d, outputs)
-    if loss is F.cross_entropy:
-        t = (t + 2 * torch.randn(t.shape, generator=torch.Generator().manual_seed(1))).argmax(1)
-    if loss is F.binary_cross_entropy_with_logits:
-        t = (t > 0).to(x)
-    theta = refit(loss, x, t, torch.ones(n), torch.zeros(outputs, d + 1))
-    X = torch.cat([x, torch.ones(n, 1)], 1)
-    rows = [X[i] @ refit(loss, x, t, (torch.arange(n) != i).to(x), theta).T for i in range(n)]
-    return linear_model(theta), DataLoader(TensorDataset(x, t), batch_size=8), loss, torch.stack(rows)
-
-
-def slope(actual, predicted):
-    return float((actual * predicted).sum() / predicted.square().sum())
-
-
-def pearson(actual, predicted):
-    return float(np.corrcoef(np.ravel(actual), np.ravel(predicted))[0, 1])
-
-
-def influence_of(model, loader, loss=None, **options):
-    return ptif.InfluenceFunction(
-        model, loader, **{"loss_func": loss, "damping": DAMPING, "solver": "auto", "progress": False, **options}
-    )
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -113,11 +33,6 @@ def test_outputs_are_those_of_a_refit_without_the_sample(name):
     assert pearson(change, predicted) >= 0.999
     first = influence_of(model, loader, loss).self_influence()
     assert first.sum() < (torch.from_numpy(found.losses) - losses_of(loss, model(x).detach(), t)).sum()
-
-
-def losses_of(loss, y, t):
-    losses = loss(y, t, reduction="none")
-    return losses if losses.dim() == 1 else losses.mean(1)
 
 
 @pytest.mark.parametrize("name", LINEAR)
@@ -165,7 +80,8 @@ def dense(name):
     return model, loader, options, [torch.stack(part) for part in zip(*rows, strict=True)]
 
 
-def of_sample(model, loader, i, options, inverse):
+def derivatives(model, loader, i, options):
+    """J [C, P], r [C] and R [C, C] of a sample, its outputs y [C] and its loss as a function of them."""
     batch = loader.collate_fn([loader.dataset[i]])
     own = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     shape = []
@@ -188,6 +104,11 @@ def of_sample(model, loader, i, options, inverse):
         return loss_by(lambda *_, **__: flat.view(shape[0]), batch, options)
 
     r, R = torch.func.grad(loss)(y), hessian(loss)(y)
+    return J.detach(), r.detach(), R.detach(), y.detach(), loss
+
+
+def of_sample(model, loader, i, options, inverse):
+    J, r, R, y, loss = derivatives(model, loader, i, options)
     K = J @ inverse @ J.T / N
     out = y + K @ torch.linalg.solve(torch.eye(len(K)) - R @ K, r)
     return out.detach(), loss(out).detach(), (R @ K).trace().detach()
@@ -271,7 +192,7 @@ def test_leverage_of_a_bad_approximation_stays_below_the_outputs():
 
 REFUSED = {
     "penalty": (
-        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) + sum(p.square().sum() for p in model.parameters()),
+        lambda model, batch: F.cross_entropy(model(batch[0]), batch[1]) + model[0].weight.square().sum(),
         "penalty",
     ),
 }  # fmt: skip
