@@ -78,14 +78,12 @@ def out_of_sample(members: Sequence[Member]) -> OutOfSample:
     found = [_of_member(member) for member in members]
     if len(found) == 1:
         return found[0]
-    return OutOfSample(
-        *(
-            _mean([getattr(one, name) for one in found])
-            for name in ("outputs", "probabilities", "spread", "losses")
-        ),
-        _mean([one.leverage for one in found]),
-        found[0].report,
-    )
+    means = {
+        field.name: _mean([getattr(one, field.name) for one in found])
+        for field in dataclasses.fields(OutOfSample)
+        if field.name != "report"
+    }
+    return OutOfSample(report=found[0].report, **means)
 
 
 def _mean(parts: list[Any]) -> Any:
@@ -103,9 +101,15 @@ def _of_member(member: Member) -> OutOfSample:
         member.describe()
     y, losses, held, *around = rows
     spread = _spread(*around) if outputs.kind == "numbers" else None
-    arrays = [y, outputs.probabilities(y), spread, losses, held]
-    known = [None if t is None else t.numpy() for t in arrays]
-    return OutOfSample(*known, member.report)
+    p = outputs.probabilities(y)
+    return OutOfSample(
+        outputs=y.numpy(),
+        probabilities=None if p is None else p.numpy(),
+        spread=None if spread is None else spread.numpy(),
+        losses=losses.numpy(),
+        leverage=held.numpy(),
+        report=member.report,
+    )
 
 
 def _of_block(outputs: Outputs, block: Block) -> tuple[Tensor, ...]:
@@ -122,7 +126,7 @@ def _joined(rows: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
 
 
 def _spread(r: Tensor, d: Tensor, inflation: Tensor) -> Tensor | None:
-    r"""\sigma_c (1 - h_{ic})^{-1/2}, \sigma_c^2 the mean product of the errors r / d with and without the sample [n, C].
+    r"""\sigma_c (1 - h_{ic})^{-1/2}, \sigma_c^2 the mean product of the errors r / d with and without the sample.
 
     Where the loss is squared error: else d, its curvature, is taken where it is largest, and r is a robust error.
     """

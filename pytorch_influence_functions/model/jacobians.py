@@ -90,7 +90,7 @@ def pulled_back(
             return _pulled_by_vmap(objective, batch, c, kept)
         except RuntimeError as error:
             logger.debug("one sample at a time: %s", str(error).splitlines()[0])
-    rows = []
+    rows: list[Tensor] = []
     for one, row in zip(batch.singles(), c, strict=True):
         theta = objective.theta.detach().requires_grad_()
         y = _flat(objective, theta, one, kept)

@@ -128,8 +128,8 @@ def shifts(leverage: Leverage, change: Change, steps: int = 1) -> Tensor:
 def _again(here: Set, change: Change, shift: Tensor) -> Tensor:
     r"""\Delta after one more step on the changed training loss itself, if that lowers its gradient.
 
-    Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta; the curvature is that of the others at \theta
-    and of S where it has come to.
+    Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta; the curvature is that of the others at
+    \theta and of S where it has come to.
     """
     rest = _slope(here, change, shift)
     better = shift - _inverse(here, here.pushed(shift), rest)

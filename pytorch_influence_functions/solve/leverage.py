@@ -1,7 +1,7 @@
 r"""How much each training sample holds its own outputs, and what they are without it.
 
-With A = G + \lambda I (or H), outputs y_i [C], J_i = \partial y_i / \partial \theta [C, P], r_i and R_i the gradient and
-the Hessian of \ell_i in y_i:
+With A = G + \lambda I (or H), outputs y_i [C], J_i = \partial y_i / \partial \theta [C, P], r_i and R_i the gradient
+and the Hessian of \ell_i in y_i:
 
     K_i = J_i A^{-1} J_i^T / n,   leverage_i = tr(R_i K_i),   \hat y_i = y_i + K_i (I - R_i K_i)^{-1} r_i.
 
@@ -59,7 +59,7 @@ class Block(NamedTuple):
 
 def times(matrices: Tensor, vectors: Tensor) -> Tensor:
     """Of each sample, [B, C, C] and [B, C] -> [B, C]."""
-    return torch.einsum("bij,bj->bi", matrices, vectors)
+    return (matrices @ vectors.unsqueeze(2)).squeeze(2)
 
 
 def without(
