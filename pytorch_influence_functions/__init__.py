@@ -17,6 +17,7 @@ from .calc_influence_function import (
 from .config import Config, get_default_config
 from .evaluation import (
     label_baselines,
+    label_issues,
     leave_one_out,
     linear_datamodeling_score,
     mislabel_curve,
@@ -73,6 +74,8 @@ __all__ = [
     "linear_datamodeling_score",
     "mislabel_curve",
     "label_baselines",
+    # from one training
+    "label_issues",
     # what can go wrong
     "NonFiniteError",
     "DivergenceError",

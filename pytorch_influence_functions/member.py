@@ -20,14 +20,16 @@ from .model.gradients import (
     gradient_products,
     require_finite,
 )
+from .model.local import Outputs
 from .sample_gradients import SampleGradients
 from .solve.errors import ToleranceWarning
+from .solve.evidence import damping_by_evidence, names_damping
 from .solve.groups import Earlier, Group, Unmeasured, described, split
 from .solve.leverage import Leverage, outputs_of
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.smoothing import Points
-from .solve.solution import Solution, require_solved
+from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
 from .utils import warn
 
@@ -63,6 +65,8 @@ class Member(SampleGradients):
         self.unmeasured: list[Tensor | Unmeasured] = []
         self._warned = False
         self.points = self._new_points()
+        self._leverage: Leverage | None = None
+        self._evidence: dict[str, Any] = {}
 
     def _new_points(self) -> Points:
         return Points(self.problem, self.config.smoothing or 0, self.solver)
@@ -79,6 +83,7 @@ class Member(SampleGradients):
             self.problem = self.problem.with_gauss_newton()
         self.solver = Solver(self.problem)
         self.points = self._new_points()
+        self._leverage = None
 
     # ---- solutions
 
@@ -203,13 +208,40 @@ class Member(SampleGradients):
             return self._score(vectors)
 
     def leverage(self) -> Leverage:
-        """How much the training samples hold their own outputs; inside the problem's guard, as a new computation."""
+        """How much the training samples hold their own outputs; inside the problem's guard, as a new computation.
+
+        Where the options name no damping it is that of the evidence.
+        """
         self._begin()
-        return Leverage(self.problem, self.solver, outputs_of(self.problem))
+        if self._leverage is None:
+            outputs = outputs_of(self.problem)
+            self._leverage = Leverage(
+                self.problem, self._solver_of_removals(outputs), outputs
+            )
+        return self._leverage
+
+    def scores_between(self, indices: Sequence[int]) -> Tensor:
+        """Influence of each training sample on these others of them, as `leverage` solves -> [k, n]."""
+        with self.problem.guard():
+            leverage, found = self.leverage(), []
+            for part in split(indices, self.group_size):
+                g = self.gradients_of(self.samples, part)
+                found.append(self._score(leverage.solved(g, len(indices))))
+        return torch.cat(found)
+
+    def _solver_of_removals(self, outputs: Outputs) -> Solver:
+        if names_damping(self.config):
+            return self.solver
+        damping = damping_by_evidence(self.problem, outputs)
+        config = dataclasses.replace(self.config, damping=damping.value)
+        self._evidence = damping.report
+        return Solver(dataclasses.replace(self.problem, config=config))
 
     def describe(self) -> None:
-        """Say in the report how the last computation was solved."""
-        self._describe()
+        """Say in the report how the leverage was solved for."""
+        prepared = self.leverage().solver.prepared()
+        self._describe(prepared=prepared)
+        self.report |= self._evidence
 
     # ---- inside
 
@@ -250,9 +282,13 @@ class Member(SampleGradients):
             one = dataclasses.replace(solution, vectors=solution.vectors[:1])
             self._warn_if_inexact(self._measured(v[:1], one))
 
-    def _describe(self, group: dict[str, Any] | None = None) -> None:
+    def _describe(
+        self,
+        group: dict[str, Any] | None = None,
+        prepared: Prepared | None = None,
+    ) -> None:
         """Add a group to the report: what all groups share stands at the top too."""
-        prepared = self.solver.prepared()
+        prepared = prepared or self.solver.prepared()
         facts = {
             "solver": self.config.solver_in_use[0],
             "solver_why": self._why,

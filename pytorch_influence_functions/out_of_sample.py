@@ -31,6 +31,7 @@ class OutOfSample:
         losses: of each sample at these outputs [n], in the units of the loss.
         leverage: tr(R_i K_i) [n]: how many parameters the sample uses up for itself, 0 to C. The sum over all samples
             is the effective number of parameters.
+        kind: `"classes"`, `"labels"` (several of 0 or 1) or `"numbers"`.
         report: what the solver did, as plain values.
     """
 
@@ -39,6 +40,7 @@ class OutOfSample:
     spread: Array | None
     losses: Array
     leverage: Array
+    kind: str
     report: dict[str, Any] = dataclasses.field(default_factory=dict, repr=False)
 
     @property
@@ -81,9 +83,10 @@ def out_of_sample(members: Sequence[Member]) -> OutOfSample:
     means = {
         field.name: _mean([getattr(one, field.name) for one in found])
         for field in dataclasses.fields(OutOfSample)
-        if field.name != "report"
+        if field.name not in ("kind", "report")
     }
-    return OutOfSample(report=found[0].report, **means)
+    first = found[0]
+    return OutOfSample(kind=first.kind, report=first.report, **means)
 
 
 def _mean(parts: list[Any]) -> Any:
@@ -108,6 +111,7 @@ def _of_member(member: Member) -> OutOfSample:
         spread=None if spread is None else spread.numpy(),
         losses=losses.numpy(),
         leverage=held.numpy(),
+        kind=outputs.kind,
         report=member.report,
     )
 

@@ -128,8 +128,8 @@ def shifts(leverage: Leverage, change: Change, steps: int = 1) -> Tensor:
 def _again(here: Set, change: Change, shift: Tensor) -> Tensor:
     r"""\Delta after one more step on the changed training loss itself, if that lowers its gradient.
 
-    Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta; the curvature is that of the others at
-    \theta and of S where it has come to.
+    Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta; the curvature is that of the others
+    at \theta and of S where it has come to.
     """
     rest = _slope(here, change, shift)
     better = shift - _inverse(here, here.pushed(shift), rest)
@@ -211,7 +211,7 @@ def _each(here: Set) -> Tensor:
         return wr - here.local.r, wR
 
     M = without(*here.local.roots, own, here.leverage.largest)
-    return _solved(own, M, slopes)
+    return solved(own, M, slopes)
 
 
 def _jointly(here: Set) -> Tensor:
@@ -226,10 +226,10 @@ def _jointly(here: Set) -> Tensor:
     whole = here.K.reshape(1, m * C, m * C)
     roots = torch.block_diag(*W)[None], signs.reshape(1, -1)
     M = without(*roots, whole, here.leverage.largest)
-    return _solved(whole, M, slopes).view(m, C)
+    return solved(whole, M, slopes).view(m, C)
 
 
-def _solved(
+def solved(
     K: Tensor, M: Tensor, slopes: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> Tensor:
     """e = M f(z) with z = -K M f(z) and f, its Hessian = slopes(z): Newton's method; K, M [B, c, c] -> [B, c]."""

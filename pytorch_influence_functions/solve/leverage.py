@@ -34,9 +34,10 @@ rank it need not be: the sample would hold more than all of its own outputs."""
 
 
 class Block(NamedTuple):
-    """Some training samples, the losses around their outputs, K [B, C, C], and M = (I - R K)^{-1} [B, C, C]."""
+    """Some training samples: J [B, C, P], the losses around their outputs, K and M = (I - R K)^{-1} [B, C, C]."""
 
     batch: Batch
+    J: Tensor
     local: Local
     K: Tensor
     M: Tensor
@@ -77,7 +78,8 @@ def without(
     values, Q = torch.linalg.eigh(W @ K @ W.mT)
     QW = Q.mT @ W
     scaled = QW / (1 - values.clamp(0, largest)).unsqueeze(2)
-    return eye + QW.mT @ scaled @ K
+    found: Tensor = eye + QW.mT @ scaled @ K
+    return found
 
 
 class Leverage:
@@ -103,8 +105,10 @@ class Leverage:
         n = self.problem.samples.n
         for batch in self.problem.samples.ordered(self.at_once, text=text):
             local = self.outputs.local(batch)
-            K = self._of(self.outputs.jacobians(batch), n)
-            yield Block(batch, local, K, without(*local.roots, K, self.largest))
+            J = self.outputs.jacobians(batch)
+            K = self._of(J, n)
+            M = without(*local.roots, K, self.largest)
+            yield Block(batch, J, local, K, M)
 
     def coefficients(self) -> Tensor:
         """c of all training samples [n, C], on the CPU."""
