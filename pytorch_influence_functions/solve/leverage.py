@@ -13,6 +13,8 @@ leaving i out does.
 
 from __future__ import annotations
 
+import functools
+
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,6 +33,10 @@ TRIED = 8
 LARGEST, LARGEST_FOUND = 1 - 1e-9, 0.99
 """Of an eigenvalue of R_i K_i, and of one by an approximation. With the curvature itself it is below 1; by EKFAC or low
 rank it need not be: the sample would hold more than all of its own outputs."""
+
+
+KEPT = 8
+"""K of all samples is kept in at most that part of the memory for vectors: then only its first pass solves."""
 
 
 class Block(NamedTuple):
@@ -102,13 +108,29 @@ class Leverage:
 
     def blocks(self, text: str | None = None) -> Iterator[Block]:
         """Of all training samples, in order."""
-        n = self.problem.samples.n
         for batch in self.problem.samples.ordered(self.at_once, text=text):
             local = self.outputs.local(batch)
             J = self.outputs.jacobians(batch)
-            K = self._of(J, n)
+            K = self._block(batch, J)
             M = without(*local.roots, K, self.largest)
             yield Block(batch, J, local, K, M)
+
+    @functools.cached_property
+    def _kept(self) -> Tensor | None:
+        """Room for K of all samples [n, C, C], where it is small beside the memory; NaN is not solved for."""
+        n, C = self.problem.samples.n, self.outputs.C
+        if 8 * n * C**2 > self.problem.budget.vectors / KEPT:
+            return None
+        return torch.full((n, C, C), torch.nan, dtype=self.outputs.dtype)
+
+    def _block(self, batch: Batch, J: Tensor) -> Tensor:
+        """K of a batch with derivatives J [B, C, P], solved for once."""
+        if self._kept is None:
+            return self._of(J)
+        rows = torch.as_tensor(batch.indices)
+        if bool(self._kept[rows].isnan().any()):
+            self._kept[rows] = self._of(J).cpu()
+        return self._kept[rows].to(J.device)
 
     def coefficients(self) -> Tensor:
         """c of all training samples [n, C], on the CPU."""
@@ -138,11 +160,12 @@ class Leverage:
             parts.append(solution.vectors)
         return torch.cat(parts)
 
-    def _of(self, J: Tensor, samples: int) -> Tensor:
-        """K of samples with derivatives J [B, C, P] -> [B, C, C], of so many samples in all."""
-        solved = self.solved(J.flatten(0, 1), samples * self.outputs.C)
+    def _of(self, J: Tensor) -> Tensor:
+        """K of samples with derivatives J [B, C, P] -> [B, C, C]."""
+        n = self.problem.samples.n
+        solved = self.solved(J.flatten(0, 1), n * self.outputs.C)
         require_solved(solved)
-        K = solved.view(J.shape) @ J.mT / self.problem.samples.n
+        K = solved.view(J.shape) @ J.mT / n
         K = K.to(self.outputs.dtype)
         return (K + K.mT) / 2
 
