@@ -20,14 +20,13 @@ from .model.gradients import (
     gradient_products,
     require_finite,
 )
-from .model.local import Outputs
 from .sample_gradients import SampleGradients
 from .solve.errors import ToleranceWarning
-from .solve.evidence import damping_by_evidence, names_damping
 from .solve.groups import Earlier, Group, Unmeasured, described, split
-from .solve.leverage import Leverage, outputs_of
+from .solve.leverage import Leverage
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
+from .solve.removals import Removals
 from .solve.smoothing import Points
 from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
@@ -65,8 +64,7 @@ class Member(SampleGradients):
         self.unmeasured: list[Tensor | Unmeasured] = []
         self._warned = False
         self.points = self._new_points()
-        self._leverage: Leverage | None = None
-        self._evidence: dict[str, Any] = {}
+        self.removals = Removals(self.problem, self.solver)
 
     def _new_points(self) -> Points:
         return Points(self.problem, self.config.smoothing or 0, self.solver)
@@ -83,7 +81,7 @@ class Member(SampleGradients):
             self.problem = self.problem.with_gauss_newton()
         self.solver = Solver(self.problem)
         self.points = self._new_points()
-        self._leverage = None
+        self.removals = Removals(self.problem, self.solver)
 
     # ---- solutions
 
@@ -213,12 +211,7 @@ class Member(SampleGradients):
         Where the options name no damping it is that of the evidence.
         """
         self._begin()
-        if self._leverage is None:
-            outputs = outputs_of(self.problem)
-            self._leverage = Leverage(
-                self.problem, self._solver_of_removals(outputs), outputs
-            )
-        return self._leverage
+        return self.removals.leverage()
 
     def scores_between(self, indices: Sequence[int]) -> Tensor:
         """Influence of each training sample on these others of them, as `leverage` solves -> [k, n]."""
@@ -229,19 +222,10 @@ class Member(SampleGradients):
                 found.append(self._score(leverage.solved(g, len(indices))))
         return torch.cat(found)
 
-    def _solver_of_removals(self, outputs: Outputs) -> Solver:
-        if names_damping(self.config):
-            return self.solver
-        damping = damping_by_evidence(self.problem, outputs)
-        config = dataclasses.replace(self.config, damping=damping.value)
-        self._evidence = damping.report
-        return Solver(dataclasses.replace(self.problem, config=config))
-
     def describe(self) -> None:
         """Say in the report how the leverage was solved for."""
-        prepared = self.leverage().solver.prepared()
-        self._describe(prepared=prepared)
-        self.report |= self._evidence
+        self._describe(prepared=self.removals.prepared())
+        self.report |= self.removals.report
 
     # ---- inside
 
@@ -333,8 +317,10 @@ class Member(SampleGradients):
     def _corrected(self) -> Products:
         """Products of solutions [K, P] with J_i^T c_i in the place of gradients."""
         with self.problem.guard():
-            leverage = self.leverage()
-            c, outputs = leverage.coefficients(), leverage.outputs
+            outputs = self.leverage().outputs
+            # at the damping of the scores
+            leverage = Leverage(self.problem, self.solver, outputs)
+            c = leverage.coefficients()
 
         def block(batch: Batch, vectors: Tensor) -> Tensor:
             own = c[torch.as_tensor(batch.indices)].to(vectors)

@@ -11,7 +11,6 @@ z, and a false discovery rate (Benjamini & Hochberg 1995).
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -23,9 +22,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from ..data.samples import Samples
 from ..member import Member
 from ..model.gradients import gradient
-from ..data.samples import Samples
 from ..out_of_sample import OutOfSample, out_of_sample
 from ..solve.single import single_changes
 from ..tables import dataframe
@@ -97,7 +96,7 @@ def verdict_of_labels(p: Floats, labels: Floats) -> Verdict:
 def verdict_of_numbers(
     y: Floats, labels: Floats, spread: Floats | None
 ) -> Verdict:
-    """Of numbers [n, C]: the score is the chance of an error as large, 2 (1 - \\Phi(|z|))."""
+    r"""Of numbers [n, C]: the score is the chance of an error as large, 2 (1 - \Phi(|z|))."""
     errors = labels.reshape(y.shape) - y
     scale = 1.0 if spread is None else spread / np.median(spread, 0)
     z = errors / scale
@@ -112,9 +111,7 @@ def verdict_of_numbers(
     issue = np.zeros(len(y), dtype=bool)
     issue[order[:count]] = True
     predicted = y[:, 0] if y.shape[1] == 1 else y
-    return Verdict(
-        issue, chances, predicted, count * (1 - FALSE_DISCOVERIES)
-    )
+    return Verdict(issue, chances, predicted, count * (1 - FALSE_DISCOVERIES))
 
 
 def label_issues(

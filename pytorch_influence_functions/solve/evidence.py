@@ -1,7 +1,7 @@
 r"""\lambda by the evidence: as much as the parameters' size tells of how freely the data moved them.
 
-The optimum of n L(\theta) / T + n \lambda |\theta|^2 / (2 T) is a posterior mode with the prior N(0, T / (n \lambda)) of
-each parameter. Its evidence (MacKay 1992; Immer et al. 2021 for networks) is largest where
+The optimum of n L(\theta) / T + n \lambda |\theta|^2 / (2 T) is a posterior mode with the prior N(0, T / (n \lambda))
+of each parameter. Its evidence (MacKay 1992; Immer et al. 2021 for networks) is largest where
 
     \lambda |\theta|^2 = T \gamma(\lambda) / n,   \gamma(\lambda) = tr(G (G + \lambda I)^{-1}),
 
@@ -29,7 +29,10 @@ from .solution import Damping
 logger = logging.getLogger(__name__)
 ROWS = 1500
 """Rows of the Gauss-Newton matrix whose Gram matrix stands for its spectrum: its eigenvalues cost about a second."""
-FACTOR = 1.0
+FACTOR = 1.6
+"""Of the evidence's damping: by it the mean loss without each sample comes closest to 20-fold cross-validation. The best
+factors were 0.95 (six classes of noisy clusters, memorised), 1.4 (wine), 1.6 (breast cancer, and digits with 10 % of
+the labels wrong), 1.8 (diabetes) and 6.9 (two moons with 10 % of the labels wrong)."""
 HALVINGS = 60
 """Of the interval in which the solution lies: to the last digit."""
 
@@ -80,7 +83,7 @@ def spectrum(problem: Problem) -> Tensor:
     """Eigenvalues of the Gauss-Newton matrix other than zeros, of that of some training samples where it is large."""
     problem = problem.with_gauss_newton()
     rows = dual_rows(problem)
-    if rows is None or problem.objective.P <= min(ROWS, rows):
+    if rows is None or min(ROWS, rows) >= problem.objective.P:
         values = torch.linalg.eigvalsh(dense_curvature(problem).double())
         return values.clamp_min(0)
     n = problem.samples.n

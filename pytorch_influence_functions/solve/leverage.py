@@ -14,7 +14,6 @@ leaving i out does.
 from __future__ import annotations
 
 import functools
-
 from collections.abc import Iterator
 from typing import NamedTuple
 
