@@ -20,6 +20,10 @@ from .solve.changes import Change, shifts
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TestLoss = Callable[[nn.Module, Any], Tensor]
+SHARE = 0.3
+"""Of the error in the change's root mean square over the tests, in the change itself, and in what the joint step adds to
+the first order. Measured on 24 sets of 0.5 to 5 % of 500 digits, 5 % of them wrong, and an MLP: twice the error then
+covers 94 % of the changes by same-seed retraining where sets are removed, 97 % relabelled, 91 % at triple weight."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +67,16 @@ def effect(
             for member in members
         ]
     )
-    error = found[:, 3].square().mean(0).sqrt()
-    first, corrected, joint = found[:, :3].mean(0)
-    return Effect(*(part.numpy() for part in (first, corrected, joint, error)))
+    first, corrected, joint = found.mean(0)
+    parts = first, corrected, joint, standard_error(first, joint)
+    return Effect(*(part.numpy() for part in parts))
+
+
+def standard_error(first: Tensor, joint: Tensor) -> Tensor:
+    """Of the joint change beside retraining, from its size and from what lies between the two orders [S, K]."""
+    size = joint.square().mean(1, keepdim=True)
+    squares = size + joint.square() + (joint - first).square()
+    return SHARE * squares.sqrt()
 
 
 def _of_member(
@@ -75,7 +86,7 @@ def _of_member(
     test_loss: TestLoss | None,
     steps: int,
 ) -> Tensor:
-    """The three orders of each set and the error -> [4, S, K]."""
+    """The three orders of each set -> [3, S, K]."""
     with member.problem.guard():
         leverage = member.leverage()
         moves = torch.stack(
@@ -105,13 +116,13 @@ def _of_losses(outputs: Outputs, batch: Batch, moves: Tensor) -> Tensor:
         - here.losses
         for rows in dy[1:]
     )
-    return torch.stack([first, corrected, joint, (joint - first).abs()])
+    return torch.stack([first, corrected, joint])
 
 
 def _of_scalar(
     member: Member, batch: Batch, moves: Tensor, test_loss: TestLoss
 ) -> Tensor:
-    r"""f(\theta + \Delta) - f(\theta) of one scalar of a batch, to first order along its gradient -> [4, S, 1]."""
+    r"""f(\theta + \Delta) - f(\theta) of one scalar of a batch, to first order along its gradient -> [3, S, 1]."""
     own = member.objective
     objective = Objective(
         own.model,
@@ -131,9 +142,7 @@ def _of_scalar(
                 )
                 for rows in moves[1:]
             )
-    return torch.stack([first, corrected, joint, (joint - first).abs()])[
-        :, :, None
-    ]
+    return torch.stack([first, corrected, joint]).unsqueeze(2)
 
 
 def _batches(member: Member, tests: Any) -> Iterable[Batch]:

@@ -137,7 +137,7 @@ def label_issues(
         `is_label_issue`, `label_score` (in [0, 1], low is bad: the probability of the given label by the model without
         the sample; of numbers, the chance of so large an error), `given_label`, `predicted_label`, `suggested_label`
         (the predicted one of issues), `loss` (without the sample), `change_if_dropped` and `change_if_relabelled` (of
-        the mean loss of the validation set; negative: better), `contradicted_by` (of issues, the three training
+        the mean loss of the validation set, to first order in it; negative: better), `contradicted_by` (of issues, the three training
         samples that the sample's own label has the most against), `leverage`, `self_influence` (near zero: the sample
         does nothing).
 
