@@ -19,6 +19,7 @@ from .evaluation import (
     Mislabelled,
     find_mislabelled,
     label_baselines,
+    label_issues,
     leave_one_out,
     linear_datamodeling_score,
     mislabel_curve,
@@ -86,6 +87,8 @@ __all__ = [
     "linear_datamodeling_score",
     "mislabel_curve",
     "label_baselines",
+    # from one training
+    "label_issues",
     # what can go wrong
     "NonFiniteError",
     "DivergenceError",

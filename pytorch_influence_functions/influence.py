@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 
 from .config import Config
 from .data.samples import Samples
+from .effect import Effect, TestLoss, changes_of, effect
 from .member import Member
+from .out_of_sample import OutOfSample, out_of_sample
 from .solve.groups import Earlier, Group
 
 
@@ -135,12 +137,17 @@ class InfluenceFunction:
         """(H + damping I)^-1 of the gradient of a batch's mean loss -> [P]."""
         return self._only_member("s_test_of_mean").s_test_of_mean(batch)
 
-    def scores(self, tests: Any) -> Tensor:
+    def scores(self, tests: Any, corrected: bool = False) -> Tensor:
         """Influence of each training sample on each test sample of a batch or loader -> [K, n], on the CPU.
+
+        Args:
+            tests: a batch, or a DataLoader.
+            corrected: of a Newton step without the sample, (I - R_i K_i)^-1 between (`out_of_sample`): a first-order
+                influence falls short where a sample has a large leverage.
 
         `stderr` [K, n] (with r > 1), `relative_residual` [K] and `score_error` of these scores are kept beside it.
         """
-        found = [member.scores(tests) for member in self._members]
+        found = [member.scores(tests, corrected) for member in self._members]
         self.stderr = None
         errors = [error for _, error in found if error is not None]
         if errors:
@@ -154,6 +161,51 @@ class InfluenceFunction:
         High for samples that the model fits against the others: wrong labels stand at the top.
         """
         return _mean([member.self_influence() for member in self._members])
+
+    def out_of_sample(self) -> OutOfSample:
+        """What the model says of each training sample if it is trained without it: cross-validation without folds.
+
+        Returns:
+            Outputs, probabilities, losses and leverage of each training sample, with their mean loss as an estimate of
+            the loss on new samples; see `OutOfSample`. Of several models the means.
+
+        Raises:
+            ValueError: the loss is no function of each sample's own outputs; the message says why.
+        """
+        return out_of_sample(self._members)
+
+    def effect(
+        self,
+        what: Any,
+        tests: Any,
+        *,
+        labels: Any = None,
+        weights: Any = None,
+        test_loss: TestLoss | None = None,
+        steps: int = 1,
+    ) -> Effect:
+        """Predicted change of each test loss if training samples are removed, relabelled or reweighted.
+
+        Args:
+            what: a set of training samples, as indices or as a mask [n]; or a list of S such sets.
+            tests: a batch, or a DataLoader, of K test samples.
+            labels: new labels for the samples of the set (or a list of those of each set); None leaves them.
+            weights: new weights beside the others' 1, a number or one for each sample; None: 0, the set is removed,
+                unless it has new labels.
+            test_loss: (model, batch) -> another scalar than the loss, such as a margin or the gap between two groups;
+                one column for each batch of `tests`.
+            steps: Newton steps of the joint change. Those after the first cost two passes over the training set for
+                each set, and are worth it where a set is large beside what else holds the parameters.
+
+        Returns:
+            Changes [S, K] in the units of the loss, to first order, corrected and joint, with an error; positive: the
+            loss rises. Of several models the mean.
+
+        Raises:
+            ValueError, IndexError: the set cannot be used, or the loss is no function of each sample's own outputs.
+        """
+        changes = changes_of(what, self.samples.n, labels, weights)
+        return effect(self._members, changes, tests, test_loss, steps)
 
     def damping_curve(self, dampings: Sequence[float]) -> list[float]:
         """What `damping="auto"` goes by: the relative error of predicted changes of the training loss at each damping.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,15 +23,19 @@ from .model.gradients import (
 from .sample_gradients import SampleGradients
 from .solve.errors import ScoreErrorWarning, ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
+from .solve.leverage import Leverage
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
+from .solve.removals import Removals
 from .solve.score_error import SMALL
 from .solve.smoothing import Points
-from .solve.solution import Solution, require_solved
+from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
 from .utils import warn
 
 logger = logging.getLogger(__name__)
+Products = Callable[[Batch, Tensor], Tensor]
+"""Of a batch of training samples with solutions [K, P] -> [K, B]."""
 
 
 class Member(SampleGradients):
@@ -64,6 +68,7 @@ class Member(SampleGradients):
         self._warned = False
         self._warned_of_scores = False
         self.points = self._new_points()
+        self.removals = Removals(self.problem, self.solver)
 
     def _new_points(self) -> Points:
         return Points(self.problem, self.config.smoothing or 0, self.solver)
@@ -80,6 +85,7 @@ class Member(SampleGradients):
             self.problem = self.problem.with_gauss_newton()
         self.solver = Solver(self.problem)
         self.points = self._new_points()
+        self.removals = Removals(self.problem, self.solver)
 
     # ---- solutions
 
@@ -135,16 +141,21 @@ class Member(SampleGradients):
 
     # ---- scores
 
-    def scores(self, tests: Any) -> tuple[Tensor, Tensor | None]:
+    def scores(
+        self, tests: Any, corrected: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Scores [K, n], and with r > 1 their standard errors [K, n], on the CPU."""
         means, errors = [], []
+        block = self._corrected() if corrected else self._block
         self.unmeasured, self.score_errors = [], []
         with self.problem.guard():
             self._begin()
             count, gradients = self.test_gradients(tests)
             for v in gradients:
                 solution = self._solve(v, count)
-                mean, chains = self._products(solution.vectors, solution.chains)
+                mean, chains = self._products(
+                    solution.vectors, solution.chains, block=block
+                )
                 means.append(mean)
                 if chains is not None:
                     errors.append(chains.std(0) / len(chains) ** 0.5)
@@ -195,6 +206,28 @@ class Member(SampleGradients):
         """Scores of solutions that are already known, [K, P] -> [K, n]."""
         with self.problem.guard():
             return self._score(vectors)
+
+    def leverage(self) -> Leverage:
+        """How much the training samples hold their own outputs; inside the problem's guard, as a new computation.
+
+        Where the options name no damping it is that of the evidence.
+        """
+        self._begin()
+        return self.removals.leverage()
+
+    def scores_between(self, indices: Sequence[int]) -> Tensor:
+        """Influence of each training sample on these others of them, as `leverage` solves -> [k, n]."""
+        with self.problem.guard():
+            leverage, found = self.leverage(), []
+            for part in split(indices, self.group_size):
+                g = self.gradients_of(self.samples, part)
+                found.append(self._score(leverage.solved(g, len(indices))))
+        return torch.cat(found)
+
+    def describe(self) -> None:
+        """Say in the report how the leverage was solved for."""
+        self._describe(prepared=self.removals.prepared())
+        self.report |= self.removals.report
 
     # ---- inside
 
@@ -248,9 +281,13 @@ class Member(SampleGradients):
             residual = self.solver.residual(v[:1], one)
             self._warn_if_inexact(residual.relative)
 
-    def _describe(self, group: dict[str, Any] | None = None) -> None:
+    def _describe(
+        self,
+        group: dict[str, Any] | None = None,
+        prepared: Prepared | None = None,
+    ) -> None:
         """Add a group to the report: what all groups share stands at the top too."""
-        prepared = self.solver.prepared()
+        prepared = prepared or self.solver.prepared()
         facts = {
             "solver": self.config.solver_in_use[0],
             "solver_why": self._why,
@@ -263,16 +300,21 @@ class Member(SampleGradients):
         vectors: Tensor,
         chains: Tensor | None,
         indices: Sequence[int] | None = None,
+        block: Products | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Scores [K, m] of the solutions, and of each of their chains [r, K, m], for these training samples or all."""
         if chains is None:
-            return self._score(vectors, indices), None
+            return self._score(vectors, indices, block), None
         r, k = chains.shape[:2]
-        scores = self._score(chains.flatten(0, 1), indices).view(r, k, -1)
+        flat = self._score(chains.flatten(0, 1), indices, block)
+        scores = flat.view(r, k, -1)
         return scores.mean(0), scores
 
     def _score(
-        self, vectors: Tensor, indices: Sequence[int] | None = None
+        self,
+        vectors: Tensor,
+        indices: Sequence[int] | None = None,
+        block: Products | None = None,
     ) -> Tensor:
         n = self.samples.n
         indices = range(n) if indices is None else indices
@@ -286,11 +328,9 @@ class Member(SampleGradients):
             indices,
             text="Scoring the training set",
         ):
-            block = self._block(batch, vectors) / n
-            require_finite(
-                block.T, batch.indices, self.samples.name, "gradient"
-            )
-            scores[:, done : done + batch.size] = block.detach().cpu()
+            part = (block or self._block)(batch, vectors) / n
+            require_finite(part.T, batch.indices, self.samples.name, "gradient")
+            scores[:, done : done + batch.size] = part.detach().cpu()
             done += batch.size
         return scores
 
@@ -300,6 +340,24 @@ class Member(SampleGradients):
         return self.points.mean(
             lambda at: gradient_products(at, batch, vectors, max_bytes)
         )
+
+    def _corrected(self) -> Products:
+        """Products of solutions [K, P] with J_i^T c_i in the place of gradients."""
+        with self.problem.guard():
+            outputs = self.leverage().outputs
+            # at the damping of the scores
+            leverage = Leverage(self.problem, self.solver, outputs)
+            c = leverage.coefficients()
+
+        def block(batch: Batch, vectors: Tensor) -> Tensor:
+            own = c[torch.as_tensor(batch.indices)].to(vectors)
+            parts = []
+            for rows in split(range(batch.size), self.problem.gradient_batch):
+                few = batch.rows(rows[0], rows[-1] + 1)
+                parts.append(vectors @ outputs.pulled_back(few, own[rows]).T)
+            return torch.cat(parts, 1)
+
+        return block
 
     def _warn_if_inexact(self, residual: Tensor) -> None:
         tolerance = self.config.tolerance

@@ -26,6 +26,8 @@ BETWEEN = {
     "arguments": 1,
     "sample_gradients": 3.5,
     "member": 4,
+    "out_of_sample": 4.5,
+    "effect": 4.5,
     "influence": 5,
     "influence_function": 8,
     "calc_influence_function": 8,
@@ -37,7 +39,11 @@ FILES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-EXTRAS = {"show/axes": {"matplotlib"}, "show/plotting": {"matplotlib"}, "data/frame": {"pandas"}}
+EXTRAS = {
+    "show/axes": {"matplotlib"},
+    "show/plotting": {"matplotlib"},
+    "data/frame": {"pandas"},
+}
 MOST_LINES = 350
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
@@ -68,30 +69,54 @@ def agree(held: Any, read: Any) -> bool:
 
 def batch_labels(batch: Batch) -> list[Any]:
     """Labels of a batch: the rows of its second part, or of its `labels`, `label`, `targets`, `target` or `y`."""
-    tree: Any = batch.tree
-    if isinstance(tree, Mapping):
-        tree = (
-            None,
-            next((tree[key] for key in LABEL_KEYS if key in tree), None),
-        )
-    elif not isinstance(tree, list | tuple):
-        tree = (
-            None,
-            next(
-                (
-                    getattr(tree, key)
-                    for key in LABEL_KEYS
-                    if hasattr(tree, key)
-                ),
-                None,
-            ),
-        )
-    labels: Any = tree[1] if len(tree) > 1 else None
+    labels = _labels_of(batch.tree)
     return (
         list(labels)
         if hasattr(labels, "__len__") and len(labels) == batch.size
         else [None] * batch.size
     )
+
+
+def _labels_of(tree: Any) -> Any:
+    """The part of a batch that holds its labels, or None."""
+    if isinstance(tree, list | tuple):
+        return tree[1] if len(tree) > 1 else None
+    if isinstance(tree, Mapping):
+        held = (tree[key] for key in LABEL_KEYS if key in tree)
+    else:
+        held = (getattr(tree, key) for key in LABEL_KEYS if hasattr(tree, key))
+    return next(held, None)
+
+
+def with_labels(batch: Batch, labels: Sequence[Any]) -> Batch:
+    """The same samples with other labels, one for each.
+
+    Raises:
+        TypeError: the batch holds no tensor of labels.
+        ValueError: a label does not have the shape of those in the batch.
+    """
+    if batch.parts:
+        pairs = zip(batch.parts, labels, strict=True)
+        return batch._replace(
+            parts=tuple(with_labels(one, [label]) for one, label in pairs)
+        )
+    held = _labels_of(batch.tree)
+    place = next((i for i, t in enumerate(batch.leaves) if t is held), None)
+    if place is None:
+        keys = ", ".join(LABEL_KEYS)
+        raise TypeError(
+            "labels: the batches hold no tensor of labels, which is their second part or one of "
+            + keys
+        )
+    rows = [torch.as_tensor(label).to(held) for label in labels]
+    wrong = next((row for row in rows if row.numel() != held[0].numel()), None)
+    if wrong is not None:
+        raise ValueError(
+            f"labels: expected labels of shape {tuple(held[0].shape)}, as the batches hold, got {tuple(wrong.shape)}"
+        )
+    leaves = list(batch.leaves)
+    leaves[place] = torch.stack(rows).view(held.shape)
+    return batch._replace(leaves=leaves)
 
 
 def plain(label: Any) -> Any:

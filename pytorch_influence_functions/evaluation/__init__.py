@@ -7,6 +7,7 @@ from .datamodeling import (
     random_subsets,
     retrain_on_subsets,
 )
+from .label_issues import label_issues
 from .left_out import Correlation, LeaveOneOut, leave_one_out
 from .mislabel import (
     LabelBaselines,
@@ -26,6 +27,7 @@ __all__ = [
     "SubsetLosses",
     "find_mislabelled",
     "label_baselines",
+    "label_issues",
     "leave_one_out",
     "linear_datamodeling_score",
     "mislabel_curve",

@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
 
 from ..data.batch import Batch
 from ..model.budget import MIB
+from ..model.jacobians import jacobians
 from ..model.likelihoods import Categorical, likelihood
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
@@ -201,44 +201,5 @@ def gauss_newton_rows(
     known = likelihood(objective, y, rebuild, batch)
     convex = isinstance(known, Categorical)
     W, signs = signed_roots(known.hessians(), convex)
-    J = _jacobians(objective, batch)
+    J = jacobians(objective, batch)
     return (W.double() @ J.double()).flatten(0, 1).detach(), signs.flatten()
-
-
-def _jacobians(objective: Objective, batch: Batch) -> Tensor:
-    """Derivatives of each sample's outputs in the parameters -> [B, C, P]."""
-    if objective.paths.vmap:
-        try:
-            return _jacobians_by_vmap(objective, batch)
-        except RuntimeError as error:
-            logger.debug("one output at a time: %s", str(error).splitlines()[0])
-    return torch.stack([_jacobian(objective, one) for one in batch.singles()])
-
-
-def _jacobians_by_vmap(objective: Objective, batch: Batch) -> Tensor:
-    def output(theta: Tensor, *leaves: Tensor) -> Tensor:
-        one = Batch(
-            [leaf.unsqueeze(0) for leaf in leaves], batch.rebuild, 1, [0]
-        )
-        y, _ = numbers_of(objective.outputs(theta, one))
-        return torch.cat([part.reshape(-1) for part in y])
-
-    over = tuple(0 for _ in batch.leaves)
-    J: Tensor = vmap(jacrev(output), in_dims=(None, *over))(
-        objective.theta, *batch.leaves
-    )
-    return J
-
-
-def _jacobian(objective: Objective, one: Batch) -> Tensor:
-    """The same of a single sample, a backward pass for each output -> [C, P]."""
-    theta = objective.theta.detach().requires_grad_()
-    y, _ = numbers_of(objective.outputs(theta, one))
-    flat = torch.cat([part.reshape(-1).to(objective.dtype) for part in y])
-    rows = [
-        torch.autograd.grad(
-            part, theta, retain_graph=True, materialize_grads=True
-        )[0]
-        for part in flat
-    ]
-    return torch.stack(rows)

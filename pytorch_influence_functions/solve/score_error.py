@@ -26,7 +26,7 @@ from .cg import iterate
 from .errors import DivergenceError
 from .factors import build
 from .lissa import sampled_scores
-from .passes import LARGEST_FACTOR
+from .sides import LARGEST_FACTOR
 from .solution import Prepared
 from .system import Residual
 

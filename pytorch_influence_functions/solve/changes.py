@@ -1,0 +1,260 @@
+r"""The shift of the parameters where some training samples are removed, relabelled or reweighted.
+
+For a set S whose losses \ell_i become w_i \ell'_i (w = 0: removed; other labels; other weights), with A, J, r, R and K
+as in `leverage` and the outputs' change z, the optimum of the changed training loss has
+
+    \Delta = -A^{-1} J_S^T e / n,   e = w r'(y + z) - r - R z,   z = J_S \Delta = -K_SS e,
+
+where the others are taken to second order and S's own losses as they are. Three orders of it:
+
+- first: e = w r'(y) - r, z = 0: minus the sum of the influences where S is removed;
+- corrected: each sample's own equation, with the block K_ii, and their sum;
+- joint: one equation for the set, with its K_SS [|S| C, |S| C]: copies and neighbours hold each other.
+
+With M = (I - R K)^{-1} and the outputs' covariance without S, K M, it is z = -K M (w r'(y + z) - r), solved by
+Newton's method; of a removal that is one step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.labels import with_labels
+from ..model.gradients import per_sample_gradients
+from ..model.local import Local
+from .groups import split
+from .leverage import Leverage, times, without
+from .weighted import weighted_gradients
+
+STEPS = 20
+"""Newton steps at most; labels that are far from the outputs take about five."""
+DONE = 1e-10
+"""Change of the outputs, beside their size, at which they end."""
+
+
+class Change(NamedTuple):
+    """Training samples and what becomes of them."""
+
+    indices: Sequence[int]
+    labels: Sequence[Any] | None
+    """New ones; None: as they are."""
+    weights: Sequence[float] | None
+    """New ones beside 1; None is 1 where there are new labels and 0, removed, else."""
+
+    @property
+    def w(self) -> Tensor:
+        """New weights [m]."""
+        if self.weights is not None:
+            return torch.as_tensor(self.weights, dtype=torch.float64)
+        fill = 0.0 if self.labels is None else 1.0
+        return torch.full((len(self.indices),), fill, dtype=torch.float64)
+
+
+class Set:
+    """The samples of a change: the losses around their outputs, what they become, and K.
+
+    Args:
+        leverage: of the training set.
+        change: what becomes of them.
+
+    Attributes:
+        local: the losses as they are.
+        w: new weights [m].
+        K: the block of the set [m, C, m, C].
+    """
+
+    def __init__(self, leverage: Leverage, change: Change) -> None:
+        self.leverage, self.outputs = leverage, leverage.outputs
+        samples = leverage.problem.samples
+        self.parts = list(samples.ordered(leverage.at_once, change.indices))
+        self.altered = self.parts
+        if change.labels is not None:
+            held = zip(self.parts, self._cut(change.labels), strict=True)
+            self.altered = [with_labels(batch, own) for batch, own in held]
+        found = [self.outputs.local(batch) for batch in self.parts]
+        self.local = Local(*map(torch.cat, zip(*found, strict=True)))
+        self.w = change.w.to(self.local.y)
+        self.K = _products(leverage, change.indices)
+
+    def slopes(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Outputs' change z [m, C] -> w r'(y + z) [m, C] and w R'(y + z) [m, C, C]."""
+        if not bool(self.w.any()):
+            return torch.zeros_like(self.local.r), torch.zeros_like(
+                self.local.R
+            )
+        there = self._cut(self.local.y + z)
+        pairs = zip(self.altered, there, strict=True)
+        seen = [self.outputs.local(batch, y) for batch, y in pairs]
+        r = torch.cat([one.r for one in seen])
+        R = torch.cat([one.R for one in seen])
+        return self.w[:, None] * r, self.w[:, None, None] * R
+
+    def pulled(self, e: Tensor) -> Tensor:
+        """J^T e of the set, e [m, C] -> [P]."""
+        total = torch.zeros_like(self.leverage.problem.objective.theta)
+        for batch, own in zip(self.parts, self._cut(e), strict=True):
+            total += self.outputs.pulled_back(batch, own).sum(0)
+        return total
+
+    def pushed(self, s: Tensor) -> Tensor:
+        """J s of the set, s [P] -> [m, C]."""
+        parts = [self.outputs.jacobians(batch) @ s for batch in self.parts]
+        return torch.cat(parts).to(self.local.y)
+
+    def _cut(self, rows: Any) -> list[Any]:
+        """Rows of all samples of the set, a part for each batch."""
+        sizes = [batch.size for batch in self.parts]
+        starts = [sum(sizes[:k]) for k in range(len(sizes))]
+        pairs = zip(starts, sizes, strict=True)
+        return [rows[start : start + size] for start, size in pairs]
+
+
+def shifts(leverage: Leverage, change: Change, steps: int = 1) -> Tensor:
+    r"""The \Delta of first order, corrected and joint, the last after so many Newton steps -> [3, P]."""
+    here = Set(leverage, change)
+    e = [_first(here), _each(here), _jointly(here)]
+    rows = torch.stack([here.pulled(one) for one in e])
+    found = -leverage.solved(rows, 3) / leverage.problem.samples.n
+    for _ in range(steps - 1):
+        found[2] = _again(here, change, found[2])
+    return found
+
+
+def _again(here: Set, change: Change, shift: Tensor) -> Tensor:
+    r"""\Delta after one more step on the changed training loss itself, if that lowers its gradient.
+
+    Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta; the curvature is that of the others
+    at \theta and of S where it has come to.
+    """
+    rest = _slope(here, change, shift)
+    better = shift - _inverse(here, here.pushed(shift), rest)
+    lower = _slope(here, change, better).norm() < rest.norm()
+    return better if bool(lower) else shift
+
+
+def _inverse(here: Set, z: Tensor, v: Tensor) -> Tensor:
+    """(A + J^T D J / n)^-1 v with D = w R'(y + z) - R, z [m, C], v [P]; Woodbury."""
+    leverage, n = here.leverage, here.leverage.problem.samples.n
+    s = leverage.solved(v.unsqueeze(0), 1)[0]
+    m, C = here.local.y.shape
+    wR = here.slopes(z)[1]
+    D = torch.block_diag(*(wR - here.local.R))
+    eye = torch.eye(m * C, dtype=D.dtype, device=D.device)
+    inside = D @ here.pushed(s).flatten()
+    e = torch.linalg.solve(eye + D @ here.K.reshape(m * C, -1), inside)
+    pulled = here.pulled(e.view(m, C)).unsqueeze(0)
+    return s - leverage.solved(pulled, 1)[0] / n
+
+
+def _slope(here: Set, change: Change, shift: Tensor) -> Tensor:
+    """Gradient of the changed training loss at a shift, less that of the training loss without one [P]."""
+    problem = here.leverage.problem
+    own, n = problem.objective, problem.samples.n
+    moved = dataclasses.replace(problem, objective=own.at(own.theta + shift))
+    weights = torch.ones(1, n, dtype=torch.float64)
+    before = weighted_gradients(problem, weights)[0]
+    kept = here.w if change.labels is None else torch.zeros_like(here.w)
+    weights[0, torch.as_tensor(change.indices)] = kept.cpu()
+    total = weighted_gradients(moved, weights)[0] - before
+    if change.labels is not None:
+        pairs = zip(here.altered, here._cut(here.w), strict=True)
+        for batch, w in pairs:
+            rows = per_sample_gradients(moved.objective, batch)
+            total += w.to(rows) @ rows / n
+    return total + here.leverage.damping * shift
+
+
+def _products(leverage: Leverage, indices: Sequence[int]) -> Tensor:
+    """K_SS of these samples [m, C, m, C], in parts that fit."""
+    problem, C = leverage.problem, leverage.outputs.C
+    rows = 4 * C * problem.row
+    size = max(1, int(problem.budget.vectors / rows))
+    m, like = len(indices), problem.objective.theta
+    K = like.new_zeros(m, C, m, C, dtype=leverage.outputs.dtype)
+    held = list(split(range(m), size))
+    for a in held:
+        J = _rows(leverage, [indices[i] for i in a])
+        solved = leverage.solved(J, m * C)
+        for b in held:
+            other = J if b is a else _rows(leverage, [indices[i] for i in b])
+            block = (solved @ other.T).view(len(a), C, len(b), C)
+            K[a[0] : a[-1] + 1, :, b[0] : b[-1] + 1] = block.to(K)
+    K = K / problem.samples.n
+    return (K + K.permute(2, 3, 0, 1)) / 2
+
+
+def _rows(leverage: Leverage, indices: Sequence[int]) -> Tensor:
+    """J of these samples [m C, P]."""
+    batches = leverage.problem.samples.ordered(leverage.at_once, indices)
+    parts = [leverage.outputs.jacobians(batch) for batch in batches]
+    return torch.cat(parts).flatten(0, 1)
+
+
+# ---- the three orders of e [m, C]
+
+
+def _first(here: Set) -> Tensor:
+    return here.slopes(torch.zeros_like(here.local.y))[0] - here.local.r
+
+
+def _each(here: Set) -> Tensor:
+    """By each sample's own block."""
+    own = here.K.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+
+    def slopes(z: Tensor) -> tuple[Tensor, Tensor]:
+        wr, wR = here.slopes(z)
+        return wr - here.local.r, wR
+
+    M = without(*here.local.roots, own, here.leverage.largest)
+    return solved(own, M, slopes)
+
+
+def _jointly(here: Set) -> Tensor:
+    """By the block of the whole set."""
+    m, C = here.local.y.shape
+
+    def slopes(z: Tensor) -> tuple[Tensor, Tensor]:
+        wr, wR = here.slopes(z.view(m, C))
+        return (wr - here.local.r).view(1, -1), torch.block_diag(*wR)[None]
+
+    W, signs = here.local.roots
+    whole = here.K.reshape(1, m * C, m * C)
+    roots = torch.block_diag(*W)[None], signs.reshape(1, -1)
+    M = without(*roots, whole, here.leverage.largest)
+    return solved(whole, M, slopes).view(m, C)
+
+
+def solved(
+    K: Tensor, M: Tensor, slopes: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Tensor:
+    """e = M f(z) with z = -K M f(z) and f, its Hessian = slopes(z): Newton's method; K, M [B, c, c] -> [B, c]."""
+    KM = K @ M
+    eye = torch.eye(K.shape[1], dtype=K.dtype, device=K.device)
+
+    def around(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        f, R = slopes(z)
+        return z + times(KM, f), f, R
+
+    z = torch.zeros_like(K[:, 0])
+    rest, f, R = around(z)
+    for _ in range(STEPS):
+        step = torch.linalg.solve(eye + KM @ R, rest)
+        new = around(z - step)
+        # labels far from the outputs: a whole step may overshoot
+        while bool((worse := _norms(new[0]) > _norms(rest) + DONE).any()):
+            step = torch.where(worse[:, None], step / 2, step)
+            new = around(z - step)
+        z, (rest, f, R) = z - step, new
+        if float(step.abs().max()) <= DONE * (1 + float(z.abs().max())):
+            break
+    return times(M, f)
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = rows.norm(dim=1)
+    return norms

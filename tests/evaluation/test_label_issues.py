@@ -1,0 +1,184 @@
+"""Wrong labels by predictions without each sample: counts by hand, planted faults, and each column by definition."""
+
+import builtins
+
+import numpy as np
+import pytest
+import pytorch_influence_functions as ptif
+import torch
+from pytorch_influence_functions.evaluation.label_issues import confident_counts, verdict_of_classes
+from torch import nn
+from torch.nn import functional as F
+from torch.testing import assert_close
+from torch.utils.data import DataLoader, TensorDataset
+
+from linear import DAMPING, linear_model, refit
+
+pytestmark = pytest.mark.usefixtures("double")
+COUNTED = {
+    "all right": ([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]], [0, 0, 1, 1], [[2, 0], [0, 2]]),
+    # thresholds 0.6 and 0.8: the second sample is sure of class 1, the fourth of none
+    "one wrong, one unsure": (
+        [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [0.1, 0.9], [0.0, 1.0]],
+        [0, 0, 0, 1, 1, 1],
+        [[2, 1], [0, 3]],
+    ),
+    "a class without samples": ([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]], [0, 1], [[1, 0, 0], [0, 1, 0], [0, 0, 0]]),
+}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_counts(case):
+    p, labels, expected = COUNTED[case]
+    assert_close(confident_counts(np.array(p), np.array(labels)), np.array(expected, dtype=float))
+
+
+def test_as_many_are_flagged_as_are_counted_the_least_likely_first():
+    p = np.array([[0.9, 0.1], [0.05, 0.95], [0.9, 0.1], [0.3, 0.7], [0.1, 0.9], [0.1, 0.9]])
+    found = verdict_of_classes(p, np.array([0, 0, 0, 0, 1, 1]))
+    assert found.count == pytest.approx(found.issue.sum(), abs=0.5)
+    assert found.issue.tolist() == [False, True, False, False, False, False]
+    assert_close(found.score, p[range(6), [0, 0, 0, 0, 1, 1]])
+
+
+def planted(kind):
+    """A linear model at its optimum, its loader and loss, and which labels are wrong."""
+    generator = torch.Generator().manual_seed(2)
+    n, d = 120, 4
+    x = 2 * torch.randn(n, d, generator=generator)
+    y = x @ torch.randn(d, 2, generator=generator)
+    clear = ((y[:, 0] - y[:, 1]).abs() > 2).nonzero()[:, 0]
+    wrong = torch.zeros(n, dtype=torch.bool)
+    wrong[clear[torch.randperm(len(clear), generator=generator)[:10]]] = True
+    if kind == "classes":
+        loss, t = F.cross_entropy, y.argmax(1)
+        t[wrong] = 1 - t[wrong]
+    elif kind == "labels":
+        loss, t = F.binary_cross_entropy_with_logits, (y > 0).to(x)
+        t[wrong, 0] = 1 - t[wrong, 0]
+    else:
+        loss, t = F.mse_loss, y + 0.3 * torch.randn(y.shape, generator=generator)
+        t[wrong, 0] += 4
+    theta = refit(loss, x, t, torch.ones(n), torch.zeros(2, d + 1))
+    return linear_model(theta), DataLoader(TensorDataset(x, t), batch_size=32), loss, wrong
+
+
+OPTIONS = {"progress": False, "damping": DAMPING}
+
+
+def issues_of(kind, **options):
+    model, loader, loss, wrong = planted(kind)
+    return model, loader, loss, wrong, ptif.label_issues(model, loader, loss_func=loss, **OPTIONS, **options)
+
+
+@pytest.mark.parametrize("kind", ["classes", "labels", "numbers"])
+def test_planted_faults_are_found(kind):
+    pytest.importorskip("pandas")
+    model, loader, _, wrong, table = issues_of(kind)
+    issue = table["is_label_issue"].to_numpy()
+    assert (issue & wrong.numpy()).sum() >= 8
+    assert abs(issue.sum() - 10) <= 2
+    score = table["label_score"]
+    assert score.between(0, 1).all()
+    assert score[wrong.numpy()].median() < 0.2 < score[~wrong.numpy()].median()
+    assert len(table) == len(loader.dataset)
+    given = loader.dataset.tensors[1].tolist()
+    assert table["given_label"].tolist() == given
+    for i, own in enumerate(given):
+        assert table["suggested_label"][i] == (table["predicted_label"][i] if issue[i] else own)
+        assert len(table["contradicted_by"][i]) == (3 if issue[i] else 0)
+    assert table["change_if_dropped"][issue & wrong.numpy()].mean() < 0
+
+
+def test_columns_by_definition():
+    """Changes are those of `effect`, those that contradict a sample have the most negative influence on it."""
+    pytest.importorskip("pandas")
+    model, loader, loss, _, table = issues_of("classes")
+    influence = ptif.InfluenceFunction(model, loader, loss_func=loss, **OPTIONS)
+    found = influence.out_of_sample()
+    assert_close(table["loss"].to_numpy(), found.losses)
+    assert_close(table["leverage"].to_numpy(), found.leverage)
+    assert_close(table["self_influence"].to_numpy(), influence.self_influence().numpy())
+    issue = table["is_label_issue"].to_numpy()
+    right = [torch.stack([t[i] for i in np.flatnonzero(~issue)]) for t in loader.dataset.tensors]
+    few = [0, 1, int(np.flatnonzero(issue)[0])]
+    dropped = influence.scores(right, corrected=True).mean(0)
+    assert_close(torch.tensor(table["change_if_dropped"].to_numpy()), dropped)
+
+    loss(model(right[0]), right[1]).backward()
+    slopes = [p.grad.clone() for p in model.parameters()]
+
+    def first_order(model, batch):
+        return sum((g * p).sum() for g, p in zip(slopes, model.parameters(), strict=True))
+
+    labels = [[table["predicted_label"][i]] for i in few]
+    whole = influence.effect([[i] for i in few], right, labels=labels, test_loss=first_order)
+    assert_close(table["change_if_relabelled"][few].to_numpy(), whole.joint[:, 0])
+    i = few[-1]
+    scores = influence.scores([t[i : i + 1] for t in loader.dataset.tensors])[0]
+    scores[i] = torch.inf
+    assert table["contradicted_by"][i] == scores.argsort()[:3].tolist()
+
+
+def test_a_validation_set_and_an_ensemble():
+    pytest.importorskip("pandas")
+    model, loader, loss, _ = planted("classes")
+    x, t = loader.dataset.tensors
+    validation = DataLoader(TensorDataset(x[:30] + 0.1, t[:30]), batch_size=8)
+    one = ptif.label_issues(model, loader, loss_func=loss, validation=validation, **OPTIONS)
+    influence = ptif.InfluenceFunction(model, loader, loss_func=loss, **OPTIONS)
+    scores = influence.scores(validation, corrected=True)
+    assert_close(torch.tensor(one["change_if_dropped"].to_numpy()), scores.mean(0))
+    both = ptif.label_issues([model, model], loader, loss_func=loss, validation=validation, **OPTIONS)
+    assert_close(both["change_if_relabelled"].to_numpy(), one["change_if_relabelled"].to_numpy())
+    assert both["contradicted_by"].tolist() == one["contradicted_by"].tolist()
+
+
+def test_without_pandas_it_is_a_dict_of_arrays(monkeypatch):
+    real = builtins.__import__
+
+    def without_pandas(name, *args, **kwargs):
+        if name == "pandas":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_pandas)
+    columns = issues_of("classes")[-1]
+    assert isinstance(columns, dict)
+    assert all(len(column) == 120 for column in columns.values())
+
+
+def test_refused_without_one_label_a_sample():
+    model = nn.Conv2d(1, 3, 3, padding=1)
+    loader = DataLoader(TensorDataset(torch.randn(8, 1, 4, 4), torch.randint(0, 3, (8, 4, 4))), batch_size=4)
+    with pytest.raises(ValueError, match="expected one label"):
+        ptif.label_issues(model, loader, **OPTIONS)
+
+
+def test_a_damping_by_the_evidence_is_the_fixed_point():
+    """n lambda |theta|^2 = factor * gamma, gamma the sum of all leverages."""
+    from pytorch_influence_functions.solve.evidence import FACTOR
+
+    model, loader, loss, _ = planted("classes")
+    influence = ptif.InfluenceFunction(model, loader, loss_func=loss, progress=False)
+    found = influence.out_of_sample()
+    size = sum(float(p.square().sum()) for p in model.parameters())
+    damping = found.report["damping"]
+    assert damping * size * 120 == pytest.approx(FACTOR * found.leverage.sum(), rel=1e-4)
+    model, loader, loss, _ = planted("numbers")
+    found = ptif.InfluenceFunction(model, loader, loss_func=loss, progress=False).out_of_sample()
+    x, t = loader.dataset.tensors
+    total = float((model(x) - t).square().mean(1).sum())
+    T = 2 * total / (240 - found.leverage.sum())
+    size = sum(float(p.square().sum()) for p in model.parameters())
+    assert found.report["damping"] * size * 120 == pytest.approx(FACTOR * T * found.leverage.sum(), rel=1e-4)
+
+
+def test_probabilities_for_cleanlab():
+    """Twelve lines hand them on; see README."""
+    cleanlab = pytest.importorskip("cleanlab")
+    model, loader, loss, wrong = planted("classes")
+    found = ptif.InfluenceFunction(model, loader, loss_func=loss, **OPTIONS).out_of_sample()
+    lab = cleanlab.Datalab({"labels": loader.dataset.tensors[1].numpy()}, label_name="labels")
+    lab.find_issues(pred_probs=found.probabilities)
+    assert lab.get_issues("label")["is_label_issue"].to_numpy()[wrong.numpy()].mean() > 0.6
