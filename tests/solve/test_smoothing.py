@@ -5,7 +5,7 @@ import copy
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.solve.smoothing import signs
+from pytorch_influence_functions.solve.weighted import signs
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
