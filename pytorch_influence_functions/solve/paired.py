@@ -20,7 +20,7 @@ from .problem import Problem
 from .solution import Damping
 from .weighted import signs
 
-SMOOTHED_TARGET = 0.145
+SMOOTHED_TARGET = 0.095
 """The error to stay below."""
 Shift = Callable[[Tensor, float], Tensor]
 """[K, P], lambda -> (G + lambda I)^-1 of each row, as the solver has it."""
