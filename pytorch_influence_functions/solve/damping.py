@@ -188,9 +188,7 @@ class _Rule:
         ]
         return torch.stack(changes)
 
-    def _predicted(
-        self, shifts: Tensor, at: Objective | None = None
-    ) -> Tensor:
+    def _predicted(self, shifts: Tensor, at: Objective | None = None) -> Tensor:
         """The same to first order, by the gradients at theta or those of another objective [h, samples]."""
         objective = self.problem.objective if at is None else at
         max_bytes = self.problem.budget.product

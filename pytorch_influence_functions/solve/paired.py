@@ -21,7 +21,9 @@ from .solution import Damping
 from .weighted import signs
 
 SMOOTHED_TARGET = 0.095
-"""The error to stay below."""
+"""The error to stay below: the best lambda of a grid lay at 0.127, 0.09 (digits, two models), 0.126, 0.092 (twelve
+classes of clusters), 0.079 (a two-class table), 0.072 (a CNN on 1,000 images), and scores are flat about it: at 0.095
+at most 0.003 below the best, at the 0.145 that was tried first up to 0.026."""
 Shift = Callable[[Tensor, float], Tensor]
 """[K, P], lambda -> (G + lambda I)^-1 of each row, as the solver has it."""
 

@@ -100,10 +100,8 @@ class Points:
             return self.mean(
                 lambda at: gradient_products(at, batch, vectors, most)
             )
-        parts = []
-        for block in gradient_blocks(own, batch, most):
-            rows = self.gradients(block)
-            parts.append(vectors @ rows.T)
+        blocks = gradient_blocks(own, batch, most)
+        parts = [vectors @ self.gradients(block).T for block in blocks]
         return torch.cat(parts, 1)
 
     def gradients(self, batch: Batch) -> Tensor:
@@ -113,19 +111,19 @@ class Points:
 
     def _find(self) -> Tensor:
         """The shifts; none where `"auto"` sees that the prediction is no better with them."""
-        problem = self._problem
-        shifts = self._solved(problem.shifts // 2)
-        if not len(shifts):
-            return shifts
+        problem, count = self._problem, self._problem.shifts
+        if not count:
+            return problem.objective.theta.new_zeros(0, problem.objective.P)
+        shifts = self._solved(count // 2)
         size = float(shifts.norm(dim=1).mean() / problem.objective.theta.norm())
-        said = {"shifts": problem.shifts, "relative_size": size}
+        said = {"shifts": count, "relative_size": size}
         if len(shifts) >= FEWEST_PAIRS:
             said |= self._looked_at(shifts)
+        chosen = problem.config.fixed_shifts is None
+        if chosen and said["error"] > said["error_without"]:
+            shifts, said["shifts"] = shifts[:0], 0
         self.report = {"smoothing": said}
-        if problem.config.fixed_shifts is None and said["error"] > said["error_without"]:
-            logger.info("smoothing is left out: %s", said)
-            said["shifts"] = 0
-            return shifts[:0]
+        logger.info("smoothing: %s", said)
         return shifts
 
     def _looked_at(self, shifts: Tensor) -> dict[str, float]:
@@ -145,7 +143,7 @@ class Points:
         r"""The first \Delta of each pair [pairs, P], as many at a time as test samples are solved together."""
         problem = self._problem
         halves = signs(problem.samples.n, pairs, problem.config.seed)
-        parts = [problem.objective.theta.new_zeros(0, problem.objective.P)]
+        parts = []
         for part in split(range(pairs), self._solver.group_size):
             g = weighted_gradients(problem, halves[list(part)])
             parts.append(self._solver(g, pairs).vectors)
