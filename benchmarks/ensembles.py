@@ -1,8 +1,8 @@
 """Which ensemble is worth its training: score against training cost for 1, 2, 3 and 5 members, smoothed and plain.
 
 Members come from other seeds, from the last epochs of one training, from five more epochs each at a raised learning
-rate, or from a schedule of snapshots (10 epochs more for each, from half of the first learning rate to 0, as in Huang et
-al. 2017). The scores of all members are averaged; solver="auto". Costs are in epochs of one training. Trained models
+rate, or from a schedule of snapshots (10 epochs more for each, from half of the first learning rate to 0, as in Huang
+et al. 2017). The scores of all members are averaged; solver="auto". Costs are in trainings of one model. Trained models
 stay in outdir/retrainings.
 """
 
