@@ -285,6 +285,11 @@ def test_noise_is_the_variance_of_the_mean_over_the_pairs():
 # ---- as many as pay
 
 
+@pytest.fixture
+def few_are_enough(monkeypatch):
+    monkeypatch.setattr(problem, "HALVED", N)
+
+
 @pytest.mark.parametrize(
     ("options", "fixed"),
     [
@@ -305,6 +310,8 @@ def test_where_it_is_automatic(options, fixed):
 
 
 def test_how_many_are_taken(monkeypatch):
+    assert influence(mlp(), smoothing="auto").problem.shifts == 0
+    monkeypatch.setattr(problem, "HALVED", N)
     found = influence(mlp(), smoothing="auto").problem
     assert found.shifts == 16
     work = found.product_work
@@ -312,12 +319,12 @@ def test_how_many_are_taken(monkeypatch):
         monkeypatch.setattr(problem, "SMOOTHING_WORK", value * work)
         assert influence(mlp(), smoothing="auto").problem.shifts == count
     assert influence(mlp(), smoothing=2).problem.shifts == 2
-    monkeypatch.undo()
+    monkeypatch.setattr(problem, "SMOOTHING_WORK", 16 * work)
     assert influence(mlp(), smoothing="auto", max_memory=0.03).problem.shifts == 4
     assert influence(mlp(), smoothing="auto", max_memory=0.021).problem.shifts == 0
 
 
-def test_automatic_shifts_are_those_of_their_number():
+def test_automatic_shifts_are_those_of_their_number(few_are_enough):
     torch.manual_seed(1)
     model = mlp()
     chosen, named = (influence(model, smoothing=m) for m in ("auto", 16))
@@ -325,7 +332,7 @@ def test_automatic_shifts_are_those_of_their_number():
     assert chosen.report["smoothing"] == named.report["smoothing"]
 
 
-def test_they_are_left_out_where_they_do_not_help(monkeypatch):
+def test_they_are_left_out_where_they_do_not_help(few_are_enough, monkeypatch):
     torch.manual_seed(1)
     model = mlp()
     plain = influence(model, smoothing=0)
