@@ -85,7 +85,7 @@ class Points:
         points = self.all()
         total = value(next(points))
         for point in points:
-            total = total + value(point)
+            total += value(point)
         count = 2 * len(self.shifts)
         return total / count if count else total
 
