@@ -163,9 +163,11 @@ class Config:
         TEXT, either(None, are_names), "a name or pattern, a list of them, or None",
         'names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.',
     ))
-    smoothing: int | None = field(default=None, metadata=row(
-        NUMBER, either(None, is_even), "an even whole number of at least 0, or None for 0",
-        "points, in pairs, over which gradients are averaged: the mean effect over random halves of the training set.",
+    smoothing: int | str | None = field(default=None, metadata=row(
+        NUMBER, either(None, either("auto", is_even)),
+        'an even whole number of at least 0, "auto", or None for "auto" where solver and damping are automatic, else 0',
+        "points, in pairs, over which gradients are averaged: the mean effect over random halves of the training set; "
+        '`"auto"` takes as many as pay; None is `"auto"` where solver and damping are automatic, else 0.',
     ))
     top_k: int = field(default=500, metadata=row(
         NUMBER, at_least(0), "a whole number of at least 0",
@@ -290,6 +292,19 @@ class Config:
         return self.damping == "auto" or (
             self.damping is None and self.solver_in_use[0] == "auto"
         )
+
+    @property
+    def fixed_shifts(self) -> int | None:
+        """How many points gradients are averaged over, 0 for theta alone, or None where that is to be chosen.
+
+        Where lambda is named the system is, so that without a word about smoothing its plain solution is meant.
+        """
+        if self.smoothing == "auto":
+            return None
+        if self.smoothing is not None:
+            return int(self.smoothing)
+        automatic = self.automatic_damping and self.solver_in_use[0] == "auto"
+        return None if automatic else 0
 
     @property
     def solver_in_use(self) -> tuple[str, str]:

@@ -15,11 +15,7 @@ from .config import Config
 from .data.batch import Batch, as_batch
 from .data.samples import Samples
 from .model.door import check_mean
-from .model.gradients import (
-    gradient,
-    gradient_products,
-    require_finite,
-)
+from .model.gradients import gradient, require_finite
 from .sample_gradients import SampleGradients
 from .solve.errors import ScoreErrorWarning, ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
@@ -71,7 +67,7 @@ class Member(SampleGradients):
         self.removals = Removals(self.problem, self.solver)
 
     def _new_points(self) -> Points:
-        return Points(self.problem, self.config.smoothing or 0, self.solver)
+        return Points(self.problem, self.solver)
 
     @property
     def group_size(self) -> int:
@@ -188,7 +184,7 @@ class Member(SampleGradients):
         with self.problem.guard():
             self._begin()
             products = self.solver.prepared().self_products
-            if products is not None and not self.config.smoothing:
+            if products is not None and not len(self.points.shifts):
                 values = products()
                 require_solved(values.unsqueeze(1))
                 self._describe()
@@ -336,10 +332,7 @@ class Member(SampleGradients):
 
     def _block(self, batch: Batch, vectors: Tensor) -> Tensor:
         """Products of the solutions [K, P] with the gradients of a batch -> [K, B]."""
-        max_bytes = self.problem.budget.product
-        return self.points.mean(
-            lambda at: gradient_products(at, batch, vectors, max_bytes)
-        )
+        return self.points.products(batch, vectors)
 
     def _corrected(self) -> Products:
         """Products of solutions [K, P] with J_i^T c_i in the place of gradients."""

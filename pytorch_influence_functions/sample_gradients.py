@@ -14,7 +14,7 @@ from .data.labels import batch_labels, plain
 from .data.samples import Samples
 from .model.company import keeps_company, meet_all
 from .model.door import check_losses, checked_losses
-from .model.gradients import per_sample_gradients, require_finite
+from .model.gradients import require_finite
 from .model.objective import Objective
 from .solve.groups import parts_of, split
 from .solve.problem import Problem
@@ -112,9 +112,6 @@ class SampleGradients:
 
     def gradients(self, batch: Batch, name: str) -> Tensor:
         """Loss gradients of a batch -> [B, P]; `name` is what a message calls it."""
-        max_bytes = self.problem.budget.product
-        rows = self.points.mean(
-            lambda at: per_sample_gradients(at, batch, max_bytes)
-        )
+        rows = self.points.gradients(batch)
         require_finite(rows, batch.indices, name, "gradient")
         return rows

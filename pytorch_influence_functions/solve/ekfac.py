@@ -16,8 +16,8 @@ from ..model.outer_products import (
     is_one_hot,
     one_hot_weighted_squares,
 )
-from .damping import choose_damping
 from .factors import Ekfac, build, few
+from .paired import choose_damping
 from .passes import batch_size
 from .problem import Problem
 from .solution import Damping, Prepared, Solution
