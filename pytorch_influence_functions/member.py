@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from .data.batch import Batch, as_batch
 from .data.samples import Samples
 from .model.door import check_mean
 from .model.gradients import gradient, require_finite
-from .sample_gradients import SampleGradients
+from .scoring import Products, Scoring
 from .solve.errors import ScoreErrorWarning, ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
 from .solve.leverage import Leverage
@@ -30,11 +30,9 @@ from .solve.solvers import Solver, row_of
 from .utils import warn
 
 logger = logging.getLogger(__name__)
-Products = Callable[[Batch, Tensor], Tensor]
-"""Of a batch of training samples with solutions [K, P] -> [K, B]."""
 
 
-class Member(SampleGradients):
+class Member(Scoring):
     """One model: gradients, solutions and scores of its own.
 
     Attributes:
@@ -102,13 +100,6 @@ class Member(SampleGradients):
             g = self.points.mean(lambda at: gradient(at, wrapped)).unsqueeze(0)
             require_finite(g, wrapped.indices, "test batch", "gradient")
             return self._solve(g, 1).vectors[0]
-
-    def scores_of_group(
-        self, group: Group, indices: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores of a group [k, m] for these training samples, and those of each chain [r, k, m] or None."""
-        with self.problem.guard():
-            return self._products(group.vectors, group.chains, indices)
 
     def solutions(
         self,
@@ -198,11 +189,6 @@ class Member(SampleGradients):
                 parts.append(((solved * g).sum(1) / n).cpu())
             return torch.cat(parts)
 
-    def scores_of(self, vectors: Tensor) -> Tensor:
-        """Scores of solutions that are already known, [K, P] -> [K, n]."""
-        with self.problem.guard():
-            return self._score(vectors)
-
     def leverage(self) -> Leverage:
         """How much the training samples hold their own outputs; inside the problem's guard, as a new computation.
 
@@ -290,49 +276,6 @@ class Member(SampleGradients):
             **self.points.report,
         }
         self.report = described(facts, prepared, self.report["groups"], group)
-
-    def _products(
-        self,
-        vectors: Tensor,
-        chains: Tensor | None,
-        indices: Sequence[int] | None = None,
-        block: Products | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores [K, m] of the solutions, and of each of their chains [r, K, m], for these training samples or all."""
-        if chains is None:
-            return self._score(vectors, indices, block), None
-        r, k = chains.shape[:2]
-        flat = self._score(chains.flatten(0, 1), indices, block)
-        scores = flat.view(r, k, -1)
-        return scores.mean(0), scores
-
-    def _score(
-        self,
-        vectors: Tensor,
-        indices: Sequence[int] | None = None,
-        block: Products | None = None,
-    ) -> Tensor:
-        n = self.samples.n
-        indices = range(n) if indices is None else indices
-        # what a pass left out would show
-        scores = torch.full(
-            (len(vectors), len(indices)), torch.nan, dtype=self.objective.dtype
-        )
-        done = 0
-        for batch in self.samples.ordered(
-            self.problem.scoring_batch,
-            indices,
-            text="Scoring the training set",
-        ):
-            part = (block or self._block)(batch, vectors) / n
-            require_finite(part.T, batch.indices, self.samples.name, "gradient")
-            scores[:, done : done + batch.size] = part.detach().cpu()
-            done += batch.size
-        return scores
-
-    def _block(self, batch: Batch, vectors: Tensor) -> Tensor:
-        """Products of the solutions [K, P] with the gradients of a batch -> [K, B]."""
-        return self.points.products(batch, vectors)
 
     def _corrected(self) -> Products:
         """Products of solutions [K, P] with J_i^T c_i in the place of gradients."""
