@@ -45,11 +45,12 @@ def planted(kind):
     """A linear model at its optimum, its loader and loss, and which labels are wrong."""
     generator = torch.Generator().manual_seed(2)
     n, d = 120, 4
-    x = 2 * torch.randn(n, d, generator=generator)
+    x = 2 * torch.randn(10 * n, d, generator=generator)
     y = x @ torch.randn(d, 2, generator=generator)
-    clear = ((y[:, 0] - y[:, 1]).abs() > 2).nonzero()[:, 0]
+    clear = ((y[:, 0] - y[:, 1]).abs() > 2) & (y.abs() > 1).all(1)
+    x, y = x[clear][:n], y[clear][:n]
     wrong = torch.zeros(n, dtype=torch.bool)
-    wrong[clear[torch.randperm(len(clear), generator=generator)[:10]]] = True
+    wrong[torch.randperm(n, generator=generator)[:10]] = True
     if kind == "classes":
         loss, t = F.cross_entropy, y.argmax(1)
         t[wrong] = 1 - t[wrong]
