@@ -31,7 +31,7 @@ from ..tables import dataframe
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-FALSE_DISCOVERIES = 0.1
+FALSE_DISCOVERIES = 0.05
 """Share of right numbers among those that are called wrong."""
 CONTRADICTING = 3
 """Training samples that are named for each issue."""
