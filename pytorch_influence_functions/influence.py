@@ -190,8 +190,8 @@ class InfluenceFunction:
     def perturbation(self, train_sample: Any, test_sample: Any) -> Any:
         r"""Derivative of a training sample's influence in its input, shaped like the input.
 
-        s_test . \nabla_x \nabla_\theta \ell(z) / n: the direction in which the sample would help more (Koh & Liang 2017,
-        section 2.2; minus it is what perturbing the input does to the test loss). s_test is held.
+        s_test . \nabla_x \nabla_\theta \ell(z) / n: the direction in which the sample would help more (Koh & Liang
+        2017, section 2.2; minus it is what perturbing the input does to the test loss). s_test is held.
 
         Args:
             train_sample: the index of a training sample, or a batch of one.

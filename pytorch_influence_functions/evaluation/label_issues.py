@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
     score: Floats
     """In [0, 1], low is bad."""
     predicted: NDArray[Any]
-    count: float
+    wrong: float
     """How many labels are estimated to be wrong."""
 
 
@@ -87,10 +87,10 @@ def verdict_of_labels(p: Floats, labels: Floats) -> Verdict:
         )
         for column, given in zip(p.T, labels.T, strict=True)
     ]
-    issue = np.stack([one.issue for one in each], 1).any(1)
+    issue: Mask = np.stack([one.issue for one in each]).max(0)
     score = np.stack([one.score for one in each], 1).min(1)
     predicted = np.stack([one.predicted for one in each], 1)
-    return Verdict(issue, score, predicted, sum(one.count for one in each))
+    return Verdict(issue, score, predicted, sum(one.wrong for one in each))
 
 
 def verdict_of_numbers(
@@ -137,9 +137,9 @@ def label_issues(
         `is_label_issue`, `label_score` (in [0, 1], low is bad: the probability of the given label by the model without
         the sample; of numbers, the chance of so large an error), `given_label`, `predicted_label`, `suggested_label`
         (the predicted one of issues), `loss` (without the sample), `change_if_dropped` and `change_if_relabelled` (of
-        the mean loss of the validation set, to first order in it; negative: better), `contradicted_by` (of issues, the three training
-        samples that the sample's own label has the most against), `leverage`, `self_influence` (near zero: the sample
-        does nothing).
+        the mean loss of the validation set, to first order in it; negative: better), `contradicted_by` (of issues,
+        the three training samples that the sample's own label has the most against), `leverage`, `self_influence`
+        (near zero: the sample does nothing).
 
     Raises:
         ValueError: there is no one label per sample, or the loss is no function of each sample's own outputs.

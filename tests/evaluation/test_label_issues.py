@@ -36,7 +36,7 @@ def test_counts(case):
 def test_as_many_are_flagged_as_are_counted_the_least_likely_first():
     p = np.array([[0.9, 0.1], [0.05, 0.95], [0.9, 0.1], [0.3, 0.7], [0.1, 0.9], [0.1, 0.9]])
     found = verdict_of_classes(p, np.array([0, 0, 0, 0, 1, 1]))
-    assert found.count == pytest.approx(found.issue.sum(), abs=0.5)
+    assert found.wrong == pytest.approx(found.issue.sum(), abs=0.5)
     assert found.issue.tolist() == [False, True, False, False, False, False]
     assert_close(found.score, p[range(6), [0, 0, 0, 0, 1, 1]])
 
@@ -75,7 +75,7 @@ def issues_of(kind, **options):
 @pytest.mark.parametrize("kind", ["classes", "labels", "numbers"])
 def test_planted_faults_are_found(kind):
     pytest.importorskip("pandas")
-    model, loader, _, wrong, table = issues_of(kind)
+    _, loader, _, wrong, table = issues_of(kind)
     issue = table["is_label_issue"].to_numpy()
     assert (issue & wrong.numpy()).sum() >= 8
     assert abs(issue.sum() - 10) <= 2
