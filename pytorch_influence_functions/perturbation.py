@@ -18,14 +18,22 @@ NO_INPUT = (
 )
 
 
-def perturbation(members: Sequence[Member], train: Any, test: Any) -> Any:
+def perturbation(
+    members: Sequence[Member],
+    train: Any,
+    test: Any,
+) -> Any:
     """Of one model, or the mean of several; see `InfluenceFunction.perturbation`."""
     found = [_of_member(member, train, test) for member in members]
     means = [sum(part) / len(found) for part in zip(*found, strict=True)]
     return means[0] if len(means) == 1 else means
 
 
-def _of_member(member: Member, train: Any, test: Any) -> list[Tensor]:
+def _of_member(
+    member: Member,
+    train: Any,
+    test: Any,
+) -> list[Tensor]:
     s = member.s_test(test).mean(0)
     with member.problem.guard():
         batch = _of_one(member, train)
@@ -44,7 +52,10 @@ def _of_member(member: Member, train: Any, test: Any) -> list[Tensor]:
     return [slope / member.samples.n for slope in slopes]
 
 
-def _of_one(member: Member, train: Any) -> Batch:
+def _of_one(
+    member: Member,
+    train: Any,
+) -> Batch:
     """A training sample, by its index or as a batch of one."""
     if isinstance(train, int):
         if not 0 <= train < member.samples.n:

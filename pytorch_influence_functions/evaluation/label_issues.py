@@ -48,7 +48,10 @@ class Verdict(NamedTuple):
     """How many labels are estimated to be wrong."""
 
 
-def confident_counts(p: Floats, labels: NDArray[np.int64]) -> Floats:
+def confident_counts(
+    p: Floats,
+    labels: NDArray[np.int64],
+) -> Floats:
     """How many samples labelled s are of class c, estimated -> [C, C]; p [n, C], labels [n]."""
     C = p.shape[1]
     given = np.eye(C)[labels]
@@ -65,7 +68,10 @@ def confident_counts(p: Floats, labels: NDArray[np.int64]) -> Floats:
     return result
 
 
-def verdict_of_classes(p: Floats, labels: NDArray[np.int64]) -> Verdict:
+def verdict_of_classes(
+    p: Floats,
+    labels: NDArray[np.int64],
+) -> Verdict:
     """Of labels that are one class [n], from probabilities [n, C]."""
     n = np.arange(len(p))
     own, predicted = p[n, labels], p.argmax(1)
@@ -79,7 +85,10 @@ def verdict_of_classes(p: Floats, labels: NDArray[np.int64]) -> Verdict:
     return Verdict(issue, own, predicted, float(wrong.sum()))
 
 
-def verdict_of_labels(p: Floats, labels: Floats) -> Verdict:
+def verdict_of_labels(
+    p: Floats,
+    labels: Floats,
+) -> Verdict:
     """Of several labels of 0 or 1 of each sample [n, C]: an issue where one of them is."""
     each = [
         verdict_of_classes(
@@ -94,7 +103,9 @@ def verdict_of_labels(p: Floats, labels: Floats) -> Verdict:
 
 
 def verdict_of_numbers(
-    y: Floats, labels: Floats, spread: Floats | None
+    y: Floats,
+    labels: Floats,
+    spread: Floats | None,
 ) -> Verdict:
     r"""Of numbers [n, C]: the score is the chance of an error as large, 2 (1 - \Phi(|z|))."""
     errors = labels.reshape(y.shape) - y
@@ -175,7 +186,10 @@ def label_issues(
         return columns
 
 
-def _verdict(found: OutOfSample, labels: Sequence[Any]) -> Verdict:
+def _verdict(
+    found: OutOfSample,
+    labels: Sequence[Any],
+) -> Verdict:
     p = found.probabilities
     if any(label is None for label in labels):
         raise ValueError(
@@ -194,7 +208,10 @@ def _verdict(found: OutOfSample, labels: Sequence[Any]) -> Verdict:
     return verdict_of_classes(p, given)
 
 
-def _suggested(verdict: Verdict, labels: Sequence[Any]) -> list[Any]:
+def _suggested(
+    verdict: Verdict,
+    labels: Sequence[Any],
+) -> list[Any]:
     rows = zip(verdict.issue, verdict.predicted, labels, strict=True)
     return [new.tolist() if issue else old for issue, new, old in rows]
 
@@ -246,7 +263,10 @@ def _mean_gradient(
     return total / len(indices)
 
 
-def _contradicting(members: Sequence[Member], issue: Mask) -> NDArray[Any]:
+def _contradicting(
+    members: Sequence[Member],
+    issue: Mask,
+) -> NDArray[Any]:
     """Of each issue the training samples whose influence on it is the most negative; of others none."""
     result = np.empty(len(issue), dtype=object)
     result[:] = [[] for _ in issue]

@@ -31,13 +31,16 @@ ROWS = 1500
 """Rows of the Gauss-Newton matrix whose Gram matrix stands for its spectrum: its eigenvalues cost about a second."""
 FACTOR = 1.6
 """Of the evidence's damping: by it the mean loss without each sample comes closest to 20-fold cross-validation. The
-best factors were 0.95 (six classes of noisy clusters, memorised), 1.4 (wine), 1.6 (breast cancer, and digits with 10 % of
-the labels wrong), 1.8 (diabetes) and 6.9 (two moons with 10 % of the labels wrong)."""
+best factors were 0.95 (six classes of noisy clusters, memorised), 1.4 (wine), 1.6 (breast cancer, and digits with 10 %
+of the labels wrong), 1.8 (diabetes) and 6.9 (two moons with 10 % of the labels wrong)."""
 HALVINGS = 60
 """Of the interval in which the solution lies: to the last digit."""
 
 
-def damping_by_evidence(problem: Problem, outputs: Outputs) -> Damping:
+def damping_by_evidence(
+    problem: Problem,
+    outputs: Outputs,
+) -> Damping:
     r"""\lambda at which the evidence is largest.
 
     Args:
