@@ -28,6 +28,7 @@ from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
 from .model.doubts import ModelWarning
 from .model.gradients import NonFiniteError
+from .run.doctor import Finding, doctor
 from .show.results import InfluenceResult
 from .solve.errors import (
     CurvatureWarning,
@@ -49,6 +50,9 @@ __all__ = [
     "calc_influences",
     "InfluenceFunction",
     "InfluenceResult",
+    # before a run
+    "doctor",
+    "Finding",
     # options
     "Config",
     "get_default_config",

@@ -204,7 +204,8 @@ def _products(
         J = _rows(leverage, indices, left)
         solved = leverage.solved(J, m * C)
         for right in places.split(size):
-            other = J if right is left else _rows(leverage, indices, right)
+            same = int(right[0]) == int(left[0])
+            other = J if same else _rows(leverage, indices, right)
             block = solved @ other.T
             shaped = block.view(len(left), C, len(right), C).to(K)
             first, second = int(left[0]), int(right[0])
