@@ -18,6 +18,7 @@ from ..data.labels import batch_labels, plain
 from ..data.samples import Samples
 from ..model.door import check_losses
 from ..model.gradients import NonFiniteError, per_sample_gradients
+from ..model.outputs import numbers_of
 from ..solve.errors import DeviceWarning, VaryingDataWarning
 from ..solve.problem import Problem, make_problem
 from ..solve.solvers import row_of
@@ -106,7 +107,8 @@ def _heard(found: list[Finding]) -> Iterator[None]:
         found.append(_finding("model", str(error)))
     finally:
         logger.removeHandler(listener)
-        found += [_of_warning(one) for one in heard]
+        own = [one for one in heard if issubclass(one.category, UserWarning)]
+        found += [_of_warning(one) for one in own]
 
 
 class _Listener(logging.Handler):
@@ -182,6 +184,31 @@ def _of_scale(problem: Problem) -> list[Finding]:
     return [_finding("sum", "the loss of a batch is the sum of its samples'")]
 
 
+def _of_company(problem: Problem) -> list[Finding]:
+    """Outputs of a sample that are others in a batch than alone."""
+    batch = problem.samples.take(range(min(4, problem.samples.n)))
+    if batch.parts or batch.size < 2:
+        return []
+    whole, *each = (_outputs(problem, one) for one in (batch, *batch.singles()))
+    alone = torch.cat(each) if whole.dim() else torch.stack(each)
+    if alone.shape != whole.shape:
+        return []
+    gap = float((whole - alone).abs().max())
+    if gap <= 1e-3 * (1e-3 + float(alone.abs().max())):
+        return []
+    what = "outputs of a sample depend on the other samples of its batch"
+    return [_finding("company", what)]
+
+
+def _outputs(problem: Problem, batch: Batch) -> Tensor:
+    """The first tensor of numbers that the model returns."""
+    objective = problem.objective
+    with torch.no_grad():
+        output = objective.model_output(objective.theta, batch.tree)
+    first: Tensor = numbers_of(output)[0][0]
+    return first
+
+
 def _of_penalty(problem: Problem) -> list[Finding]:
     if not problem.objective.direct:
         return []
@@ -218,6 +245,7 @@ def _unreached(problem: Problem, reached: Tensor) -> list[Finding]:
 
 LOOKS: list[Callable[[Problem], list[Finding]]] = [
     _of_scale,
+    _of_company,
     _of_penalty,
     _of_gradients,
 ]

@@ -151,7 +151,7 @@ def always_random(case):
 
 
 FAULTS = {
-    "batch-dependent model": (batch_dependent, "company", "other samples"),
+    "batch-dependent model": (batch_dependent, "company", "outputs of a sample"),
     "noise in evaluation mode": (always_random, "model", "computed twice"),
     "training mode": (in_training_mode, "training mode", "training mode: 2"),
     "random augmentation": (augmented, "varies", "read twice"),
@@ -172,6 +172,10 @@ FAULTS = {
 }
 
 
+# what else the same fault is seen by
+ALSO = {"company": {"loss"}, "half precision": {"not at an optimum"}}
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault(fault):
     plant, name, text = FAULTS[fault]
@@ -180,7 +184,7 @@ def test_planted_fault(fault):
     found = {finding.name: finding.what for finding in case.findings()}
     assert name in found, found
     assert text in found[name]
-    assert len(found) == 1 + (name == "half precision") * (len(found) - 1)
+    assert set(found) - {name} <= ALSO.get(name, set())
 
 
 def test_nothing_where_there_is_none():
