@@ -1,4 +1,4 @@
-"""Predictions without each sample beside K-fold cross-validation, on six tasks: `make` none, a few minutes each.
+"""Predictions without each sample beside K-fold cross-validation on six tasks, some minutes each on one core.
 
 For each task: the mean loss in training, by 20 and by 5 folds (same seed) and by `out_of_sample` from the one training;
 correlation of the changes of the outputs with those of 20 folds; average precision of the flipped labels; seconds.

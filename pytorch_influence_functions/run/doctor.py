@@ -121,7 +121,10 @@ class _Listener(logging.Handler):
 
 
 def _of_warning(heard: warnings.WarningMessage) -> Finding:
-    names = {VaryingDataWarning: "varies", DeviceWarning: "device"}
+    names: dict[type[Warning], str] = {
+        VaryingDataWarning: "varies",
+        DeviceWarning: "device",
+    }
     text = str(heard.message)
     kind = names.get(heard.category, "company" if "batch" in text else "model")
     return _finding(kind, text)
