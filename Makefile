@@ -3,7 +3,7 @@
 # The build CI checks with; a plain `torch` fetches gigabytes of CUDA on Linux.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv install test lint types wheel ci example bench figures figures-of-code memory kills networks clean
+.PHONY: venv install test lint types wheel ci example bench figures figures-of-code memory kills left-behind networks conditions clean
 
 venv:
 	python3 -m venv .venv
@@ -54,6 +54,14 @@ memory:
 # Two runs, each killed at 20 random moments and started again.
 kills:
 	KILLS=20 python -m pytest -q tests/run/test_resume.py -k killed
+
+# A hundred calls and constructions in one process, also with exceptions and Ctrl-C: no memory, file or process is left.
+left-behind:
+	CALLS=100 python -m pytest -q tests/test_left_behind.py
+
+# The suite under python -O, shuffled, with warnings as errors, in float64, from a read-only folder, with NumPy 1.26.
+conditions:
+	bash .ci/conditions
 
 # What attributions of real architectures cost.
 networks:

@@ -1,6 +1,7 @@
 """How well scores predict retraining, what they cost, and the same for other packages that are installed.
 
-Digits; an MLP 64-64-10; 1,400 training and 150 test samples; the truth is the mean test loss of five models on each of
+Digits, an MLP 64-64-10, 1,400 training and 150 test samples; or with --task another of tasks.py, such as "clusters" (a
+table of twelve classes) or "cnn" (a small CNN on 800 digits). The truth is the mean test loss of five models on each of
 60 random halves of the training set (linear datamodeling score; its standard error is over the halves). Every way runs
 in a process of its own, which first trains the model through a DataLoader and then explains it: seconds and memory
 beyond that of the trained model, and the time as a part of the training's. The scores are for the same model; ours
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from peers import PEERS
-from tasks import FOLDER, task
+from tasks import FOLDER, TASKS, task
 from torch.utils.data import ConcatDataset, DataLoader, Subset
 
 import pytorch_influence_functions as ptif
@@ -29,14 +30,21 @@ import pytorch_influence_functions as ptif
 OURS = {
     'ours, its default options': {},
     'ours, solver="auto"': {"solver": "auto"},
+    'ours, solver="auto", smoothing=0': {"solver": "auto", "smoothing": 0},
     'ours, solver="ekfac", damping="auto"': {"solver": "ekfac", "damping": "auto"},
     'ours, solver="cg", preconditioner="ekfac", damping="auto"': {
         "solver": "cg", "preconditioner": "ekfac", "damping": "auto",
     },
     'ours, solver="exact", damping="auto"': {"solver": "exact", "damping": "auto"},
+    'ours, solver="exact", damping="auto", smoothing=16': {"solver": "exact", "damping": "auto", "smoothing": 16},
     'ours, solver="lissa", its default options': {"solver": "lissa"},
 }  # fmt: skip
 THREE = 'ours, solver="auto", three models'
+THREE_PLAIN = 'ours, solver="auto", three models, smoothing=0'
+ENSEMBLES = {
+    THREE: 'ours, solver="auto"',
+    THREE_PLAIN: 'ours, solver="auto", smoothing=0',
+}
 SETTINGS = {
     "kronfluence EKFAC": ["heuristic", 1e-4, 1e-3, 3e-3, 1e-2],
     "TRAK": [10.0, 30.0, 100.0, 300.0, 1000.0],
@@ -46,27 +54,27 @@ DAMPINGS = [1e-3, 1e-2, 3e-2, 1e-1]
 MODELS = 3
 
 
-def one(name, setting, seed, out):
+def one(name, setting, seed, out, task_name):
     """Train, explain, and write the scores, seconds of both and the growth of the peak memory in MiB."""
-    digits = task("digits")
+    chosen = task(task_name)
     start = time.perf_counter()
-    model = digits.train_model(digits.loader(), seed)
+    model = chosen.train_model(chosen.loader(), seed)
     training = time.perf_counter() - start
     models = (
-        [model, *(digits.train_model(seed=seed + k) for k in (1, 2))]
-        if name == THREE
+        [model, *(chosen.train_model(seed=seed + k) for k in (1, 2))]
+        if name in ENSEMBLES
         else model
     )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     if name in PEERS:
-        scores = PEERS[name][1](digits, model, setting)
+        scores = PEERS[name][1](chosen, model, setting)
     else:
-        options = OURS['ours, solver="auto"' if name == THREE else name]
+        options = OURS[ENSEMBLES.get(name, name)]
         influence = ptif.InfluenceFunction(
-            models, digits.loader(), progress=False, **options
+            models, chosen.loader(), progress=False, **options
         )
-        scores = influence.scores(DataLoader(digits.test, 150))
+        scores = influence.scores(DataLoader(chosen.test, 150))
     seconds = time.perf_counter() - start
     peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
     torch.save(
@@ -80,7 +88,7 @@ def one(name, setting, seed, out):
     )
 
 
-def run(name, setting, seed, limit):
+def run(name, setting, seed, limit, task_name):
     """`one` in a process of its own; the reason as a string where it came to nothing."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.pt"
@@ -92,6 +100,7 @@ def run(name, setting, seed, limit):
             repr(setting),
             str(seed),
             str(out),
+            task_name,
         ]
         try:
             done = subprocess.run(
@@ -137,15 +146,15 @@ def row(name, setting, results, retrained):
 
 def more_tests(repeats=3):
     """Seconds of solver="auto" for 150 and for 1,000 test samples, which include training samples."""
-    digits = task("digits")
-    model = digits.train_model()
-    many = ConcatDataset([digits.test, Subset(digits.train, range(850))])
-    seconds = {len(tests): [] for tests in (digits.test, many)}
+    chosen = task("digits")
+    model = chosen.train_model()
+    many = ConcatDataset([chosen.test, Subset(chosen.train, range(850))])
+    seconds = {len(tests): [] for tests in (chosen.test, many)}
     for _ in range(repeats):
-        for tests in (digits.test, many):
+        for tests in (chosen.test, many):
             start = time.perf_counter()
             influence = ptif.InfluenceFunction(
-                model, digits.loader(), solver="auto", progress=False
+                model, chosen.loader(), solver="auto", progress=False
             )
             influence.scores(DataLoader(tests, 100))
             seconds[len(tests)].append(time.perf_counter() - start)
@@ -166,11 +175,12 @@ def main():
     parser.add_argument(
         "--limit", type=int, default=300, help="seconds for one run"
     )
+    parser.add_argument("--task", default="digits", choices=TASKS)
     parser.add_argument("--folder", default=FOLDER)
-    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        name, setting, seed, out = args.one
+        name, setting, seed, out, task_name = args.one
         one(
             name,
             setting
@@ -180,14 +190,15 @@ def main():
             else float(setting),
             int(seed),
             out,
+            task_name,
         )
         return
     wanted = [
         name
-        for name in (*OURS, THREE, *PEERS)
+        for name in (*OURS, *ENSEMBLES, *PEERS)
         if args.only is None or any(name.startswith(o) for o in args.only)
     ]
-    retrained = task("digits").retrained(args.folder)
+    retrained = task(args.task).retrained(args.folder)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads; with true expected losses the score would be "
           f"{retrained.ceiling:.2f}\n")  # fmt: skip
     print(
@@ -199,12 +210,12 @@ def main():
             print(f"| {name} | | not installed | | | |", flush=True)
             continue
         if name in PEERS:
-            default = run(name, None, 0, args.limit)
+            default = run(name, None, 0, args.limit, args.task)
             row(name, "default", [default], retrained)
             if isinstance(default, str) and default.startswith("more than"):
                 continue
             tried = {
-                s: run(name, s, 0, args.limit)
+                s: run(name, s, 0, args.limit, args.task)
                 for s in SETTINGS.get(name, DAMPINGS)
             }
             scored = {
@@ -220,10 +231,11 @@ def main():
                     retrained,
                 )
         else:
-            seeds = [0] if name == THREE else range(MODELS)
-            row(name, "automatic" if "auto" in name else "default", [run(name, None, s, args.limit) for s in seeds],
-                retrained)  # fmt: skip
-    if args.only is None:
+            seeds = [0] if name in ENSEMBLES else range(MODELS)
+            results = [run(name, None, s, args.limit, args.task) for s in seeds]
+            setting = "automatic" if "auto" in name else "default"
+            row(name, setting, results, retrained)
+    if args.only is None and args.task == "digits":
         more_tests()
 
 

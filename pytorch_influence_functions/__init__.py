@@ -16,6 +16,8 @@ from .calc_influence_function import (
 )
 from .config import Config, get_default_config
 from .evaluation import (
+    Mislabelled,
+    find_mislabelled,
     label_baselines,
     label_issues,
     leave_one_out,
@@ -29,12 +31,16 @@ from .influence_function import calc_loss, grad_z, hvp, s_test
 from .model.doubts import ModelWarning
 from .model.gradients import NonFiniteError
 from .run.doctor import Finding, doctor
+from .run.estimate import Estimate, estimate
+from .show.groups import Groups
 from .show.results import InfluenceResult
+from .show.subsets import influential_subset
 from .solve.errors import (
     CurvatureWarning,
     DeviceWarning,
     DivergenceError,
     NegativeCurvatureError,
+    ScoreErrorWarning,
     ToleranceWarning,
     VaryingDataWarning,
 )
@@ -53,6 +59,13 @@ __all__ = [
     # before a run
     "doctor",
     "Finding",
+    "estimate",
+    "Estimate",
+    # lists to act on
+    "find_mislabelled",
+    "Mislabelled",
+    "influential_subset",
+    "Groups",
     # options
     "Config",
     "get_default_config",
@@ -85,6 +98,7 @@ __all__ = [
     "DivergenceError",
     "NegativeCurvatureError",
     "ToleranceWarning",
+    "ScoreErrorWarning",
     "CurvatureWarning",
     "VaryingDataWarning",
     "DeviceWarning",

@@ -254,7 +254,9 @@ def calc_influence_single(
     )
     index = require_whole(test_id_num, "test_id_num", 0, tests.n - 1)
     if s_test_vec is None:
-        scores = next(influence.groups(tests, [index]))[1]
+        group = next(influence.solutions(tests, [index]))
+        everything = range(influence.samples.n)
+        scores = influence.scores_of_group(group, everything)[0]
     else:
         scores = influence.scores_of(_known(influence, s_test_vec))
     if time_logging:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import os
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
@@ -22,6 +21,7 @@ from .rules import (
     are_names,
     at_least,
     check,
+    documented,
     either,
     is_above_zero,
     is_even,
@@ -75,6 +75,16 @@ class Config:
     resume: bool = field(default=True, metadata=row(
         OTHER, lambda value: isinstance(value, bool), "True or False",
         "whether a run that was stopped goes on when it is started again; False starts anew beside it.",
+    ))
+    json: bool | str = field(default="auto", metadata=row(
+        OTHER, either("auto", lambda value: isinstance(value, bool)), 'True, False or "auto"',
+        "whether the result file holds the scores as lists; False leaves them to the array beside it, \"auto\" too "
+        "where the file would be larger than 200 MB.",
+    ))
+    num_processes: int | None = field(default=None, metadata=row(
+        NUMBER, either(None, at_least(1)), "a whole number of at least 1, or None",
+        "processes of one thread each that share a run on this machine; None goes by the launcher (torchrun), 1 is "
+        "this process alone.",
     ))
     calc_method: Literal["img_wise", "all_grad_then_test"] = field(default="img_wise", metadata=row(
         TEXT, one_of(CALC_METHODS), quoted(CALC_METHODS),
@@ -153,9 +163,11 @@ class Config:
         TEXT, either(None, are_names), "a name or pattern, a list of them, or None",
         'names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.',
     ))
-    smoothing: int | None = field(default=None, metadata=row(
-        NUMBER, either(None, is_even), "an even whole number of at least 0, or None for 0",
-        "points, in pairs, over which gradients are averaged: the mean effect over random halves of the training set.",
+    smoothing: int | str | None = field(default=None, metadata=row(
+        NUMBER, either(None, either("auto", is_even)),
+        'an even whole number of at least 0, "auto", or None for "auto" where solver and damping are automatic, else 0',
+        "points, in pairs, over which gradients are averaged: the mean effect over random halves of the training set; "
+        '`"auto"` takes as many as pay; None is `"auto"` where solver and damping are automatic, else 0.',
     ))
     top_k: int = field(default=500, metadata=row(
         NUMBER, at_least(0), "a whole number of at least 0",
@@ -282,6 +294,19 @@ class Config:
         )
 
     @property
+    def fixed_shifts(self) -> int | None:
+        """How many points gradients are averaged over, 0 for theta alone, or None where that is to be chosen.
+
+        Where lambda is named the system is, so that without a word about smoothing its plain solution is meant.
+        """
+        if self.smoothing == "auto":
+            return None
+        if self.smoothing is not None:
+            return int(self.smoothing)
+        automatic = self.automatic_damping and self.solver_in_use[0] == "auto"
+        return None if automatic else 0
+
+    @property
     def solver_in_use(self) -> tuple[str, str]:
         """The solver's name, and why it is that one."""
         if self.solver is not None:
@@ -323,24 +348,7 @@ def known_key(key: str) -> str | None:
     return name
 
 
-def _documented(cls: type[Config]) -> str:
-    """The docstring of the class, with the meaning of every option."""
-    rows = [
-        f"{option.name}: {option.metadata['meaning']}"
-        for option in dataclasses.fields(cls)
-    ]
-    wrapped = [
-        textwrap.fill(
-            row, 120, initial_indent=" " * 8, subsequent_indent=" " * 12
-        )
-        for row in rows
-    ]
-    return "\n".join(
-        [(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "]
-    )
-
-
-Config.__doc__ = _documented(Config)
+Config.__doc__ = documented(Config)
 DEFAULTS: dict[str, Any] = {
     option.name: option.default for option in dataclasses.fields(Config)
 }

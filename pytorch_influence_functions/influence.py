@@ -102,10 +102,31 @@ class InfluenceFunction:
 
     @property
     def relative_residual(self) -> Tensor | None:
-        """Relative residual of the last `scores` [K], the largest of several models; measured when it is asked for."""
+        """Relative residual of the last `scores` [K], the largest of several models; measured when it is asked for.
+
+        How well the system is solved, which bounds the error of a score only as far as its condition allows; see
+        `score_error`.
+        """
         found = [member.relative_residual() for member in self._members]
         known = [residual for residual in found if residual is not None]
         return torch.stack(known).amax(0) if known else None
+
+    @property
+    def score_error(self) -> float | None:
+        r"""How far the last `scores` are off, relative to their size; measured when it is asked for.
+
+        The residual says how well the system is solved, not this: with eigenvalues from \lambda to L the scores may be
+        off by L / \lambda times as much. It is the largest of a few test samples (those with the largest residuals),
+        the root of the mean square over some training samples: estimated by a second solve, or a bound where that is
+        below a tenth already. It is the error of the solve alone, with the curvature as the model's precision gives it:
+        neither how far influence is from retraining, nor with r > 1 the noise that `stderr` tells of. None where the
+        residual is measured on a part of the training set only, or the curvature is negative somewhere.
+        """
+        if self.relative_residual is None:
+            return None
+        found = [e for member in self._members for e in member.score_errors]
+        known = [error for error in found if error is not None]
+        return max(known) if known and len(known) == len(found) else None
 
     # ---- what it answers
 
@@ -125,7 +146,7 @@ class InfluenceFunction:
             corrected: of a Newton step without the sample, (I - R_i K_i)^-1 between (`out_of_sample`): a first-order
                 influence falls short where a sample has a large leverage.
 
-        `stderr` [K, n] (with r > 1) and `relative_residual` [K] of these scores are kept beside it.
+        `stderr` [K, n] (with r > 1), `relative_residual` [K] and `score_error` of these scores are kept beside it.
         """
         found = [member.scores(tests, corrected) for member in self._members]
         self.stderr = None
@@ -231,14 +252,12 @@ class InfluenceFunction:
         """The labels of these samples, as they are read in one pass of their losses; errors name the sample."""
         return self._members[0].check(tests, indices)
 
-    def groups(
-        self,
-        tests: Samples,
-        indices: Sequence[int],
-        earlier: Earlier | None = None,
-    ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
-        """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
-        return self._only_member("groups").groups(tests, indices, earlier)
+    def scores_of_group(
+        self, group: Group, indices: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of a group [k, m] for these training samples, and those of each chain [r, k, m] or None."""
+        member = self._only_member("scores_of_group")
+        return member.scores_of_group(group, indices)
 
     def solutions(
         self,

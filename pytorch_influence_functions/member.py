@@ -15,18 +15,15 @@ from .config import Config
 from .data.batch import Batch, as_batch
 from .data.samples import Samples
 from .model.door import check_mean
-from .model.gradients import (
-    gradient,
-    gradient_products,
-    require_finite,
-)
+from .model.gradients import gradient, require_finite
 from .sample_gradients import SampleGradients
-from .solve.errors import ToleranceWarning
+from .solve.errors import ScoreErrorWarning, ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
 from .solve.leverage import Leverage
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.removals import Removals
+from .solve.score_error import SMALL
 from .solve.smoothing import Points
 from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
@@ -45,6 +42,7 @@ class Member(SampleGradients):
         solver: of the problem.
         report: what the last computation did, as plain values; `groups` holds a row for each group of test samples.
         unmeasured: residuals of the last scores, or what they can be measured from.
+        score_errors: of those that are measured, a number for each group; None where it could not be had.
     """
 
     def __init__(
@@ -62,12 +60,14 @@ class Member(SampleGradients):
         self.solver = Solver(self.problem)
         self.report: dict[str, Any] = {}
         self.unmeasured: list[Tensor | Unmeasured] = []
+        self.score_errors: list[float | None] = []
         self._warned = False
+        self._warned_of_scores = False
         self.points = self._new_points()
         self.removals = Removals(self.problem, self.solver)
 
     def _new_points(self) -> Points:
-        return Points(self.problem, self.config.smoothing or 0, self.solver)
+        return Points(self.problem, self.solver)
 
     @property
     def group_size(self) -> int:
@@ -103,17 +103,12 @@ class Member(SampleGradients):
             require_finite(g, wrapped.indices, "test batch", "gradient")
             return self._solve(g, 1).vectors[0]
 
-    def groups(
-        self,
-        tests: Samples,
-        indices: Sequence[int],
-        earlier: Earlier | None = None,
-    ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
-        """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
-        for group in self.solutions(tests, indices, earlier):
-            with self.problem.guard():
-                mean, chains = self._products(group.vectors, group.chains)
-            yield group, mean, chains
+    def scores_of_group(
+        self, group: Group, indices: Sequence[int]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Scores of a group [k, m] for these training samples, and those of each chain [r, k, m] or None."""
+        with self.problem.guard():
+            return self._products(group.vectors, group.chains, indices)
 
     def solutions(
         self,
@@ -124,11 +119,14 @@ class Member(SampleGradients):
         """The solutions of each group of test samples, with their residuals."""
         total = earlier.total if earlier else len(indices)
         self._begin(earlier)
+        self.score_errors = []
         for part in split(indices, self.group_size):
             with self.problem.guard():
                 v = self.gradients_of(tests, part)
                 solution = self._solve(v, total)
-                residual = self._measured(v, solution)
+                residual = self._measured(
+                    v, solution, self.report["groups"][-1]
+                )
                 self._warn_if_inexact(residual)
             yield Group(part, solution.vectors, solution.chains, residual)
 
@@ -145,14 +143,14 @@ class Member(SampleGradients):
         """Scores [K, n], and with r > 1 their standard errors [K, n], on the CPU."""
         means, errors = [], []
         block = self._corrected() if corrected else self._block
-        self.unmeasured = []
+        self.unmeasured, self.score_errors = [], []
         with self.problem.guard():
             self._begin()
             count, gradients = self.test_gradients(tests)
             for v in gradients:
                 solution = self._solve(v, count)
                 mean, chains = self._products(
-                    solution.vectors, solution.chains, block
+                    solution.vectors, solution.chains, block=block
                 )
                 means.append(mean)
                 if chains is not None:
@@ -170,7 +168,7 @@ class Member(SampleGradients):
         with self.problem.guard():
             for part in self.unmeasured:
                 known = (
-                    self._measured(part.v, part.solution)
+                    self._measured(part.v, part.solution, part.group)
                     if isinstance(part, Unmeasured)
                     else part
                 )
@@ -186,7 +184,7 @@ class Member(SampleGradients):
         with self.problem.guard():
             self._begin()
             products = self.solver.prepared().self_products
-            if products is not None and not self.config.smoothing:
+            if products is not None and not len(self.points.shifts):
                 values = products()
                 require_solved(values.unsqueeze(1))
                 self._describe()
@@ -230,6 +228,7 @@ class Member(SampleGradients):
     # ---- inside
 
     def _begin(self, earlier: Earlier | None = None) -> None:
+        self.meet_all()
         self.report = {"groups": []}
         if earlier and earlier.report:
             self.report = dict(earlier.report)
@@ -242,18 +241,29 @@ class Member(SampleGradients):
             self._warn_if_inexact(solution.residual.relative)
         return solution
 
-    def _measured(self, v: Tensor, solution: Solution) -> Tensor:
-        return self.solver.residual(v, solution).relative.cpu()
+    def _measured(
+        self, v: Tensor, solution: Solution, group: dict[str, Any]
+    ) -> Tensor:
+        """The relative residual [K]; the error of the scores goes to the group's row of the report."""
+        residual = self.solver.residual(v, solution)
+        error = self.solver.score_error(v, solution, residual)
+        group.update(error)
+        self._describe()
+        self.score_errors.append(error.get("score_error"))
+        worst = float(residual.relative.max())
+        self._warn_if_off(error.get("score_error", 0.0), worst)
+        return residual.relative.cpu()
 
     def _residual_for_later(
         self, v: Tensor, solution: Solution, tests: int
     ) -> Tensor | Unmeasured:
         """The residual; of an approximation only what it can be measured from, where all of these fit the memory."""
         kept = 2 * tests * self.objective.P * v.element_size()
+        group = self.report["groups"][-1]
         if solution.residual is None and kept <= self.problem.budget.product:
             self._look_at_first(v, solution)
-            return Unmeasured(v, solution)
-        return self._measured(v, solution)
+            return Unmeasured(v, solution, group)
+        return self._measured(v, solution, group)
 
     def _look_at_first(self, v: Tensor, solution: Solution) -> None:
         """Warn now where an approximation is of a matrix that is singular up to rounding."""
@@ -264,7 +274,8 @@ class Member(SampleGradients):
         rounding = torch.finfo(v.dtype).eps * trace
         if not self.unmeasured and prepared.system.damping <= rounding:
             one = dataclasses.replace(solution, vectors=solution.vectors[:1])
-            self._warn_if_inexact(self._measured(v[:1], one))
+            residual = self.solver.residual(v[:1], one)
+            self._warn_if_inexact(residual.relative)
 
     def _describe(
         self,
@@ -284,35 +295,44 @@ class Member(SampleGradients):
         self,
         vectors: Tensor,
         chains: Tensor | None,
+        indices: Sequence[int] | None = None,
         block: Products | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Scores [K, n] of the solutions, and of each of their chains [r, K, n]."""
+        """Scores [K, m] of the solutions, and of each of their chains [r, K, m], for these training samples or all."""
         if chains is None:
-            return self._score(vectors, block), None
+            return self._score(vectors, indices, block), None
         r, k = chains.shape[:2]
-        scores = self._score(chains.flatten(0, 1), block).view(r, k, -1)
+        flat = self._score(chains.flatten(0, 1), indices, block)
+        scores = flat.view(r, k, -1)
         return scores.mean(0), scores
 
-    def _score(self, vectors: Tensor, block: Products | None = None) -> Tensor:
+    def _score(
+        self,
+        vectors: Tensor,
+        indices: Sequence[int] | None = None,
+        block: Products | None = None,
+    ) -> Tensor:
         n = self.samples.n
+        indices = range(n) if indices is None else indices
         # what a pass left out would show
         scores = torch.full(
-            (len(vectors), n), torch.nan, dtype=self.objective.dtype
+            (len(vectors), len(indices)), torch.nan, dtype=self.objective.dtype
         )
+        done = 0
         for batch in self.samples.ordered(
-            self.problem.scoring_batch, text="Scoring the training set"
+            self.problem.scoring_batch,
+            indices,
+            text="Scoring the training set",
         ):
             part = (block or self._block)(batch, vectors) / n
             require_finite(part.T, batch.indices, self.samples.name, "gradient")
-            scores[:, torch.as_tensor(batch.indices)] = part.detach().cpu()
+            scores[:, done : done + batch.size] = part.detach().cpu()
+            done += batch.size
         return scores
 
     def _block(self, batch: Batch, vectors: Tensor) -> Tensor:
         """Products of the solutions [K, P] with the gradients of a batch -> [K, B]."""
-        max_bytes = self.problem.budget.product
-        return self.points.mean(
-            lambda at: gradient_products(at, batch, vectors, max_bytes)
-        )
+        return self.points.products(batch, vectors)
 
     def _corrected(self) -> Products:
         """Products of solutions [K, P] with J_i^T c_i in the place of gradients."""
@@ -344,4 +364,18 @@ class Member(SampleGradients):
             f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
             f"{self.solver.row.advice}",
             ToleranceWarning,
+        )
+
+    def _warn_if_off(self, error: float, residual: float) -> None:
+        """Warn where the scores are off by more than the residual lets one expect."""
+        expected = 10 * max(self.config.tolerance or 0.0, residual)
+        if error <= max(SMALL, expected) or self._warned_of_scores:
+            return
+        self._warned_of_scores = True
+        warn(
+            f"the scores are off by about {error:.0%} of their size, though the relative residual is {residual:.3g}: "
+            f"the damping ({self.solver.prepared().system.damping:.3g}) is far below the largest eigenvalue: a larger "
+            "config['damping'], config['solver'] = 'exact' where it fits, or in an iteration a smaller "
+            "config['tolerance'] lowers it",
+            ScoreErrorWarning,
         )

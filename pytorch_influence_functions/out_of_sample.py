@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .data.frame import frame
 from .member import Member
 from .model.local import Outputs
 from .solve.leverage import Block
-from .tables import dataframe
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -63,7 +63,7 @@ class OutOfSample:
         columns = {"loss": self.losses, "leverage": self.leverage}
         for name in ("output", "probability", "spread"):
             columns |= self._columns(name)
-        table = dataframe(columns)
+        table = frame(columns)
         table.index.name = "train_index"
         return table
 

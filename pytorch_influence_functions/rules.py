@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -137,4 +138,21 @@ def check(option: dataclasses.Field[Any], value: Any) -> None:
     kind = ValueError if right else TypeError
     raise kind(
         f"config[{option.name!r}]: expected {option.metadata['expected']}, got {value!r}"
+    )
+
+
+def documented(cls: type) -> str:
+    """The docstring of the class, with the meaning of every option."""
+    rows = [
+        f"{option.name}: {option.metadata['meaning']}"
+        for option in dataclasses.fields(cls)
+    ]
+    wrapped = [
+        textwrap.fill(
+            row, 120, initial_indent=" " * 8, subsequent_indent=" " * 12
+        )
+        for row in rows
+    ]
+    return "\n".join(
+        [(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "]
     )

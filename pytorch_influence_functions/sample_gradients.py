@@ -12,8 +12,9 @@ from .config import Config
 from .data.batch import UNCUT, Batch, as_batch
 from .data.labels import batch_labels, plain
 from .data.samples import Samples
-from .model.door import check_losses
-from .model.gradients import per_sample_gradients, require_finite
+from .model.company import keeps_company, meet_all
+from .model.door import check_losses, checked_losses
+from .model.gradients import require_finite
 from .model.objective import Objective
 from .solve.groups import parts_of, split
 from .solve.problem import Problem
@@ -35,6 +36,17 @@ class SampleGradients:
     objective: Objective
     samples: Samples
     points: Points
+    _met = False
+
+    def meet_all(self) -> None:
+        """See once, before the first computation, that every training batch is its samples; see `model.company`."""
+        if self._met:
+            return
+        with self.problem.guard():
+            meet_all(
+                self.objective, self.samples, lambda: self.problem.scoring_batch
+            )
+        self._met = True
 
     @property
     def group_size(self) -> int:
@@ -74,7 +86,8 @@ class SampleGradients:
         labels: list[Any] = []
         with self.problem.guard(tests):
             for batch in tests.ordered(self.problem.scoring_batch, indices):
-                check_losses(self.objective, [batch], tests.name)
+                losses = checked_losses(self.objective, batch, tests.name)
+                keeps_company(self.objective, tests, batch, losses)
                 labels += batch_labels(batch)
         return [plain(label) for label in labels]
 
@@ -90,6 +103,7 @@ class SampleGradients:
         self, indices: Sequence[int], text: str | None = None
     ) -> Iterator[tuple[Sequence[int], Tensor]]:
         """Loss gradients of training samples, a block at a time: indices, [B, P]."""
+        self.meet_all()
         with self.problem.guard():
             for batch in self.samples.ordered(
                 self.problem.gradient_batch, indices, text=text
@@ -98,9 +112,6 @@ class SampleGradients:
 
     def gradients(self, batch: Batch, name: str) -> Tensor:
         """Loss gradients of a batch -> [B, P]; `name` is what a message calls it."""
-        max_bytes = self.problem.budget.product
-        rows = self.points.mean(
-            lambda at: per_sample_gradients(at, batch, max_bytes)
-        )
+        rows = self.points.gradients(batch)
         require_finite(rows, batch.indices, name, "gradient")
         return rows

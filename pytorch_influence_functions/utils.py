@@ -13,7 +13,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -59,7 +59,19 @@ def log_to(filename: str | os.PathLike[str] | None) -> Iterator[None]:
     finally:
         log.removeHandler(handler)
         log.setLevel(level)
+        _close(handler, filename)
+
+
+def _close(handler: logging.Handler, filename: str | os.PathLike[str]) -> None:
+    """Close a log; what cannot be written of it ends no run."""
+    try:
         handler.close()
+    except OSError as error:
+        logger.warning(
+            "config['log_filename']: cannot write to %s (%s); its last lines are lost",
+            filename,
+            error.strerror,
+        )
 
 
 def _file_handler(path: Path, key: str) -> logging.Handler:
@@ -263,10 +275,17 @@ def unused_path(path: Path) -> Path:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a file under another name in the same folder, flush it to disk, and rename it to `path`."""
+    with written_atomically(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def written_atomically(path: Path) -> Iterator[BinaryIO]:
+    """Inside: a file of another name in the same folder, which is flushed to disk and renamed to `path` at the end."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())

@@ -280,18 +280,50 @@ class Pool(nn.Module):
 # ---- weights, precision, singular systems
 
 
-def test_class_weights_are_named_and_the_remedy_counts_them(caplog):
-    w = torch.tensor([0.1, 1.0, 5.0])
-    plain = scores(mlp())
-    divided = scores(mlp(), loss_func=nn.CrossEntropyLoss(weight=w))
+W = torch.tensor([0.1, 1.0, 5.0], dtype=torch.float64)
+
+
+def weighted(y, t):
+    return (W[t] * F.cross_entropy(y, t, reduction="none")).mean()
+
+
+@pytest.mark.parametrize("solver", ["exact", "auto"])
+def test_class_weights_count(solver, caplog):
+    """The mean of one sample would divide its weight away."""
+    found = scores(mlp(), loss_func=nn.CrossEntropyLoss(weight=W), solver=solver)
+    assert "divided by class weights" not in caplog.text
+    assert_close(found, scores(mlp(), loss_func=weighted, solver=solver), rtol=1e-6, atol=1e-9)
+    log = After(lambda y: y.log_softmax(1))
+    assert_close(scores(log, loss_func=nn.NLLLoss(weight=W), solver=solver), found, rtol=1e-4, atol=1e-7)
+
+
+def test_class_weights_of_positions():
+    """Over the positions of a sample that are not ignored; probabilities are divided by their number anyway."""
+    generator = torch.Generator().manual_seed(1)
+    x, t = torch.randn(N, 5, 4, generator=generator), torch.randint(0, 3, (N, 5), generator=generator)
+    t[2, :3] = -100
+    net = After(lambda y: y.transpose(1, 2))
+
+    def by_hand(y, t):
+        each = F.cross_entropy(y, t, reduction="none") * W[t.clamp(min=0)]
+        return (each.sum(1) / (t != -100).sum(1)).mean()
+
+    found = influence(net, (x, t), loss_func=nn.CrossEntropyLoss(weight=W)).scores((x, t))
+    assert_close(found, influence(net, (x, t), loss_func=by_hand).scores((x, t)), rtol=1e-6, atol=1e-9)
+    soft = x[:, 0], F.one_hot(t[:, 4], 3).double().add(0.1).softmax(1)
+    found = influence(mlp(), soft, loss_func=nn.CrossEntropyLoss(weight=W)).scores(soft)
+    alone = influence(mlp(), soft, loss_func=lambda y, t: -(W * y.log_softmax(1) * t).sum() / len(t)).scores(soft)
+    assert_close(found, alone, rtol=1e-6, atol=1e-9)
+
+
+def test_class_weights_in_a_function_are_named_and_the_remedy_counts_them(caplog):
+    divided = scores(mlp(), loss_func=lambda y, t: F.cross_entropy(y, t, weight=W))
     assert "divided by class weights" in caplog.text
-    assert_close(divided, plain, rtol=1e-6, atol=1e-9)
+    assert_close(divided, scores(mlp()), rtol=1e-6, atol=1e-9)
     caplog.clear()
-    found = influence(mlp(), loss_func=nn.CrossEntropyLoss(weight=w, reduction="sum"), solver="exact")
+    found = influence(mlp(), loss_func=nn.CrossEntropyLoss(weight=W, reduction="sum"), solver="exact")
     assert "class weights" not in caplog.text
-    each = influence(
-        mlp(), loss_func=lambda y, t: (w[t] * F.cross_entropy(y, t, reduction="none")).mean(), solver="exact"
-    )
+    each = influence(mlp(), loss_func=weighted, solver="exact")
     assert_close(found.scores(data()), each.scores(data()), rtol=1e-6, atol=1e-9)
 
 

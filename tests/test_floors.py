@@ -21,8 +21,9 @@ ROOMS = {
 BETWEEN = {
     "utils": -1,
     "rules": -1,
-    "tables": -1,
+    "script": -1,
     "config": 0,
+    "arguments": 1,
     "sample_gradients": 3.5,
     "member": 4,
     "out_of_sample": 4.5,
@@ -32,13 +33,18 @@ BETWEEN = {
     "influence_function": 8,
     "calc_influence_function": 8,
     "__init__": 9,
+    "__main__": 9,
 }
 """The modules outside the rooms."""
 FILES = {
     path.relative_to(PACKAGE).with_suffix("").as_posix(): ast.parse(path.read_text(encoding="utf-8"))
     for path in sorted(PACKAGE.rglob("*.py"))
 }
-EXTRAS = {"show/axes": {"matplotlib"}, "show/plotting": {"matplotlib"}, "show/table": {"pandas"}, "tables": {"pandas"}}
+EXTRAS = {
+    "show/axes": {"matplotlib"},
+    "show/plotting": {"matplotlib"},
+    "data/frame": {"pandas"},
+}
 MOST_LINES = 350
 
 

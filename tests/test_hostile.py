@@ -737,12 +737,13 @@ DOOR = {
         lambda d: scores(loader(X, HIGH)), (ValueError, "train_loader: .*sample 8.* got 5")),
     "float64 data": (lambda d: scores(loader(X.double(), T)), SAME),
     "float64 test data": (
-        lambda d: scores(test=loader(X.double(), T)), (TypeError, "test_loader: .*sample 0.*float64.*float32")),
+        lambda d: scores(loader(X.float(), T), loader(X.double(), T), net().float()),
+        (TypeError, "test_loader: .*sample 0.*float64.*float32")),
     "a loss whose backward refuses float64 targets": (
-        lambda d: scores(loader(X, X[:, :3].double()), loss_func=nn.HuberLoss()),
+        lambda d: scores(loader(X.float(), X[:, :3].double()), model=net().float(), loss_func=nn.HuberLoss()),
         (TypeError, "train_loader: .*sample 0.*float64.*float32")),
     "weights of a loss in float64": (
-        lambda d: scores(loss_func=nn.CrossEntropyLoss(weight=WEIGHTS)),
+        lambda d: scores(loader(X.float(), T), model=net().float(), loss_func=nn.CrossEntropyLoss(weight=WEIGHTS)),
         (ValueError, "train_loader: .*sample 0.*Double")),
     "another number of features": (
         lambda d: scores(loader(X[:, :3], T)), (ValueError, r"train_loader: .*sample 0.*\(1, 3\)")),

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
-import statistics
+import signal
 import tempfile
 import threading
 import weakref
@@ -15,7 +15,7 @@ import pytorch_influence_functions as ptif
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 
 X, T = torch.randn(24, 4), torch.arange(24) % 3
 OPTIONS = {"progress": False, "damping": 1.0, "recursion_depth": 10, "tolerance": 0.5}
@@ -24,16 +24,16 @@ pytestmark = pytest.mark.skipif(not os.path.isdir(PROC), reason="counts what Lin
 
 
 class Data(Dataset):
-    def __init__(self, breaks=None):
-        self.breaks = breaks
+    def __init__(self, breaks=None, x=X):
+        self.breaks, self.x = breaks, x
 
     def __len__(self):
-        return len(X)
+        return len(self.x)
 
     def __getitem__(self, i):
         if i == self.breaks:
             raise OSError("gone")
-        return X[i], T[i]
+        return self.x[i], T[i]
 
 
 def net():
@@ -185,18 +185,72 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def test_memory_does_not_grow():
-    """Of a model of a quarter of a million parameters, 1 MiB: a graph left behind in each call would show in twenty."""
+def million():
+    """1,015,003 parameters, 4 MiB."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 500), nn.Tanh(), nn.Linear(500, 500), nn.Tanh(), nn.Linear(500, 3))
-    loader = DataLoader(TensorDataset(X, T), batch_size=8)
-    sizes = []
-    for _ in range(40):
-        ptif.InfluenceFunction(model, loader, {**OPTIONS, "solver": "cg"}).scores((X[:2], T[:2]))
+    return nn.Sequential(nn.Linear(10, 1000), nn.Tanh(), nn.Linear(1000, 1000), nn.Tanh(), nn.Linear(1000, 3))
+
+
+def few(workers=0, breaks=None):
+    """Six samples for it."""
+    return DataLoader(Data(breaks, torch.randn(6, 10)), batch_size=3, num_workers=workers)
+
+
+class PressesKeys:
+    """A loss in which Ctrl-C comes, at its n-th call."""
+
+    def __init__(self, calls):
+        self.calls = calls
+
+    def __call__(self, y, t):
+        self.calls -= 1
+        if self.calls == 0:
+            signal.raise_signal(signal.SIGINT)
+        return F.cross_entropy(y, t)
+
+
+def of_million(model, train, **options):
+    options = {**OPTIONS, "recursion_depth": 3, "max_memory": 512, **options}
+    return ptif.InfluenceFunction(model, train, options)
+
+
+def run_of_million(model, folder, i):
+    options = {"outdir": folder / f"run{i}", "progress": False, "solver": "cg", "damping": 1.0, "tolerance": 0.5}
+    ptif.calc_img_wise({**options, "max_memory": 512}, model, few(), few())
+
+
+TESTS = torch.randn(2, 10), T[:2]
+CALLS_OF_MILLION = [
+    lambda m, d, i: of_million(m, few(), solver="cg").scores(TESTS),
+    lambda m, d, i: of_million(m, few(), solver="lissa").scores(TESTS),
+    lambda m, d, i: of_million(m, few(), solver="ekfac").scores(TESTS),
+    lambda m, d, i: of_million(m, few(1), solver="cg").scores(TESTS),
+    lambda m, d, i: of_million(m, few(0, 4)),
+    lambda m, d, i: of_million(m, few(1), solver="cg").scores(few(1, 4)),
+    lambda m, d, i: of_million(m, few(), loss_func=StopsAt(20, ZeroDivisionError)).scores(TESTS),
+    lambda m, d, i: of_million(m, few(i % 2), loss_func=PressesKeys(15 + i), solver="lissa").scores(TESTS),
+    run_of_million,
+    lambda m, d, i: ptif.grad_z(*TESTS, m),
+]
+"""A tenth of the calls each: of the model, a folder and the number of the call."""
+HOW_MANY = int(os.environ.get("CALLS", "20"))
+
+
+def test_many_calls_and_constructions_leave_nothing(temporary, tmp_path):
+    """`make left-behind` has a hundred of each: no growth of memory beyond 5 % after the first ten."""
+    model, loader = million(), few()
+    before, sizes, raised = counted(temporary), [], set()
+    for i in range(HOW_MANY):
+        of_million(model, loader)
+        try:
+            CALLS_OF_MILLION[i % len(CALLS_OF_MILLION)](model, tmp_path, i)
+        except (ValueError, ZeroDivisionError, KeyboardInterrupt) as error:
+            raised.add(type(error))
         gc.collect()
         sizes.append(resident())
-    # what is resident goes up and down by a tenth, its floor does not
-    assert min(sizes[30:]) <= 1.05 * statistics.median(sizes[10:20])
+    assert raised == {ValueError, ZeroDivisionError, KeyboardInterrupt}
+    assert counted(temporary) == before
+    assert max(sizes[-10:]) <= 1.05 * max(sizes[:10]), [round(size) for size in sizes]
 
 
 class Started:

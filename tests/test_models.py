@@ -11,9 +11,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
-from zoo import KINDS, N
+from zoo import KINDS as PLAIN
+from zoo import N
+from zoo_networks import NETWORKS
 
 pytestmark = pytest.mark.usefixtures("double")
+KINDS = {**PLAIN, **NETWORKS}
 SOLVERS = ("lissa", "cg", "exact", "ekfac", "auto")
 DRIVEN = ("classes", "squeezed binary", "dict", "penalty", "triplet", "time first", "packed", "graphs", "records")
 
@@ -74,7 +77,7 @@ class Truth:
 
     def batch(self, model, sample):
         batch = self.kind.collate([sample])
-        if isinstance(batch, list) and batch[0].dtype == torch.float32:
+        if isinstance(batch, list) and getattr(batch[0], "dtype", None) == torch.float32:
             batch[0] = batch[0].double()
         return [t.clone() if isinstance(t, torch.Tensor) else t for t in batch] if isinstance(batch, list) else batch
 
@@ -178,17 +181,45 @@ def check_approximation(influence, reference, train, found):
     assert_close(residual, expected, rtol=1e-5, atol=1e-7)
 
 
+def driven(name, solver, path, run=ptif.calc_img_wise):
+    """The rows that a driver writes for two test samples [2, n], and what they are to be."""
+    reference = truth(name)
+    kind, given = reference.kind, options(solver, reference)
+    train = loader(kind, reference.data, N if solver == "lissa" else 3)
+    test = loader(kind, reference.data[:2], 2)
+    result = run({**given, "outdir": path}, reference.model(), train, test)
+    found = torch.stack([torch.tensor(result.influences[str(i)]["influence"]) for i in range(2)])
+    if solver == "ekfac":
+        return found, ptif.InfluenceFunction(reference.model(), train, **given).scores(test)
+    meta = result.meta["solver"]
+    curvature = reference.H if meta["curvature"] == "hessian" else reference.G
+    return found, reference.scores(curvature, reference.damping)[:2]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", DRIVEN)
 def test_drivers(name, tmp_path):
-    reference = truth(name)
-    train, test = loader(reference.kind, reference.data), loader(reference.kind, reference.data[:2], 2)
-    given = {**options("cg", reference), "outdir": tmp_path}
-    result = ptif.calc_img_wise(given, reference.model(), train, test)
-    expected = reference.scores(reference.G, reference.damping)
-    for i in range(2):
-        found = torch.tensor(result.influences[str(i)]["influence"])
-        assert_close(found, expected[i], rtol=1e-5, atol=1e-8)
+    assert_close(*driven(name, "cg", tmp_path), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_driven(name, solver, tmp_path):
+    if solver in KINDS[name].refused:
+        with pytest.raises((ValueError, NotImplementedError), match=r"config\['"):
+            driven(name, solver, tmp_path)
+        return
+    assert_close(*driven(name, solver, tmp_path), rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_is_driven_the_other_way(name, tmp_path):
+    rows = driven(name, "auto", tmp_path, ptif.calc_all_grad_then_test)
+    assert_close(*rows, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -224,5 +255,5 @@ def test_it_goes_through_the_model_in_batches(name):
 
 
 def test_the_table_is_large():
-    assert len(KINDS) >= 60
+    assert len(KINDS) >= 130
     assert all(isinstance(kind.model(), nn.Module) for kind in KINDS.values())

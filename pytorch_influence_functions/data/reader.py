@@ -74,6 +74,20 @@ class Fetch:
         ]
         return Fetched(list(indices), trees, apart=self.apart or len(trees) > 1)
 
+    def both(self, indices: Sequence[int]) -> tuple[Fetched, Fetched]:
+        """The samples together where they can be, and each alone, read once: augmentation would make others of them."""
+        samples = self._samples(indices)
+        alone = [
+            self._alone(index, sample)
+            for index, sample in zip(indices, samples, strict=True)
+        ]
+        each = Fetched(list(indices), alone, apart=True)
+        try:
+            whole = self.collate(list(samples))
+        except Exception:  # of different shapes
+            return each, each
+        return Fetched(list(indices), [whole], apart=False), each
+
     def _samples(self, indices: Sequence[int]) -> list[Any]:
         many = getattr(self.dataset, "__getitems__", None)
         if not callable(many) or len(indices) == 1:

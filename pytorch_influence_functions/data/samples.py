@@ -47,6 +47,7 @@ class Samples:
         apart: whether each sample is collated alone, since in a batch it would be another.
         shapes: the only shape in which samples may be collated together (that of each tensor behind its first
             dimension); batches of another are taken apart. None is any.
+        passed: samples that passes have given so far.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Samples:
         self.n = len(cast(Any, self.dataset))
         self.batch_size = min(batch_size_of(loader, self.n, name), self.n)
         self.apart = False
+        self.passed = 0
         self.shapes: Shapes | None = None
         self._readers: dict[object, Reader] = {}
         self._idle: list[Reader] = []
@@ -87,6 +89,14 @@ class Samples:
         return self._batch(self._fetch(self.apart).read(indices)).to(
             self.device
         )
+
+    def both(self, indices: Sequence[int]) -> tuple[Batch, list[Batch]]:
+        """Two samples or more, read once: collated together, and each collated alone."""
+        whole, each = self._fetch(apart=False).both(indices)
+        alone = self._batch(each).parts
+        return self._batch(whole).to(self.device), [
+            one.to(self.device) for one in alone
+        ]
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
@@ -241,6 +251,7 @@ class Samples:
     def _read(self, chunks: Any, seed: int) -> Iterator[Batch]:
         if self._in_memory:
             for chunk in chunks:
+                self.passed += len(chunk)
                 yield self.take(chunk)
             return
         # by a key alone, since a frame that named the reader would keep its pipes as long as an exception is kept
@@ -248,6 +259,7 @@ class Samples:
         self._readers[key] = self._started(chunks, seed)
         try:
             for chunk in chunks:
+                self.passed += len(chunk)
                 yield self._batch(self._next(key, chunk)).to(self.device)
         finally:
             self._end(key)
@@ -288,12 +300,20 @@ def varying_sample(samples: Samples, tries: int = 8) -> int | None:
     """Index of a sample that is not the same when read twice (random augmentation), or None."""
     step = max(samples.n // tries, 1)
     for index in range(0, samples.n, step)[:tries]:
-        first = samples.sample(index).leaves
-        second = samples.sample(index).leaves
-        if any(not _same(a, b) for a, b in zip(first, second, strict=True)):
+        if varies(samples, index):
             return index
     return None
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def varies(samples: Samples, index: int) -> bool:
+    """Whether a sample is not the same when it is read twice."""
+    first = samples.sample(index).leaves
+    second = samples.sample(index).leaves
+    return any(
+        not same_numbers(a, b) for a, b in zip(first, second, strict=True)
+    )
+
+
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN at the same places."""
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())

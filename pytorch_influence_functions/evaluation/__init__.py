@@ -15,6 +15,7 @@ from .mislabel import (
     label_baselines,
     mislabel_curve,
 )
+from .mislabelled import Mislabelled, find_mislabelled
 
 __all__ = [
     "Correlation",
@@ -22,7 +23,9 @@ __all__ = [
     "LabelBaselines",
     "LeaveOneOut",
     "MislabelCurve",
+    "Mislabelled",
     "SubsetLosses",
+    "find_mislabelled",
     "label_baselines",
     "label_issues",
     "leave_one_out",

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from ..data.frame import frame
 from ..data.samples import Samples
 from ..member import Member
 from ..model.gradients import gradient
 from ..out_of_sample import OutOfSample, out_of_sample
 from ..solve.single import single_changes
-from ..tables import dataframe
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -181,7 +181,7 @@ def label_issues(
         "self_influence": own,
     }
     try:
-        return dataframe(columns)
+        return frame(columns)
     except ImportError:
         return columns
 

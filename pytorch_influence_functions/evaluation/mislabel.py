@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from ..data.batch import Batch
 from ..model.gradients import per_sample_gradients, require_finite
-from ..solve.problem import make_problem
+from ..solve.problem import Problem, make_problem
 from .retraining import Options
 from .statistics import Floats, array_of, check_indices, require_finite_scores
 
@@ -127,20 +129,24 @@ def label_baselines(
         "ggn",
         or_hessian=True,
     )
+    pairs = [(losses, norms) for _, losses, norms in cheap_scores(problem)]
+    losses, norms = zip(*pairs, strict=True)
+    return LabelBaselines(torch.cat(losses), torch.cat(norms))
+
+
+def cheap_scores(
+    problem: Problem,
+) -> Iterator[tuple[Batch, Tensor, Tensor]]:
+    """Batches of the training set with loss and gradient norm of each sample [B], on the CPU."""
     objective = problem.objective
     samples = problem.samples
-    losses = []
-    norms = []
     with problem.guard():
         for batch in samples.ordered(
             problem.gradient_batch, text="Loss and gradient norm"
         ):
-            losses.append(
-                objective.losses(objective.theta, batch).detach().cpu()
-            )
+            losses = objective.losses(objective.theta, batch).detach()
             rows = per_sample_gradients(
                 objective, batch, problem.budget.product
             )
             require_finite(rows, batch.indices, samples.name, "gradient")
-            norms.append(rows.norm(dim=1).cpu())
-    return LabelBaselines(torch.cat(losses), torch.cat(norms))
+            yield batch, losses.cpu(), rows.norm(dim=1).cpu()

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+import copy
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn import functional as F
+
+logger = logging.getLogger(__name__)
 
 IGNORED_CLASS = -100
 """The class id that cross-entropy leaves out."""
@@ -55,3 +62,44 @@ def cross_entropies(y: Tensor, t: Tensor) -> Tensor:
     if t.is_floating_point():
         return each.flatten(1).mean(1)
     return each.flatten(1).sum(1) / (t != IGNORED_CLASS).flatten(1).sum(1)
+
+
+def with_class_weights(loss: Callable[..., Any]) -> Callable[..., Any]:
+    r"""The loss, or instead of one that divides by its class weights w one that divides by the number of targets.
+
+    \sum_i w_{t_i} l_i / \sum_i w_{t_i} is l_i where sample i is alone, as if there were no weights. What was trained is
+    the sum with the weights, and w_t l is a sample's part in it.
+    """
+    if not isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
+        return loss
+    if loss.weight is None or loss.reduction != "mean":
+        return loss
+    logger.info(
+        "the loss of a sample is multiplied by the weight of its class and not divided by it again, as the mean of "
+        "%s would for a sample alone",
+        type(loss).__name__,
+    )
+    return Weighted(loss)
+
+
+class Weighted:
+    """Sum of the weighted losses over the number of targets that count."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss, self.summed = loss, copy.copy(loss)
+        self.summed.reduction = "sum"
+
+    @property
+    def of_logits(self) -> Weighted:
+        """The same loss of logits, where this one is of log-probabilities."""
+        given = {
+            "weight": self.loss.weight,
+            "ignore_index": self.loss.ignore_index,
+        }
+        return Weighted(nn.CrossEntropyLoss(**given))
+
+    def __call__(self, y: Tensor, t: Tensor) -> Any:
+        if t.is_floating_point():  # probabilities: divided by their number
+            return self.loss(y, t)
+        count = (t != self.loss.ignore_index).sum()
+        return self.summed(y, t) / count

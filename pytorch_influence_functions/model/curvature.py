@@ -62,7 +62,11 @@ class Curvature:
             and getattr(self.objective.paths, self.kind) is None
         ):
             self._try_stack(batch, vectors[:2])
-        return self._product(self.objective, batch, vectors, self.stack(batch))
+        product = self._product(
+            self.objective, batch, vectors, self.stack(batch)
+        )
+        # a criterion that is trained beside the model has a graph of its own
+        return product.detach()
 
     def _try_stack(self, batch: Batch, two: Tensor) -> None:
         """Find whether products of a stack are those of its vectors [2, P], on a few samples."""

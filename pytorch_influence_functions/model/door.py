@@ -82,8 +82,14 @@ def check_losses(
         NonFiniteError: its loss is NaN or infinite.
     """
     for batch in batches:
-        losses = _losses(objective, batch, name).detach()
-        require_finite(losses, batch.indices, name, "loss")
+        checked_losses(objective, batch, name)
+
+
+def checked_losses(objective: Objective, batch: Batch, name: str) -> Tensor:
+    """Losses of a batch [B], finite all of them; errors as of `check_losses`."""
+    losses = _losses(objective, batch, name).detach()
+    require_finite(losses, batch.indices, name, "loss")
+    return losses
 
 
 def check_mean(objective: Objective, batch: Batch, name: str) -> None:

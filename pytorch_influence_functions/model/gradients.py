@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -68,13 +68,7 @@ def per_sample_gradients(
         return torch.stack(
             [gradient(objective, one) for one in batch.singles()]
         )
-    size = _block(objective, batch, max_bytes)
-    if size >= batch.size:
-        return vmap_gradients(objective, batch)
-    blocks = (
-        batch.rows(i, min(i + size, batch.size))
-        for i in range(0, batch.size, size)
-    )
+    blocks = gradient_blocks(objective, batch, max_bytes)
     return torch.cat([vmap_gradients(objective, block) for block in blocks])
 
 
@@ -98,15 +92,10 @@ def gradient_products(
         len(vectors) < few(objective, batch) or not paths.vmap
     ):
         return forward_products(objective, batch, vectors, max_bytes)
-    size = _block(objective, batch, max_bytes)
-    blocks = (
-        batch.rows(i, min(i + size, batch.size))
-        for i in range(0, batch.size, size)
-    )
     return torch.cat(
         [
             vectors @ per_sample_gradients(objective, block).T
-            for block in blocks
+            for block in gradient_blocks(objective, batch, max_bytes)
         ],
         dim=1,
     )
@@ -126,15 +115,12 @@ def forward_products(
 ) -> Tensor:
     """g_i . s_k by forward mode: the derivative of the B losses along each vector, [K, P] -> [K, B]."""
 
+    def losses(theta: Tensor) -> Tensor:
+        return objective.losses(theta, batch)
+
     def along(s: Tensor) -> Tensor:
-        return cast(
-            Tensor,
-            jvp(
-                lambda theta: objective.losses(theta, batch),
-                (objective.theta,),
-                (s,),
-            )[1],
-        )
+        products: Tensor = jvp(losses, (objective.theta,), (s,))[1]
+        return products.detach()
 
     fitting = forward_stack(
         batch.size * activation_bytes(objective, batch), max_bytes
@@ -167,16 +153,25 @@ def vmap_gradients(objective: Objective, batch: Batch) -> Tensor:
         )
     )
     over = vmap(one, in_dims=(None, *(0 for _ in batch.leaves)))
-    return cast(Tensor, over(objective.theta, *batch.leaves))
+    rows = cast(Tensor, over(objective.theta, *batch.leaves))
+    return rows.detach()
 
 
-def _block(objective: Objective, batch: Batch, max_bytes: float) -> int:
-    return gradient_block(
+def gradient_blocks(
+    objective: Objective, batch: Batch, max_bytes: float
+) -> Iterator[Batch]:
+    """Parts of a batch whose per-sample gradients are held at once."""
+    size = gradient_block(
         batch.size,
         objective.theta.nbytes,
         activation_bytes(objective, batch),
         max_bytes,
     )
+    if size >= batch.size:
+        yield batch
+        return
+    for start in range(0, batch.size, size):
+        yield batch.rows(start, min(start + size, batch.size))
 
 
 # ---- trust

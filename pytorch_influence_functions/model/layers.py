@@ -7,8 +7,8 @@ sequence or image positions.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,21 +23,37 @@ Layout = Callable[[Tensor, int], Tensor]
 """[..., groups, d], number of samples B -> [B, T, groups, d]."""
 
 
+class LayoutError(ValueError):
+    """The samples of a batch cannot be found in what a layer sees."""
+
+
+def _positions(rows: Tensor, size: int) -> int:
+    """Positions of each of so many samples, of which a layer may see none at all."""
+    count, rest = divmod(rows.shape[:-2].numel(), size)
+    if rest:
+        raise LayoutError(
+            f"a layer sees {rows.shape[:-2].numel()} rows of {size} samples"
+        )
+    return count
+
+
 def _samples_first(rows: Tensor, size: int) -> Tensor:
     """Samples in the first dimension, or [B T, ...]."""
-    return rows.reshape(size, -1, *rows.shape[-2:])
+    return rows.reshape(size, _positions(rows, size), *rows.shape[-2:])
 
 
 def _samples_second(rows: Tensor, size: int) -> Tensor:
     """Samples in the second dimension (`batch_first=False`)."""
     if rows.dim() < 4 or rows.shape[1] != size:
-        raise ValueError("no second dimension of that size")
-    return rows.transpose(0, 1).reshape(size, -1, *rows.shape[-2:])
+        raise LayoutError("no second dimension of that size")
+    count = _positions(rows, size)
+    return rows.transpose(0, 1).reshape(size, count, *rows.shape[-2:])
 
 
 def _samples_last(rows: Tensor, size: int) -> Tensor:
     """[T B, ...], the samples running faster than the positions."""
-    return rows.reshape(-1, size, *rows.shape[-2:]).transpose(0, 1)
+    count = _positions(rows, size)
+    return rows.reshape(count, size, *rows.shape[-2:]).transpose(0, 1)
 
 
 LAYOUTS: tuple[Layout, ...] = (_samples_first, _samples_second, _samples_last)
@@ -58,6 +74,8 @@ class Layer(NamedTuple):
     """Whether the model gets a copy of its output, which it changes in place."""
     shared: bool = False
     """Whether all samples share its input, as they do their positions; the model gets its output once for each."""
+    alone: bool = False
+    """Whether its samples are found in it one at a time only: an expert sees those that are sent to it."""
 
     @property
     def places(self) -> list[slice]:
@@ -65,6 +83,18 @@ class Layer(NamedTuple):
         return [
             place for place in (self.weight, self.bias) if place is not None
         ]
+
+    @property
+    def groups(self) -> int:
+        """Groups whose outputs see the inputs of their own alone."""
+        return 1 if isinstance(self.rule, Sums) else self.rule.groups
+
+    @property
+    def fan_out(self) -> int:
+        """Outputs of one group."""
+        if isinstance(self.rule, Products):
+            return self.rule.out
+        return sum(place.stop - place.start for place in self.places)
 
     @property
     def fan_in(self) -> int:
@@ -179,11 +209,20 @@ def layer_inputs(
     layers: Sequence[Layer], seen: Forward, size: int
 ) -> list[Tensor]:
     """Inputs of each layer [B, T, groups, in], all of its calls one after the other, in the precision of theta."""
-    pairs = zip(layers, seen.raw, strict=True)
     return [
-        joined([layer.inputs(_precise(x, seen.theta), size) for x in xs], 1)
-        for layer, xs in pairs
+        _inputs(layer, [_precise(x, seen.theta) for x in xs], seen.theta, size)
+        for layer, xs in zip(layers, seen.raw, strict=True)
     ]
+
+
+def _inputs(
+    layer: Layer, xs: Sequence[Tensor], theta: Tensor, size: int
+) -> Tensor:
+    if xs:
+        return joined([layer.inputs(x, size) for x in xs], 1)
+    kind = theta.dtype if layer.classes is None else torch.long
+    width = layer.fan_in if layer.classes is None else 1
+    return theta.new_zeros(size, 0, layer.groups, width, dtype=kind)
 
 
 def _precise(x: Tensor, theta: Tensor) -> Tensor:
@@ -220,8 +259,27 @@ def backward(
             )
             for x in xs
         ]
-        g.append(joined(calls, 1))
+        none = seen.theta.new_zeros(size, 0, layer.groups, layer.fan_out)
+        g.append(joined(calls, 1) if calls else none)
     return g, next(each, None)
+
+
+Found = TypeVar("Found")
+
+
+def by_parts(batch: Batch, way: Callable[[Batch], Found]) -> Iterator[Found]:
+    """What `way` finds in a batch, or in each sample alone where a layer does not see all (experts, branches)."""
+    for one in batch.parts or (batch,):
+        try:
+            found = way(one)
+        except LayoutError as error:
+            if one.size == 1:
+                raise
+            logger.debug("%s; they go one at a time", error)
+        else:
+            yield found
+            continue
+        yield from map(way, one.singles())
 
 
 # ---- how a layer's parameters lie in theta

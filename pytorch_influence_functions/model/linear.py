@@ -125,7 +125,8 @@ def _find_head(objective: Objective, alone: list[Batch], truth: Tensor) -> bool:
     outputs = flatten_tree(
         objective.model_output(objective.theta, alone[0].tree)
     )[0]
-    for head in candidates(outputs, alone[0].leaves):
+    given = objective.loss_func
+    for head in candidates(outputs, alone[0].leaves, given):
         objective.head = head
         if same(
             objective, lambda: _gradients_of_outputs(objective, alone), truth

@@ -20,6 +20,7 @@ from .cross_entropy import (
     calc_loss,
     cross_entropies,
     cross_entropy_of,
+    with_class_weights,
 )
 from .outputs import Head, numbers_of
 from .parameters import require_module
@@ -80,7 +81,7 @@ class Objective(Parametrised):
     ) -> None:
         require_module(model, called=model_loss is None)
         super().__init__(model, parameters, device)
-        self.loss_func = calc_loss if loss_func is None else loss_func
+        self.loss_func = with_class_weights(loss_func or calc_loss)
         self.model_loss = model_loss
         self.paths = Paths()
         self.cost: tuple[float, int] | None = None

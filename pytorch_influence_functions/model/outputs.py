@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.batch import flatten_tree
-from .cross_entropy import IGNORED_CLASS
+from .cross_entropy import IGNORED_CLASS, Weighted
 
 
 def numbers_of(
@@ -82,12 +82,17 @@ LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def candidates(
-    outputs: Sequence[Tensor], targets: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    targets: Sequence[Tensor],
+    given: Callable[..., Any],
 ) -> Iterator[Head]:
-    """Every known loss of every pair of an output and a tensor of the batch."""
+    """Every known loss of every pair of an output and a tensor of the batch; `given` is the user's own loss."""
+    losses = dict(LOSSES)
+    if isinstance(given, Weighted):
+        losses["cross-entropy with class weights"] = given.of_logits
     for i, y in enumerate(outputs):
         for j in range(len(targets)):
             if y.is_floating_point() and y.dim() > 0:
                 yield from (
-                    Head(name, i, j, loss) for name, loss in LOSSES.items()
+                    Head(name, i, j, loss) for name, loss in losses.items()
                 )

@@ -8,7 +8,7 @@ import random
 import torch
 
 from ..data.batch import Batch
-from ..data.samples import Samples, shapes_of
+from ..data.samples import Samples, same_numbers, shapes_of
 from .alone import first_look, require_repeatable, warn_of_company
 from .budget import UNBOUNDED, Budget
 from .door import first_gradients, first_losses, require_dependence
@@ -43,9 +43,8 @@ def probe(
     objective.paths, samples.apart, samples.shapes = Paths(), False, None
     count = budget.probed(objective.theta.nbytes, _probed(samples))
     indices, uniform = _different(samples, count)
-    alone = [samples.sample(i) for i in indices]
-    _look_for_mutation(objective, alone[0], samples)
-    alone = [samples.sample(i) for i in indices] if objective.mutates else alone
+    _look_for_mutation(objective, samples.sample(indices[0]), samples)
+    batch, alone = samples.both(indices)
     _choose_precision(objective, alone[0])
     losses = first_losses(objective, alone, samples.name)
     objective.rounded = precision_of_loss(objective, alone[0])
@@ -56,7 +55,6 @@ def probe(
         truth.norm(dim=1).argsort(descending=True, stable=True)[:2].tolist()
     )  # a masked sample says nothing
     look_at_outputs(objective, [alone[i] for i in telling], truth[telling])
-    batch = samples.take(indices)
     trial = Trial(objective, batch, alone, losses, truth)
     rows = batch.sliceable and trial.holds(losses_of_rows)
     objective.paths = objective.paths._replace(rows=rows)
@@ -71,7 +69,7 @@ def probe(
         )
         return
     samples.shapes = shapes_of(alone[0]) if uniform else None
-    trial.large = _large(objective, samples, alone[0], indices, budget)
+    trial.large = _large(objective, samples, batch, budget)
     FastPaths(trial).try_all()
     slow = [
         name
@@ -160,17 +158,22 @@ def _probed(samples: Samples) -> int:
 
 
 def _large(
-    objective: Objective,
-    samples: Samples,
-    one: Batch,
-    indices: list[int],
-    budget: Budget,
+    objective: Objective, samples: Samples, batch: Batch, budget: Budget
 ) -> Large | None:
-    """A batch as large as products take them, and where the samples of these indices, `one` the first, stand in it."""
+    """A batch as large as products take them, and where the samples of the trial's batch stand in it.
+
+    None where it would be no larger, or where they are others when they are read again.
+    """
+    one = next(batch.singles())
     fitting = budget.scoring_batch(activation_bytes(objective, one))
     count = min(samples.n, LARGE, fitting)
-    rows = sorted({*indices, *_spread(samples.n, count)})
+    rows = sorted({*batch.indices, *_spread(samples.n, count)})
     large = samples.take(rows)
-    if not large.sliceable or len(rows) == len(indices):
+    if not large.sliceable or len(rows) == len(batch.indices):
         return None
-    return Large(large, torch.tensor([rows.index(i) for i in indices]))
+    places = torch.tensor([rows.index(i) for i in batch.indices])
+    again = [t[places.to(t.device)] for t in large.leaves]
+    pairs = zip(batch.leaves, again, strict=True)
+    if not all(same_numbers(first, second) for first, second in pairs):
+        return None
+    return Large(large, places)

@@ -63,6 +63,7 @@ def _true(
         )
         if right is None and len(together) == 1:
             right = _shared(objective, layer, batch)
+            right = right or _alone(objective, layer, singles)
         if right is None:
             _left_out(
                 layer.name, "its gradient is no sum of outer products by sample"
@@ -83,6 +84,14 @@ def _shared(objective: Objective, layer: Layer, batch: Batch) -> Layer | None:
         logger.debug("%s is not shared by the samples: %s", layer.name, error)
         return None
     return option if _is_right(option, 0, seen) else None
+
+
+def _alone(
+    objective: Objective, layer: Layer, singles: Sequence[Batch]
+) -> Layer | None:
+    """The layer as one to be seen one sample at a time, where that gives the right gradients."""
+    seen = [_gradients_of(objective, [layer], one) for one in singles]
+    return layer._replace(alone=True) if _is_right(layer, 0, seen) else None
 
 
 class _Tried(NamedTuple):
@@ -132,6 +141,8 @@ def _is_right(layer: Layer, i: int, tried: Sequence[_Tried]) -> bool:
 
     def found(one: _Tried) -> Tensor:
         size = len(one.truth)
+        if not one.inputs[i]:  # it was not called
+            return torch.zeros_like(gather(layer, one.truth).flatten(1))
         # in the model's own precision, which the truth is rounded to as well
         a = torch.cat([layer.inputs(x, size) for x in one.inputs[i]], 1)
         pairs = zip(one.gradients[i], one.inputs[i], strict=True)
@@ -194,10 +205,10 @@ def _seen(
         )
         for layer in layers
     ]
+    theta = objective.theta.detach().requires_grad_()
     try:
-        objective.batch_outputs(
-            objective.theta.detach().requires_grad_(), next(batch.singles())
-        )
+        for one in batch.singles():  # each may take a way of its own
+            objective.batch_outputs(theta, one)
     finally:
         for handle in handles:
             handle.remove()

@@ -6,26 +6,31 @@ no gradients; `calc_all_grad_then_test` computes and stores every gradient first
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
 from ..data.labels import agree
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
-from ..show.entries import entry, harmful_and_helpful
+from ..show.lazy import ROWS
 from ..show.results import InfluenceResult
 from ..solve.groups import Earlier
 from ..utils import log_to
+from .collected import Collected, Plain, plain, rebuilt
+from .distributed import Team, several, team
+from .estimate import outline
 from .files import RunFiles, writable_folder
-from .identity import identity, versions
-from .modes import METHODS, Task
+from .identity import identity, require_same, versions
+from .modes import METHODS, Group, Task
+from .processes import in_processes, require_forks
+from .row_writer import numpy_dtype
+from .scores import ScoreRows
 from .select import require_writable, select_test_samples
 
 logger = logging.getLogger(__name__)
@@ -95,29 +100,72 @@ def _run(
     method: str,
 ) -> InfluenceResult:
     options = Config.of(config, calc_method=method)
-    with log_to(options.log_filename):
-        tests = Samples(
-            test_loader, name="test_loader", progress=options.progress
-        )
-        labels = tests.labels()
+    count = options.num_processes or 1
+
+    def work(us: Team) -> InfluenceResult | None:
+        log = options.log_filename if us.leads else None
+        with log_to(log):
+            return _begun(options, model, train_loader, test_loader, us)
+
+    def work_in_copy() -> Plain | None:
+        with team(count) as us:
+            result = work(us)
+        return None if result is None else plain(result)
+
+    if count > 1 and not several(count):
+        require_forks(count, options.gpu)
+        told = in_processes(count, work_in_copy)
+    else:
+        with team(options.num_processes) as us:
+            result = work(us)
+            if us.size == 1 and result is not None:
+                return result
+            told = us.told(None if result is None else plain(result))
+    known = rebuilt(told, options)
+    return known.about(known.meta, train_loader.dataset, test_loader.dataset)
+
+
+def _begun(
+    options: Config,
+    model: nn.Module,
+    train_loader: DataLoader[Any],
+    test_loader: DataLoader[Any],
+    us: Team,
+) -> InfluenceResult | None:
+    """All that is checked before any long work, then the run; its result in the process that writes it."""
+    shown = options.progress and us.leads
+    options = options.replace(progress=shown)
+    tests = Samples(test_loader, name="test_loader", progress=shown)
+    labels = tests.labels()
+    indices = _selected(options, labels)
+    num = int(options.test_sample_num) or len(indices)
+    if us.leads:
+        _require_writable(options)
+    influence = InfluenceFunction(model, train_loader, options)
+    tests.device = influence.objective.device
+    read = influence.check(tests, indices)
+    if not all(map(agree, (labels[i] for i in indices), read)):
+        labels = tests.labels(stored=False)
         indices = _selected(options, labels)
-        num = int(options.test_sample_num) or len(indices)
-        writable_folder(options.out_folder, "config['outdir']")
-        if method == "all_grad_then_test" and options.save_pth:
-            writable_folder(options.save_folder, "config['save_pth']")
-        influence = InfluenceFunction(model, train_loader, options)
-        tests.device = influence.objective.device
-        read = influence.check(tests, indices)
-        if not all(map(agree, (labels[i] for i in indices), read)):
-            labels = tests.labels(stored=False)
-            indices = _selected(options, labels)
-            influence.check(tests, indices)
-        own = identity(options, influence, tests, indices)
-        with RunFiles(
-            options.out_folder, options.start, num, own, options.resume
-        ) as files:
-            run = _Run(options, influence, tests, indices, labels, files)
-            return run.result()
+        influence.check(tests, indices)
+    if us.leads:
+        logger.info("%s", outline(influence, len(indices)))
+    own = identity(options, influence, tests, indices)
+    require_same(own, us)
+    run = _Run(options, influence, tests, indices, labels, us)
+    if not us.leads:
+        run.help()
+        return None
+    with RunFiles(
+        options.out_folder, options.start, num, own, options.resume
+    ) as files:
+        return run.result(files)
+
+
+def _require_writable(options: Config) -> None:
+    writable_folder(options.out_folder, "config['outdir']")
+    if options.calc_method == "all_grad_then_test" and options.save_pth:
+        writable_folder(options.save_folder, "config['save_pth']")
 
 
 class _Run:
@@ -129,7 +177,7 @@ class _Run:
         tests: the test set.
         indices: the test samples of the run.
         labels: of the whole test set.
-        files: where it writes.
+        us: the processes that do it.
     """
 
     def __init__(
@@ -139,75 +187,106 @@ class _Run:
         tests: Samples,
         indices: Sequence[int],
         labels: Sequence[Any],
-        files: RunFiles,
+        us: Team,
     ) -> None:
-        self.options, self.influence, self.files = options, influence, files
+        self.options, self.influence, self.us = options, influence, us
         self.tests, self.indices, self.labels = tests, indices, labels
-        self.collected = _Collected(files, influence, options.top_k)
 
-    def result(self) -> InfluenceResult:
+    def help(self) -> None:
+        """The part of a process that writes nothing."""
+        nothing: dict[str, Any] = {}
+        budget, done, report = self.us.told((0.0, 0, nothing))
+        self.influence.go_on(budget, report.get("curvature", ""))
+        if done == len(self.indices):
+            return
+        for _ in self._computed(None, done, report):
+            pass
+
+    def result(self, files: RunFiles) -> InfluenceResult:
         """Do what is left."""
-        report = self._go_on()
-        self._write_meta(report, finished=False)
-        done = len(self.collected.influences)
-        if done < len(self.indices):
-            earlier = Earlier(len(self.indices), report)
-            report = self._groups(earlier, done)
-        meta = self._write_meta(report, finished=True)
-        self.files.finish()
-        return self.collected.result().about(
+        groups = list(files.finished())
+        report = self._go_on(files, groups)
+        with contextlib.closing(self._rows(files, groups)) as rows:
+            collected = Collected(files, self.influence, rows)
+            for entries, _ in groups:
+                collected.take(entries)
+            del groups
+            self._write_meta(files, report, finished=False)
+            if len(collected.influences) < len(self.indices):
+                report = self._groups(files, collected, report)
+            meta = self._write_meta(files, report, finished=True)
+            result = collected.finish(self.options.json)
+        return result.about(
             meta, self.influence.samples.dataset, self.tests.dataset
         )
 
-    def _go_on(self) -> dict[str, Any]:
-        """Take what an earlier start has done -> its report; the first one notes what its numbers come from."""
-        groups = list(self.files.finished())
+    def _rows(self, files: RunFiles, groups: Sequence[Any]) -> ScoreRows:
+        """The arrays for the scores; those that finished groups name are there."""
+        samples, objective = self.influence.samples, self.influence.objective
+        first = next(iter(groups[0][0].values())) if groups else {}
+        known = [name for name in ROWS if name in first]
+        shape = len(self.indices), samples.n
+        return ScoreRows(files, shape, numpy_dtype(objective.dtype), known)
+
+    def _go_on(self, files: RunFiles, groups: Sequence[Any]) -> dict[str, Any]:
+        """Take the sizes of an earlier start -> its report; the first one notes what its numbers come from."""
         report: dict[str, Any] = groups[-1][1] if groups else {}
-        known = self.files.state("sizes")
-        if known:
-            curvature = report.get("curvature", "")
-            self.influence.go_on(known["budget"], curvature)
-        else:
-            budget = self.influence.problem.budget.total
-            self.files.write_state("sizes", {"budget": budget})
-        for entries, _ in groups:
-            self.collected.take(entries)
-        if self.collected.influences:
+        done = sum(len(entries) for entries, _ in groups)
+        known = files.state("sizes")
+        budget = known["budget"] if known else self._memory()
+        if known or self.us.size > 1:
+            self.influence.go_on(budget, report.get("curvature", ""))
+        if not known:
+            files.write_state("sizes", {"budget": budget})
+        self.us.told((budget, done, report))
+        if done:
             logger.info(
                 "%d of %d test samples were done by an earlier start",
-                len(self.collected.influences),
+                done,
                 len(self.indices),
             )
         return report
 
-    def _groups(self, earlier: Earlier, done: int) -> dict[str, Any]:
-        """Compute and write the groups that are left -> what was done in all."""
+    def _memory(self) -> float:
+        """Bytes for working tensors; what is free is shared by the processes, what the options name is of each."""
+        budget = self.influence.problem.budget
+        return budget.total / (1 if budget.named else self.us.size)
+
+    def _computed(
+        self, files: RunFiles | None, done: int, report: dict[str, Any]
+    ) -> Iterator[Group]:
+        """The groups that are left."""
         method = METHODS[self.options.calc_method]
         task = Task(
-            self.influence, self.tests, list(self.indices), self.files, done
+            self.influence,
+            self.tests,
+            list(self.indices),
+            files,
+            done,
+            self.us,
         )
-        for part, scores, chains, residual, seconds in method(task, earlier):
-            self.collected.add(
-                part,
-                [self.labels[i] for i in part],
-                scores,
-                chains,
-                residual,
-                seconds,
-            )
+        return method(task, Earlier(len(self.indices), report))
+
+    def _groups(
+        self, files: RunFiles, collected: Collected, report: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Compute and write the groups that are left -> what was done in all."""
+        done = len(collected.influences)
+        for group in self._computed(files, done, report):
+            collected.add(group, [self.labels[i] for i in group[0]])
             logger.info(
                 "%d of %d test samples are done",
-                len(self.collected.influences),
+                len(collected.influences),
                 len(self.indices),
             )
         return self.influence.report
 
     def _write_meta(
-        self, report: dict[str, Any], finished: bool
+        self, files: RunFiles, report: dict[str, Any], finished: bool
     ) -> dict[str, Any]:
         options, influence = self.options, self.influence
         meta = _meta(options, influence, self.indices, report, finished)
-        self.files.write_meta(meta)
+        files.write_meta(meta)
         return meta
 
 
@@ -216,62 +295,6 @@ def _selected(options: Config, labels: Sequence[Any]) -> list[int]:
     indices = select_test_samples(options, labels)
     require_writable(labels, indices)
     return indices
-
-
-class _Collected:
-    """Entries of the finished test samples, and the sum of their influences."""
-
-    def __init__(
-        self, files: RunFiles, influence: InfluenceFunction, top_k: int
-    ) -> None:
-        self.files, self.influence, self.top_k = files, influence, top_k
-        self.influences: dict[str, dict[str, Any]] = {}
-        self.total = np.zeros(influence.samples.n)
-
-    def add(
-        self,
-        part: list[int],
-        labels: list[Any],
-        scores: Tensor,
-        chains: Tensor | None,
-        residual: Tensor,
-        seconds: float,
-    ) -> None:
-        """Keep and write a finished group."""
-        first = len(self.influences)
-        entries = {
-            str(first + k): entry(
-                scores[k].numpy(),
-                label=labels[k],
-                index=index,
-                seconds=seconds,
-                residual=float(residual[k]),
-                top_k=self.top_k,
-                chains=None if chains is None else chains[:, k].numpy(),
-            )
-            for k, index in enumerate(part)
-        }
-        self.files.write_part(entries, self.influence.report)
-        self._add(entries, scores)
-
-    def take(self, entries: dict[str, dict[str, Any]]) -> None:
-        """Keep a group that an earlier start wrote."""
-        rows = [one["influence"] for one in entries.values()]
-        scores = torch.tensor(rows, dtype=self.influence.objective.dtype)
-        for part in scores.split(self.influence.group_size):
-            self.total += part.double().sum(0).numpy()
-        self.influences |= entries
-
-    def _add(self, entries: dict[str, dict[str, Any]], scores: Tensor) -> None:
-        self.influences |= entries
-        self.total += scores.double().sum(0).numpy()
-
-    def result(self) -> InfluenceResult:
-        """The entries, and the two orders by mean influence."""
-        return InfluenceResult(
-            self.influences,
-            *harmful_and_helpful(self.total / max(len(self.influences), 1)),
-        )
 
 
 def _meta(

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from ..utils import save_json, write_atomically
+from ..utils import save_json, written_atomically
 from .identity import differences
 from .lock import Lock
 
 logger = logging.getLogger(__name__)
+UNWRITABLE = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+)  # fmt: skip
+"""Of a disk that is full, may no longer be written to, or fails."""
 
 
 class Names(NamedTuple):
@@ -77,6 +82,12 @@ class RunFiles:
         trace: TracebackType | None,
     ) -> None:
         self._lock.release()
+        if isinstance(error, OSError) and error.errno in UNWRITABLE:
+            raise OSError(
+                error.errno,
+                f"the run in config['outdir'] = {self.parts.parent} cannot be written further ({error.strerror}): what "
+                "it has done stays there, and the same call goes on from it when there is space to write to",
+            ) from error
 
     # ---- while it runs
 
@@ -118,15 +129,38 @@ class RunFiles:
         path = self.parts / f"state_{name}.json"
         save_json(state, path, overwrite_if_exists=True)
 
-    def finish(self) -> None:
-        """Put the parts together into the result file and remove them."""
+    def array(self, name: str) -> Path:
+        """Where an array of the run is: beside the parts until all of its rows are there."""
+        final = self.final_array(name)
+        return final if final.exists() else self.parts / f"{name}.npy"
+
+    def final_array(self, name: str) -> Path:
+        """Where an array of the run is at its end."""
+        ending = "" if name == "influence" else f"_{name}"
+        return self.result.with_name(f"{self.result.stem}{ending}.npy")
+
+    def name_array(self, name: str) -> Path:
+        """Give an array the name that it has at the end of the run."""
+        final = self.final_array(name)
+        if not final.exists():
+            os.replace(self.array(name), final)
+        return final
+
+    def finish(self, pieces: Iterable[bytes] | None = None) -> None:
+        """Write the result file of these pieces (None: the parts as they are), one at a time; remove the parts."""
         if not self.result.exists():
-            joined = b", ".join(
-                path.read_bytes().strip()[1:-1] for path in self._parts()
-            )
-            write_atomically(self.result, b"{" + joined + b"}")
+            with written_atomically(self.result) as file:
+                between = b"{"
+                for piece in self._pieces() if pieces is None else pieces:
+                    file.write(between + piece)
+                    between = b", "
+                file.write(b"}" if between == b", " else b"{}")
         self._lock.release()
         shutil.rmtree(self.parts, ignore_errors=True)
+
+    def _pieces(self) -> Iterator[bytes]:
+        for path in self._parts():
+            yield path.read_bytes().strip()[1:-1]
 
     def _parts(self) -> list[Path]:
         """Those of test sample 0 on, without a gap."""

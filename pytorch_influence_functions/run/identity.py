@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from ..config import Config
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
+from .distributed import Team
 
 OF_NO_MATTER = (
     "outdir", "save_pth", "log_filename", "progress", "resume", "calc_method", "num_classes",
+    "json", "num_processes",
     "test_sample_start_per_class", "test_sample_num",
 )  # fmt: skip
 """Options that do not change a number; which test samples are taken is told by their indices."""
@@ -62,6 +64,20 @@ def differences(one: Any, other: Any, name: str = "") -> list[str]:
         within = f"{name}.{key}" if name else key
         found += differences(one.get(key), other.get(key), within)
     return found
+
+
+def require_same(own: dict[str, Any], us: Team) -> None:
+    """Raise `ValueError` where the processes of a run were not given the same."""
+    first, *others = us.every(own)
+    for rank, other in enumerate(others, 1):
+        found = [
+            name for name in differences(first, other) if name != "options.gpu"
+        ]
+        if found:
+            raise ValueError(
+                f"processes 0 and {rank} of the run were started with other {', '.join(found)}; start all with the "
+                "same model, data and options, or set config['num_processes'] = 1 where each is to do a run of its own"
+            )
 
 
 def versions() -> dict[str, str]:

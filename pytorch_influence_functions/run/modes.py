@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,11 @@ from torch import Tensor
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
 from ..solve.groups import Earlier
+from . import shares
+from .distributed import ALONE, Team
 from .files import RunFiles
 from .row_writer import Progress
+from .space import require_disk, row_bytes
 from .store import (
     own_folder,
     read_chains,
@@ -35,15 +39,17 @@ class Task:
         influence: of the model.
         tests: the test set.
         indices: the test samples of the run.
-        files: where it writes.
+        files: where it writes; None in a process that does not.
         done: how many of the test samples are done.
+        team: the processes that do it.
     """
 
     influence: InfluenceFunction
     tests: Samples
     indices: list[int]
-    files: RunFiles
+    files: RunFiles | None
     done: int = 0
+    team: Team = ALONE
 
     @property
     def left(self) -> list[int]:
@@ -57,9 +63,11 @@ Group = tuple[list[int], Tensor, Tensor | None, Tensor, float]
 
 def _img_wise(task: Task, earlier: Earlier) -> Iterator[Group]:
     begin = time.perf_counter()
-    for group, scores, chains in task.influence.groups(
-        task.tests, task.left, earlier
+    influence, team = task.influence, task.team
+    for group in shares.solutions(
+        influence, task.tests, task.left, earlier, team
     ):
+        scores, chains = shares.scores(influence, group, team)
         seconds = (time.perf_counter() - begin) / len(group.indices)
         yield group.indices, scores, chains, group.residual, seconds
         begin = time.perf_counter()
@@ -68,7 +76,10 @@ def _img_wise(task: Task, earlier: Earlier) -> Iterator[Group]:
 def _all_grad_then_test(task: Task, earlier: Earlier) -> Iterator[Group]:
     begin = time.perf_counter()
     influence, indices = task.influence, task.indices
-    grads_folder, solutions_folder, residuals = _store(task)
+    if task.files is None:
+        _help_to_store(task)
+        return
+    grads_folder, solutions_folder, residuals = _store(task, task.files)
     (grads, _) = read_rows(grads_folder, "grad_z")
     (solutions, _) = read_chains(solutions_folder)
     for start in range(task.done, len(indices), influence.group_size):
@@ -90,27 +101,74 @@ def _all_grad_then_test(task: Task, earlier: Earlier) -> Iterator[Group]:
         begin = time.perf_counter()
 
 
-def _store(task: Task) -> tuple[Path, Path, Tensor]:
+def _store(task: Task, files: RunFiles) -> tuple[Path, Path, Tensor]:
     """Compute and store what is not yet -> the folders of grad_z and s_test, relative residuals [K]."""
-    influence, files = task.influence, task.files
-    parent = influence.config.save_folder
+    influence, parent = task.influence, task.influence.config.save_folder
+    require_disk(_not_begun(task, files), parent)
     with own_folder(files, parent, "grad_z") as grads:
-        if not (grads / "grad_z.json").exists():
-            save_gradients(influence, grads, progress=Progress(files, "grad_z"))
+        _store_gradients(task, grads, Progress(files, "grad_z"))
     with own_folder(files, parent, "s_test") as solutions:
         progress = Progress(files, "s_test")
-        if not (solutions / "s_test.json").exists():
-            residuals = save_solutions(
-                influence, solutions, task.tests, task.indices, progress
-            )
-        else:
-            residuals = residuals_of(progress.facts, influence.objective.dtype)
-            influence.take_report(progress.report)
+        residuals = _store_solutions(task, solutions, progress)
     influence.notes["stored"] = {
         "grad_z": str(grads),
         "s_test": str(solutions),
     }
     return grads, solutions, residuals
+
+
+def _store_gradients(task: Task, folder: Path, progress: Progress) -> None:
+    finished = (folder / "grad_z.json").exists()
+    task.team.told(task.influence.samples.n if finished else progress.rows)
+    rows_of = functools.partial(
+        shares.gradient_rows, task.influence, team=task.team
+    )
+    if not finished:
+        save_gradients(
+            task.influence, folder, progress=progress, rows_of=rows_of
+        )
+
+
+def _store_solutions(task: Task, folder: Path, progress: Progress) -> Tensor:
+    influence, tests = task.influence, task.tests
+    finished = (folder / "s_test.json").exists()
+    rows = len(task.indices) if finished else progress.rows
+    task.team.told((rows, progress.report))
+    if finished:
+        influence.take_report(progress.report)
+        return residuals_of(progress.facts, influence.objective.dtype)
+    groups_of = functools.partial(
+        shares.solutions, influence, tests, team=task.team
+    )
+    return save_solutions(
+        influence, folder, tests, task.indices, progress, groups_of
+    )
+
+
+def _help_to_store(task: Task) -> None:
+    """The part of a process that writes nothing."""
+    influence, team = task.influence, task.team
+    done: int = team.told(0)
+    left = range(done, influence.samples.n)
+    for _ in shares.gradient_rows(influence, left, team):
+        pass
+    nothing: dict[str, Any] = {}
+    rows, report = team.told((0, nothing))
+    earlier = Earlier(len(task.indices), report)
+    for _ in shares.solutions(
+        influence, task.tests, task.indices[rows:], earlier, team
+    ):
+        pass
+
+
+def _not_begun(task: Task, files: RunFiles) -> dict[str, float]:
+    """Bytes of the arrays whose space is not yet taken."""
+    need = row_bytes(task.influence, len(task.indices))
+    for name in list(need):
+        known = files.state(f"folder_of_{name}")
+        if known and list(Path(known).glob(f"{name}.npy*")):
+            del need[name]
+    return need
 
 
 METHODS = {"img_wise": _img_wise, "all_grad_then_test": _all_grad_then_test}

@@ -62,19 +62,20 @@ class RowWriter:
             if progress is None
             else folder / f"{name}.npy.partial"
         )
-        wanted = tuple(shape), np.dtype(_numpy_dtype(dtype))
+        wanted = tuple(shape), np.dtype(numpy_dtype(dtype))
         if progress is not None and progress.rows:
             if self.path.exists() and not self.partial.exists():
                 os.replace(
                     self.path, self.partial
                 )  # stopped before its manifest
-            self.array: Any = _opened_again(self.partial, *wanted)
+            require_array(self.partial, *wanted)
+            self.array: Any = open_memmap(self.partial, mode="r+")
             return
         self.array = open_memmap(
             self.partial, mode="w+", shape=wanted[0], dtype=wanted[1]
         )
         try:
-            _reserve(self.partial)
+            reserve(self.partial, ADVICE)
         except OSError:
             self.array = None
             self.partial.unlink(missing_ok=True)
@@ -163,15 +164,19 @@ class Progress:
         self._files.write_state(self._name, state)
 
 
-def _opened_again(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
-    """The array of an earlier start, to be written further."""
+def require_array(path: Path, shape: tuple[int, ...], dtype: Any) -> Any:
+    """The array of an earlier start, mapped to be read.
+
+    Raises:
+        ValueError: it is not there, damaged or another one.
+    """
     wanted = f"an array of shape {list(shape)} and type {dtype}"
     advice = (
         "remove it, or set config['resume'] = False to start anew beside it"
     )
     try:
-        np.load(path, mmap_mode="r")  # the next line would fill up a short file
-        array = open_memmap(path, mode="r+")
+        # a map that can be written to would fill up a short file
+        array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(
             f"{path}: expected {wanted}, which the run had begun, but it cannot be read ({error}); {advice}"
@@ -196,7 +201,10 @@ def _own_file(folder: Path, name: str) -> Path:
     return Path(path)
 
 
-def _reserve(path: Path) -> None:
+ADVICE = "give a folder on a larger one, fewer config['parameters'], or calc_img_wise, which stores no gradients"
+
+
+def reserve(path: Path, advice: str) -> None:
     """Take a file's space on the disk before anything is computed.
 
     Writing to the map of a file with holes ends the interpreter with a bus error where the disk is full.
@@ -217,8 +225,7 @@ def _reserve(path: Path) -> None:
         raise OSError(
             error.errno,
             f"{path.parent}: the array takes {size / 2**20:.0f} MiB, and the disk has "
-            f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB ({error.strerror}); give a folder on a larger one, "
-            "fewer config['parameters'], or calc_img_wise, which stores no gradients",
+            f"{shutil.disk_usage(path.parent).free / 2**20:.0f} MiB ({error.strerror}); {advice}",
         ) from error
 
 
@@ -245,5 +252,6 @@ def _fingerprint(path: Path) -> str:
     return f"{found:08x}"
 
 
-def _numpy_dtype(dtype: torch.dtype) -> Any:
+def numpy_dtype(dtype: torch.dtype) -> Any:
+    """In which numbers of this type are stored; NumPy has no bfloat16."""
     return np.float64 if dtype == torch.float64 else np.float32

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from ..data.samples import Samples
 from ..influence import InfluenceFunction
-from ..solve.groups import Earlier
+from ..solve.groups import Earlier, Group
 from ..solve.problem import MOST_CHAINS
 from .files import RunFiles
 from .row_writer import Progress, RowWriter, array_identity
+
+RowsOf = Callable[[Sequence[int]], Iterator[tuple[Sequence[int], Tensor]]]
+GroupsOf = Callable[[Sequence[int], Earlier], Iterator[Group]]
 
 
 @contextlib.contextmanager
@@ -112,8 +116,15 @@ def save_gradients(
     folder: Path,
     start: int = 0,
     progress: Progress | None = None,
+    rows_of: RowsOf | None = None,
 ) -> Path:
-    """Write the loss gradient of every training sample from `start` on to `folder` [n - start, P]."""
+    """Write the loss gradient of every training sample from `start` on to `folder` [n - start, P].
+
+    `rows_of` gives them, a block at a time: `influence.gradient_rows` where it is None.
+    """
+    rows_of = rows_of or functools.partial(
+        influence.gradient_rows, text="grad_z"
+    )
     indices = range(start, influence.samples.n)
     shape = (len(indices), influence.objective.P)
     with RowWriter(
@@ -125,7 +136,7 @@ def save_gradients(
         progress,
     ) as writer:
         left = indices[progress.rows :] if progress else indices
-        for rows, block in influence.gradient_rows(left, text="grad_z"):
+        for rows, block in rows_of(left):
             writer.write([i - start for i in rows], block)
             writer.note(rows[-1] + 1 - start)
         return writer.close()
@@ -137,12 +148,16 @@ def save_solutions(
     tests: Samples,
     indices: Sequence[int],
     progress: Progress | None = None,
+    groups_of: GroupsOf | None = None,
 ) -> Tensor:
     """Write s_test of these test samples to `folder` [K, r, P] -> relative residuals [K].
+
+    `groups_of` solves for them, a group at a time: `influence.solutions` where it is None.
 
     With r = "auto" their number is found in the first group; `chains` in the manifest has it for each test sample, and
     rows behind it are zero.
     """
+    groups_of = groups_of or functools.partial(influence.solutions, tests)
     objective = influence.objective
     most = (
         MOST_CHAINS if influence.config.r == "auto" else int(influence.config.r)
@@ -155,7 +170,7 @@ def save_solutions(
         folder, "s_test", shape, objective.dtype, manifest, progress
     ) as writer:
         earlier = Earlier(len(indices), progress.report if progress else {})
-        for group in influence.solutions(tests, indices[done:], earlier):
+        for group in groups_of(indices[done:], earlier):
             own = (
                 group.vectors.unsqueeze(1)
                 if group.chains is None

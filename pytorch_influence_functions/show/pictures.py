@@ -286,6 +286,7 @@ def _table(
         colLabels=COLUMNS,
         colWidths=WIDTHS,
         cellLoc="left",
+        colLoc="left",
         loc="center",
         bbox=[0, 0, 1, 1],
     )

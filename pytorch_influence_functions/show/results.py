@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -12,7 +13,10 @@ from numpy.typing import NDArray
 
 from . import stored
 from .entries import harmful_and_helpful
+from .groups import Groups, groups_of, labels_of
 from .images import Look
+from .lazy import row_of
+from .report import write_page
 from .table import notebook_table, to_dataframe
 
 
@@ -82,9 +86,15 @@ class InfluenceResult(_Triple):
             KeyError: the run has no such test sample.
         """
         if test is None:
-            mean: NDArray[np.float64] = self.scores.mean(0)
-            return mean
-        return np.asarray(self._entry(test)["influence"], dtype=np.float64)
+            return self._mean()
+        return row_of(self._entry(test), "influence")
+
+    def _mean(self) -> NDArray[np.float64]:
+        """Over all test samples [n], a row of them at a time."""
+        total = np.zeros(len(self.harmful))
+        for one in self.influences.values():
+            total += row_of(one, "influence")
+        return total / len(self.influences)
 
     def _entry(
         self,
@@ -145,6 +155,28 @@ class InfluenceResult(_Triple):
         """
         return to_dataframe(self.influences, k)
 
+    def harmful_groups(
+        self,
+        groups: Sequence[Any] | None = None,
+    ) -> Groups:
+        """Which groups of training samples do the harm: influences summed by group, the most harmful group first.
+
+        Args:
+            groups: name of the group of each training sample [n]: a class, where it comes from, a cluster; None is its
+                label.
+
+        Raises:
+            ValueError: `groups` has another length, or is None where the training set is not known.
+        """
+        if groups is None and self.train_set is None:
+            raise ValueError(
+                "groups: expected a name for each training sample, as the result knows no training set: it was loaded "
+                "or copied"
+            )
+        named = labels_of(self.train_set) if groups is None else groups
+        tests = [entry["label"] for entry in self.influences.values()]
+        return groups_of(self.scores, tests, named)
+
     # ---- files
 
     def save(
@@ -166,10 +198,62 @@ class InfluenceResult(_Triple):
             ValueError: it is none of the two.
         """
         influences, meta = stored.load(path)
-        rows = [one["influence"] for one in influences.values()]
-        mean = np.mean(np.asarray(rows, dtype=np.float64), axis=0)
+        rows = (row_of(one, "influence") for one in influences.values())
+        mean = sum(rows, start=np.zeros(1)) / max(len(influences), 1)
         result = cls(influences, *harmful_and_helpful(np.atleast_1d(mean)))
         return result.about(meta)
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str],
+        train_set: Any = None,
+        test_set: Any = None,
+        *,
+        title: str = "Influence of training samples",
+        predictions: Any = None,
+        suspects: Any = None,
+        groups: Sequence[Any] | None = None,
+        k: int = 10,
+        near: bool = True,
+        megabytes: float = 5.0,
+        **look: Any,
+    ) -> Path:
+        """Write the result as a page: one HTML file that needs no network and no server.
+
+        It says what was computed and how good it is, and has tables that sort and filter: test samples with their most
+        helpful and harmful training samples, suspicious labels, classes that harm each other, and duplicates across
+        training and test set.
+
+        Args:
+            path: of the file.
+            train_set, test_set: the data sets, for pictures and labels; None is those of the run, where known.
+            title: of the page.
+            predictions: what the model predicts, by index in the test set (a tensor, a list or a dict).
+            suspects: what `find_mislabelled` returned; without it training samples go by their mean influence.
+            groups: name of the group of each training sample [n]; None is its label.
+            k: how many helpful and how many harmful training samples each test sample shows at most.
+            near: whether duplicates are looked for; all samples of both sets are read for that.
+            megabytes: of all pictures together; they get smaller and then fewer where they would be more.
+            **look: `classes`, `view`, `mean`, `std`, `layout`, `invert`, as for `plot_influences`.
+
+        Returns:
+            The path of the file.
+        """
+        return write_page(
+            path,
+            self.influences,
+            self.meta,
+            self.train_set if train_set is None else train_set,
+            self.test_set if test_set is None else test_set,
+            title=title,
+            predictions=predictions,
+            suspects=suspects,
+            groups=groups,
+            k=k,
+            near=near,
+            megabytes=megabytes,
+            look=Look(**look),
+        )
 
     # ---- what it looks like
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..utils import as_json, write_atomically
 from .entries import as_numbers
+from .lazy import Entry, attached, row_of
 
 Entries = dict[str, dict[str, Any]]
 ARRAYS = ("influence", "stderr")
@@ -29,7 +30,7 @@ def save(
 ) -> None:
     """Write entries and meta to `path`, beside it first and then in its place."""
     arrays = {
-        name: _array([one[name] for one in influences.values()])
+        name: _array(list(influences.values()), name)
         for name in ARRAYS
         if influences and all(name in one for one in influences.values())
     }
@@ -47,9 +48,16 @@ def save(
     write_atomically(Path(path).expanduser(), content.getvalue())
 
 
-def _array(rows: list[list[float]]) -> NDArray[Any]:
+def _array(entries: list[dict[str, Any]], name: str) -> NDArray[Any]:
     """Rows as float32 where that gives back the same numbers, else as float64."""
-    wide = np.array(rows, dtype=np.float64)
+    on_disk = [
+        one.array(name)
+        for one in entries
+        if isinstance(one, Entry) and one.is_stored(name)
+    ]
+    if len(on_disk) == len(entries):
+        return np.stack(on_disk)
+    wide = np.stack([row_of(one, name) for one in entries])
     with np.errstate(over="ignore"):
         narrow = wide.astype(np.float32)
     if not np.isfinite(narrow).all():
@@ -104,17 +112,17 @@ def _of_run(
 ) -> tuple[Entries, dict[str, Any]]:
     """A result file of a run, with the meta file that stands beside it."""
     try:
-        entries = json.loads(content)
-        rows = [one["influence"] for one in entries.values()]
+        entries = attached(json.loads(content), file.parent)
+        sizes = [one.count("influence") for one in entries.values()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{file}: expected an influence_results_*.json, whose entries hold `influence`; {error!r}"
         ) from error
-    if not rows or len({len(row) for row in rows}) > 1:
+    if len(set(sizes)) != 1:
         raise ValueError(
             f"{file}: expected at least one entry, each with one influence per training sample"
         )
-    return entries, _meta_beside(file)
+    return dict(entries), _meta_beside(file)
 
 
 def _meta_beside(file: Path) -> dict[str, Any]:

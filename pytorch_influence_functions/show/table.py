@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.frame import frame
 from .entries import harmful_and_helpful
 from .images import Look, data_uri, short_number
 
@@ -20,15 +21,9 @@ def to_dataframe(
     k: int | None = None,
 ) -> Any:
     """One row per test and training sample; see `InfluenceResult.to_dataframe`."""
-    try:
-        import pandas as pd  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(
-            "tables need pandas: pip install 'pytorch_influence_functions[table]'; without it take .scores or .top"
-        ) from error
     parts = [_columns(key, one, k) for key, one in influences.items()]
     names = parts[0] if parts else {}
-    return pd.DataFrame(
+    return frame(
         {name: np.concatenate([part[name] for part in parts]) for name in names}
     )
 

@@ -94,13 +94,8 @@ def _because(prepared: Prepared, chosen: str, why: str) -> Prepared:
 
 def _exact(problem: Problem, damping: Damping | None) -> Prepared | None:
     """`exact`, where it costs little."""
-    size, need = dense_form(problem)
-    work = _dense_work(problem)
-    if (
-        size > EXACT_SIZE
-        or work > EXACT_WORK
-        or need > problem.budget.held_ways
-    ):
+    size, work = dense_form(problem)[0], _dense_work(problem)
+    if not _exact_fits(problem):
         return None
     if damping is None:
         damping = (
@@ -114,10 +109,10 @@ def _exact(problem: Problem, damping: Damping | None) -> Prepared | None:
 
 def _low_rank(problem: Problem, damping: Damping | None) -> Prepared | None:
     """The low-rank form, where enough rows fit."""
-    rows, size = affordable_rows(problem), dense_form(problem)[0]
-    if rows < FEWEST_ROWS or not _has_gauss_newton(problem):
+    if not _low_rank_fits(problem):
         return None
-    basis = low_rank(problem, rows)
+    size = dense_form(problem)[0]
+    basis = low_rank(problem, affordable_rows(problem))
     if damping is None:
         damping = damping_by_low_rank(problem, basis)
     dense = f"a dense matrix of size {size} costs {_dense_work(problem):.1e} operations"
@@ -176,6 +171,26 @@ WAYS: dict[str, Way] = {
     "lissa": _lissa,
 }
 """From the most accurate on; None is what does not fit."""
+
+
+def foreseen(problem: Problem) -> str:
+    """The way that is taken unless the model refuses it, by the sizes alone."""
+    if _exact_fits(problem):
+        return "exact"
+    if _low_rank_fits(problem):
+        return "low rank plus EKFAC"
+    return "ekfac" if _has_gauss_newton(problem) else "cg"
+
+
+def _exact_fits(problem: Problem) -> bool:
+    size, need = dense_form(problem)
+    cheap = size <= EXACT_SIZE and _dense_work(problem) <= EXACT_WORK
+    return cheap and need <= problem.budget.held_ways
+
+
+def _low_rank_fits(problem: Problem) -> bool:
+    enough = affordable_rows(problem) >= FEWEST_ROWS
+    return enough and _has_gauss_newton(problem)
 
 
 def _has_gauss_newton(problem: Problem) -> bool:
@@ -238,10 +253,19 @@ def _by_low_rank(
             s, report={"rows": len(M.J), "step": length, "step_why": reason}
         )
 
+    def again(v: Tensor) -> Tensor:
+        return inverse(next(iter(inverses), None))(v)
+
     def self_products() -> Tensor:
         return by_gradients(problem, inverse(None).quadratic)
 
-    return Prepared(system, solve, damping.report, self_products=self_products)
+    return Prepared(
+        system,
+        solve,
+        damping.report,
+        self_products=self_products,
+        again=again,
+    )
 
 
 def _step_length(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -51,17 +51,13 @@ def prediction_error(actual: Tensor, predicted: Tensor) -> float:
     return float(each.sqrt().nan_to_num(math.inf, math.inf).median())
 
 
-def choose_damping(
-    problem: Problem,
-    shift: Callable[[Tensor, float], Tensor],
-    mean_eigenvalue: float,
-    target: float = TARGET,
+def smallest_damping(
+    error: Callable[[float], float], mean_eigenvalue: float, target: float
 ) -> Damping:
-    """Choose lambda; the curve that led to it is in the report.
+    """The smallest lambda at which an error stays below a target; the curve that led to it is in the report.
 
     Args:
-        problem: the model and its training set.
-        shift: ([K, P], lambda) -> (G + lambda I)^-1 of each row, as the solver has it.
+        error: that of predicted changes at a lambda.
         mean_eigenvalue: of G.
         target: the error to stay below.
     """
@@ -71,8 +67,7 @@ def choose_damping(
             "config['damping'] = 'auto': the Gauss-Newton matrix of this model is zero (its loss does not depend on "
             "its output, or is linear in it), so no damping can be chosen from it; give config['damping'] a number"
         )
-    rule = _Rule(problem, shift)
-    damping, curve = search(rule.error, start, target)
+    damping, curve = search(error, start, target)
     reached = dict(curve)[damping]
     _tell(damping, reached, target, curve)
     chosen = {
@@ -109,16 +104,6 @@ def _tell(
     )
 
 
-def error_curve(
-    problem: Problem,
-    shift: Callable[[Tensor, float], Tensor],
-    dampings: Sequence[float],
-) -> list[float]:
-    """The prediction error at each of these dampings, by which `choose_damping` chooses; arguments as there."""
-    rule = _Rule(problem, shift)
-    return [rule.error(damping) for damping in dampings]
-
-
 class _Rule:
     """The halves, the samples, and their losses in double precision.
 
@@ -133,13 +118,7 @@ class _Rule:
         self.problem, self.shift, n = problem, shift, problem.samples.n
         count, most = _sizes(problem)
         generator = torch.Generator().manual_seed(problem.config.seed)
-        halves = [
-            torch.randperm(n, generator=generator)[: max(1, n // 2)]
-            for _ in range(count)
-        ]
-        self.halves = torch.stack(
-            [torch.zeros(n).index_fill(0, half, 1) for half in halves]
-        )
+        self.halves = self._halves(count, generator)
         chosen: list[int] = (
             torch.randperm(n, generator=generator)[:most].sort().values.tolist()
         )
@@ -148,10 +127,16 @@ class _Rule:
         self._at, self.losses = self._precise(problem.objective)
         together = problem.budget.halves(problem.row, count)
         self._parts = self.halves.split(together)
-        self._gradients = (
-            weighted_gradients(problem, self.halves)
-            if len(self._parts) == 1
-            else None
+
+    def _halves(self, count: int, generator: torch.Generator) -> Tensor:
+        """The weight of each training sample in each half [count, n]."""
+        n = self.problem.samples.n
+        halves = [
+            torch.randperm(n, generator=generator)[: max(1, n // 2)]
+            for _ in range(count)
+        ]
+        return torch.stack(
+            [torch.zeros(n).index_fill(0, half, 1) for half in halves]
         )
 
     def _precise(self, own: Objective) -> tuple[Losses, Tensor]:
@@ -177,16 +162,24 @@ class _Rule:
     def error(self, damping: float) -> float:
         """The prediction error at this damping; as many halves at a time as the memory holds."""
         actual, predicted = [], []
-        for halves in self._parts:
-            gradients = (
-                weighted_gradients(self.problem, halves)
-                if self._gradients is None
-                else self._gradients
-            )
-            shifts = self.shift(gradients, damping)
+        for shifts in self._shifts(damping):
             actual.append(self._changes(shifts))
             predicted.append(self._predicted(shifts).to(actual[-1]))
         return prediction_error(torch.cat(actual), torch.cat(predicted))
+
+    def _shifts(self, damping: float) -> Iterator[Tensor]:
+        """The shift of each half, as many at a time as the memory holds [h, P]."""
+        if len(self._parts) == 1:
+            yield self.shift(self._gradients, damping)
+            return
+        for halves in self._parts:
+            gradients = weighted_gradients(self.problem, halves)
+            yield self.shift(gradients, damping)
+
+    @functools.cached_property
+    def _gradients(self) -> Tensor:
+        """The sum of the gradients of each half [halves, P], kept where all of them fit."""
+        return weighted_gradients(self.problem, self.halves)
 
     def _changes(self, shifts: Tensor) -> Tensor:
         """Actual changes of the samples' losses at the parameters plus each shift [h, P] -> [h, samples]."""
@@ -195,9 +188,9 @@ class _Rule:
         ]
         return torch.stack(changes)
 
-    def _predicted(self, shifts: Tensor) -> Tensor:
-        """The same to first order."""
-        objective = self.problem.objective
+    def _predicted(self, shifts: Tensor, at: Objective | None = None) -> Tensor:
+        """The same to first order, by the gradients at theta or those of another objective [h, samples]."""
+        objective = self.problem.objective if at is None else at
         max_bytes = self.problem.budget.product
         return torch.cat(
             [

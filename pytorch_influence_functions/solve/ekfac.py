@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.gradients import per_sample_gradients
-from ..model.layers import backward, forward, gather, layer_inputs
+from ..model.layers import backward, by_parts, forward, gather, layer_inputs
 from ..model.objective import Objective
 from ..model.outer_products import (
     is_one_hot,
     one_hot_weighted_squares,
 )
-from .damping import choose_damping
 from .factors import Ekfac, build, few
+from .paired import choose_damping
 from .passes import batch_size
 from .problem import Problem
 from .solution import Damping, Prepared, Solution
@@ -79,6 +79,7 @@ def solver(problem: Problem, factors: Ekfac, damping: Damping) -> Prepared:
         report={**damping.report, **facts},
         certified=CERTIFIED,
         self_products=self_products,
+        again=inverse,
     )
 
 
@@ -87,14 +88,17 @@ def _by_layers(problem: Problem, factors: Ekfac, damping: float) -> Tensor:
     layers = [block.layer for block in factors.blocks]
     weights = 1 / (factors.eigenvalues + damping).unsqueeze(0)
     result = torch.zeros(problem.samples.n, dtype=problem.objective.dtype)
+
+    def quadratic(one: Batch) -> Tensor:
+        return _quadratic_by_layers(
+            problem.objective, factors, weights, one, problem.budget.product
+        )
+
     for batch in problem.samples.ordered(
         batch_size(problem, layers), text="Self-influence"
     ):
-        for one in batch.parts or (batch,):
-            found = _quadratic_by_layers(
-                problem.objective, factors, weights, one, problem.budget.product
-            )
-            result[torch.as_tensor(one.indices)] = found.detach().cpu()
+        found = torch.cat(list(by_parts(batch, quadratic)))
+        result[torch.as_tensor(batch.indices)] = found.detach().cpu()
     return result
 
 

@@ -7,6 +7,10 @@ class ToleranceWarning(UserWarning):
     """A solution's relative residual is above the tolerance that was asked for."""
 
 
+class ScoreErrorWarning(UserWarning):
+    """Scores are off by more than a small part of their size, though the residual is small."""
+
+
 class CurvatureWarning(UserWarning):
     """An option was changed so that the system can be solved."""
 

@@ -63,7 +63,10 @@ def exact(problem: Problem, damping: Damping) -> Prepared:
         else {"form": "primal", "size": P}
     )
     return Prepared(
-        System(problem, damping.value), solve, {**damping.report, **form}
+        System(problem, damping.value),
+        solve,
+        {**damping.report, **form},
+        again=lambda v: inverse(v.double())[0].to(v),
     )
 
 

@@ -18,6 +18,8 @@ class Unmeasured:
 
     v: Tensor
     solution: Solution
+    group: dict[str, Any]
+    """Their row of the report."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +85,13 @@ def described(
 ) -> dict[str, Any]:
     """The report of a run with one more group: what all groups share stands at the top too."""
     every = groups + ([group] if group else [])
+    errors = [one["score_error"] for one in every if "score_error" in one]
     return {
         **facts,
         "curvature": prepared.system.curvature.kind,
         "damping": prepared.system.damping,
         **prepared.report,
         **shared_facts(every),
+        **({"score_error": max(errors)} if errors else {}),
         "groups": every,
     }

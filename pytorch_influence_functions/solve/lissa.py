@@ -143,10 +143,12 @@ def stable_fraction(system: System, chains: Tensor) -> float:
     return float(np.mean(stable))
 
 
-def sampled_scores(problem: Problem, chains: Tensor) -> Row:
-    """g_i . s of a sample of the training set for stacks of solutions [r, K, P] -> [r, K, samples]."""
+def sampled_scores(
+    problem: Problem, chains: Tensor, most: int = SAMPLED_SCORES
+) -> Row:
+    """g_i . s of at most so many training samples for stacks of solutions [r, K, P] -> [r, K, samples]."""
     n = problem.samples.n
-    count = min(n, SAMPLED_SCORES)
+    count = min(n, most)
     indices = [int(i * n / count) for i in range(count)]
     vectors = chains.flatten(0, 1)
     parts = []

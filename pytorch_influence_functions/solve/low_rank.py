@@ -17,11 +17,12 @@ from torch import Tensor
 from ..model.gradients import activation_bytes
 from ..model.outer_products import is_one_hot, one_hot_norms
 from .cg import iterate
-from .damping import HALVES, choose_damping, error_curve
+from .damping import HALVES
 from .directions import directions
 from .ekfac import DAMPING_TARGET
 from .errors import NegativeCurvatureError
 from .factors import Ekfac, eigenbasis_rows, fit
+from .paired import choose_damping, error_curve
 from .passes import Passes, Seen
 from .problem import Problem
 from .solution import Damping

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.func import vjp, vmap
 
 from ..data.batch import Batch
-from ..model.budget import DIAGONAL_BLOCK, MIB
+from ..model.budget import DIAGONAL_BLOCK
 from ..model.layers import (
     Layer,
     backward,
+    by_parts,
     forward,
-    gather,
     layer_inputs,
 )
 from ..model.objective import Objective
@@ -30,14 +30,12 @@ from ..model.usable import parameter_places, usable_layers
 from .directions import DRAWS, pseudo_gradients
 from .positions import Positions
 from .problem import Problem
+from .sides import axes_of
 
 logger = logging.getLogger(__name__)
 EXPENSIVE = 1e9
 """Floating-point operations of a product above which factors are made from a part of the positions: a tenth of a second
 on one core."""
-LARGEST_FACTOR = 2**13
-"""Inputs or outputs of a group beyond which the axes stand for the factor's eigenvectors, which then take more than a
-minute of one core (measured: 1.0 s for 2048, with the third power of the size) and half a gigabyte."""
 
 
 class Seen(NamedTuple):
@@ -92,10 +90,8 @@ class Passes:
 
     def __init__(self, problem: Problem, top: int | None = None) -> None:
         self.problem, self.top, objective = problem, top, problem.objective
-        self.layers = usable_layers(
-            objective, problem.samples.take([0, problem.samples.n // 2])
-        )
-        self.axes = _axes(problem, self.layers)
+        self.layers = usable_layers(objective, _tried(problem))
+        self.axes = axes_of(problem, self.layers)
         outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:
             for place in layer.places:
@@ -148,12 +144,9 @@ class Passes:
         size, block = self._sizes
         total: Tensor | float = 0.0
         for batch in self.problem.samples.ordered(size, text="EKFAC"):
-            for one in batch.parts or (batch,):
-                seen, sums = seen_by_layers(
-                    self.problem, self.layers, one, look, self.outside
-                )
+            for seen, sums in self._seen(batch, look):
                 total = total + sums
-                end = one.indices[-1] + 1
+                end = seen.batch.indices[-1] + 1
                 if end % block and end < self.problem.samples.n:
                     yield seen
                     continue
@@ -161,17 +154,39 @@ class Passes:
                 yield seen._replace(outside=total.square().sum(0))
                 total = 0.0
 
+    def _seen(self, batch: Batch, look: Look) -> Iterator[tuple[Seen, Tensor]]:
+        """What the layers see of a batch, and the sums of gradients outside them."""
+
+        def seen(one: Batch) -> tuple[Seen, Tensor]:
+            return seen_by_layers(
+                self.problem, self.layers, one, look, self.outside
+            )
+
+        return by_parts(batch, seen)
+
     @functools.cached_property
     def _sizes(self) -> tuple[int, int]:
         """Training samples at a time, and those whose gradients outside the layers are summed."""
         size = batch_size(self.problem, self.layers, self.top)
         if not len(self.outside):
             return size, 1
-        if not together(self.problem):
+        if _one_at_a_time(self.problem, self.layers):
             return 1, 1
         while DIAGONAL_BLOCK % size:
             size -= 1
         return size, DIAGONAL_BLOCK
+
+
+TRIED = 4
+"""Samples whose gradients tell how a layer sees them: two may come in the order they are sorted in, or to the same
+expert, by chance."""
+
+
+def _tried(problem: Problem) -> Batch:
+    """Samples from the whole set that the layers are tried on."""
+    n, row = problem.samples.n, problem.objective.theta.nbytes
+    count = problem.budget.probed(row, TRIED)
+    return problem.samples.take([i * n // count for i in range(count)])
 
 
 def seen_by_layers(
@@ -218,11 +233,15 @@ def together(problem: Problem) -> bool:
     return problem.objective.paths.rows and problem.objective.paths.outputs
 
 
+def _one_at_a_time(problem: Problem, layers: Sequence[Layer]) -> bool:
+    return not together(problem) or any(layer.alone for layer in layers)
+
+
 def batch_size(
     problem: Problem, layers: Sequence[Layer], top: int | None = None
 ) -> int:
     """Training samples in one pass of the layers, by what they see of the first one."""
-    if not together(problem):
+    if _one_at_a_time(problem, layers):
         return 1
     seen, _ = seen_by_layers(
         problem,
@@ -235,63 +254,6 @@ def batch_size(
     # the loss's Hessian in the outputs, its eigenvectors and what they are computed in, all in double precision
     dense = 5 * 8 * count**2 if len(seen.cotangents[0]) > 1 else 0
     return problem.budget.layer_batch(seen.bytes, problem.activations, dense)
-
-
-class Side(NamedTuple):
-    """One factor of a layer's block."""
-
-    place: tuple[int, str]
-    """Which layer, and whether of its inputs ("in") or its output gradients ("out")."""
-    size: int
-    numbers: int
-    """Entries of its matrices."""
-
-
-def _axes(problem: Problem, layers: Sequence[Layer]) -> set[tuple[int, str]]:
-    """Factors that are not built: the axes stand for their eigenvectors.
-
-    Of one-hot inputs they are the eigenvectors, since no two of them are one together. Otherwise it is an
-    approximation, for the largest factors, until the others fit the memory.
-    """
-    theta = problem.objective.theta
-    item = problem.objective.theta.element_size()
-    one_hot = {
-        (i, "in") for i, layer in enumerate(layers) if layer.classes is not None
-    }
-    sides = [
-        side
-        for i, layer in enumerate(layers)
-        for side in _sides(i, layer, theta)
-        if side.place not in one_hot
-    ]
-    sides.sort(key=lambda side: side.numbers)
-    left_out = [side for side in sides if side.size > LARGEST_FACTOR]
-    sides = [side for side in sides if side.size <= LARGEST_FACTOR]
-    # the eigenvectors of one factor are computed beside all factors and those that are done
-    while (
-        sides
-        and item * (sum(side.numbers for side in sides) + 3 * sides[-1].numbers)
-        > problem.budget.factors
-    ):
-        left_out.append(sides.pop())
-    for (i, which), size, numbers in left_out:
-        logger.info(
-            "EKFAC: the factor of %s (%s, %d, %.0f MiB) is too large, for the work or for config['max_memory']; a "
-            "diagonal stands for it",
-            layers[i].name,
-            which,
-            size,
-            item * numbers / MIB,
-        )
-    return one_hot | {side.place for side in left_out}
-
-
-def _sides(i: int, layer: Layer, theta: Tensor) -> list[Side]:
-    _, groups, outputs, inputs = gather(layer, theta.unsqueeze(0)).shape
-    return [
-        Side((i, "in"), inputs, groups * inputs**2),
-        Side((i, "out"), outputs, groups * outputs**2),
-    ]
 
 
 # ---- one batch

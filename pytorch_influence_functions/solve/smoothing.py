@@ -17,30 +17,35 @@ score is that effect at the full set.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..data.batch import Batch
+from ..model.gradients import (
+    MANY,
+    few,
+    gradient_blocks,
+    gradient_products,
+    per_sample_gradients,
+)
 from ..model.objective import Objective
+from .damping import prediction_error
 from .groups import split
+from .paired import PairedRule, from_others
 from .problem import Problem
 from .solution import require_solved
 from .solvers import Solver
-from .weighted import weighted_gradients
+from .weighted import signs, weighted_gradients
 
-SEED = 3
-"""Added to the run's seed, so that the halves are not those of the damping rule."""
-
-
-def signs(n: int, count: int, seed: int) -> Tensor:
-    """Of random halves [count, n]: one in the half, minus one outside it."""
-    generator = torch.Generator().manual_seed(seed + SEED)
-    result = -torch.ones(count, n)
-    for row in result:
-        row[torch.randperm(n, generator=generator)[: (n + 1) // 2]] = 1
-    return result
+logger = logging.getLogger(__name__)
+LOOKED_AT = 8
+"""Pairs that the noise and the errors are estimated from."""
+FEWEST_PAIRS = 3
+"""So many at least: there is no variance between the others of two."""
 
 
 class Points:
@@ -48,27 +53,30 @@ class Points:
 
     Args:
         problem: the model and its training set.
-        count: of shifted parameters, in pairs; 0: no smoothing.
-        solver: by which they are found when they are first needed.
+        solver: by which the shifts are found when they are first needed.
 
     Attributes:
-        report: how many shifts, and how large they are beside the parameters.
+        report: how many shifts, how large they are beside the parameters, and how much of what they say is noise.
     """
 
-    def __init__(self, problem: Problem, count: int, solver: Solver) -> None:
-        self._problem, self._count, self._solver = problem, count, solver
-        self._shifts: Tensor | None = None
+    def __init__(self, problem: Problem, solver: Solver) -> None:
+        self._problem, self._solver = problem, solver
+        self._found: Tensor | None = None
         self.report: dict[str, Any] = {}
+
+    @property
+    def shifts(self) -> Tensor:
+        """The first of each pair [pairs, P]; none without smoothing, or where `"auto"` saw that it does not pay."""
+        if self._found is None:
+            self._found = self._find()
+        return self._found
 
     def all(self) -> Iterator[Objective]:
         """One for each point, made one at a time: of a pair only its first shift is held."""
         own = self._problem.objective
-        if not self._count:
+        if not len(self.shifts):
             yield own
-            return
-        if self._shifts is None:
-            self._shifts = self._find()
-        for shift in self._shifts:
+        for shift in self.shifts:
             yield own.at(own.theta + shift)
             yield own.at(own.theta - shift)
 
@@ -77,12 +85,63 @@ class Points:
         points = self.all()
         total = value(next(points))
         for point in points:
-            total = total + value(point)
-        return total / self._count if self._count else total
+            total += value(point)
+        count = 2 * len(self.shifts)
+        return total / count if count else total
+
+    def products(self, batch: Batch, vectors: Tensor) -> Tensor:
+        """The mean of each sample's gradient times each vector [K, P] -> [K, B].
+
+        Gradients are averaged before they are multiplied, but where forward mode has no need of them.
+        """
+        own, most = self._problem.objective, self._problem.budget.product
+        forward = len(vectors) < min(few(own, batch), MANY)
+        if not len(self.shifts) or batch.parts or forward or not own.paths.vmap:
+            return self.mean(
+                lambda at: gradient_products(at, batch, vectors, most)
+            )
+        blocks = gradient_blocks(own, batch, most)
+        parts = [vectors @ self.gradients(block).T for block in blocks]
+        return torch.cat(parts, 1)
+
+    def gradients(self, batch: Batch) -> Tensor:
+        """The mean of each sample's gradient [B, P]."""
+        most = self._problem.budget.product
+        return self.mean(lambda at: per_sample_gradients(at, batch, most))
 
     def _find(self) -> Tensor:
+        """The shifts; none where `"auto"` sees that the prediction is no better with them."""
+        problem, count = self._problem, self._problem.shifts
+        if not count:
+            return problem.objective.theta.new_zeros(0, problem.objective.P)
+        shifts = self._solved(count // 2)
+        size = float(shifts.norm(dim=1).mean() / problem.objective.theta.norm())
+        said = {"shifts": count, "relative_size": size}
+        if len(shifts) >= FEWEST_PAIRS:
+            said |= self._looked_at(shifts)
+        chosen = problem.config.fixed_shifts is None
+        if chosen and said["error"] > said["error_without"]:
+            shifts, said["shifts"] = shifts[:0], 0
+        self.report = {"smoothing": said}
+        logger.info("smoothing: %s", said)
+        return shifts
+
+    def _looked_at(self, shifts: Tensor) -> dict[str, float]:
+        """What the damping rule says of these shifts, and without smoothing; the noise of the averages."""
+        rule = PairedRule(self._problem, lambda v, _: v)
+        few = shifts[:LOOKED_AT]
+        actual, products = rule.odd_changes(few), rule.products(few)
+        smoothed = prediction_error(actual, from_others(products))
+        plain = prediction_error(actual, rule._predicted(few).to(actual))
+        return {
+            "error": smoothed,
+            "error_without": plain,
+            "noise": noise(products) * len(few) / len(shifts),
+        }
+
+    def _solved(self, pairs: int) -> Tensor:
         r"""The first \Delta of each pair [pairs, P], as many at a time as test samples are solved together."""
-        problem, pairs = self._problem, self._count // 2
+        problem = self._problem
         halves = signs(problem.samples.n, pairs, problem.config.seed)
         parts = []
         for part in split(range(pairs), self._solver.group_size):
@@ -90,8 +149,19 @@ class Points:
             parts.append(self._solver(g, pairs).vectors)
         shifts = torch.cat(parts)
         require_solved(shifts)
-        size = float(shifts.norm(dim=1).mean() / problem.objective.theta.norm())
-        self.report = {
-            "smoothing": {"shifts": self._count, "relative_size": size}
-        }
         return shifts
+
+
+def noise(products: Tensor) -> float:
+    """The share of noise in the variance of what averages over all pairs predict, median over the samples.
+
+    Of the gradients of pair q times the shift of pair p [pairs q, pairs p, samples], without q = p.
+    """
+    pairs = len(products)
+    others = ~torch.eye(pairs, dtype=torch.bool, device=products.device)
+    rest = (products - from_others(products)) * others.unsqueeze(2)
+    variance = rest.square().sum(0) / (pairs - 2)
+    total = products.mean(0).square().sum(0)
+    tiny = torch.finfo(total.dtype).tiny
+    share = variance.sum(0) / pairs / total.clamp_min(tiny)
+    return float(share.median())

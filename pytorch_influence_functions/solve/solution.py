@@ -51,6 +51,8 @@ class Prepared:
         certified: training samples that the residual of an approximation is measured on.
         self_products: g_i . (H + \lambda I)^-1 g_i of all training samples [n] on the CPU, where the solver has a
             cheaper way than to solve for each.
+        again: what a residual [K, P] is solved with to find what solutions are off by; None: `solve` is an iteration,
+            which would leave out the same directions again.
     """
 
     system: System
@@ -58,6 +60,7 @@ class Prepared:
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     certified: int | None = None
     self_products: Callable[[], Tensor] | None = None
+    again: Callable[[Tensor], Tensor] | None = None
 
     def residual(self, v: Tensor, solution: Solution) -> Residual:
         """The residual of a solution for v [K, P]; measured here where the solver did not."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from .exact import exact
 from .lissa import lissa
 from .low_rank import damping_by_low_rank, damping_by_steps
 from .problem import MOST_TOGETHER, Problem
+from .score_error import ScoreErrors
 from .solution import Damping, Prepared, Solution
 from .system import Residual
 
@@ -132,6 +133,7 @@ class Solver:
         self.problem = problem
         self.row = row_of(problem.config)
         self._prepared: Prepared | None = None
+        self._errors: ScoreErrors | None = None
         self._answered = False
 
     @property
@@ -144,6 +146,10 @@ class Solver:
         if self._prepared is None:
             self._prepared = prepare(self.problem)
         return self._prepared
+
+    def take(self, prepared: Prepared | None) -> None:
+        """Use what was set up elsewhere."""
+        self._prepared = prepared
 
     def __call__(self, v: Tensor, tests: int) -> Solution:
         """Solve for v [K, P], of `tests` right-hand sides in all.
@@ -176,6 +182,15 @@ class Solver:
     def residual(self, v: Tensor, solution: Solution) -> Residual:
         """The residual of a solution for v [K, P]; measured here where the solver did not."""
         return self.prepared().residual(v, solution)
+
+    def score_error(
+        self, v: Tensor, solution: Solution, residual: Residual
+    ) -> dict[str, Any]:
+        """How far the scores of a solution for v [K, P] are off, as plain values; see `ScoreErrors`."""
+        prepared = self.prepared()
+        if self._errors is None or self._errors.prepared is not prepared:
+            self._errors = ScoreErrors(prepared)
+        return self._errors(v, solution.vectors, residual)
 
 
 ONE_CURVATURE = (

@@ -1,4 +1,4 @@
-"""Sums of the training samples' gradients with weights, several at a time."""
+"""Sums of the training samples' gradients with weights, several at a time, and the weights of random halves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,18 @@ from torch import Tensor
 from ..data.batch import Batch
 from ..model.gradients import REUSED, per_sample_gradients, reuse
 from .problem import Problem
+
+SEED = 3
+"""Added to the run's seed, so that the halves are not those of the damping rule of plain gradients."""
+
+
+def signs(n: int, count: int, seed: int) -> Tensor:
+    """Of random halves [count, n]: one in the half, minus one outside it."""
+    generator = torch.Generator().manual_seed(seed + SEED)
+    result = -torch.ones(count, n)
+    for row in result:
+        row[torch.randperm(n, generator=generator)[: (n + 1) // 2]] = 1
+    return result
 
 
 def weighted_gradients(problem: Problem, weights: Tensor) -> Tensor:

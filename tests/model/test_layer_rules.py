@@ -13,7 +13,7 @@ from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outer_products import one_hot_norms, outer_products
 from pytorch_influence_functions.model.probe import probe
 from pytorch_influence_functions.model.usable import usable_layers
-from pytorch_influence_functions.solve import auto, ekfac, passes
+from pytorch_influence_functions.solve import auto, ekfac, passes, sides
 from pytorch_influence_functions.solve.low_rank import low_rank
 from torch import nn
 from torch.nn import functional as F
@@ -417,7 +417,7 @@ def prepared(name, **options):
 @pytest.mark.parametrize("largest", [2**13, 3])
 @pytest.mark.parametrize("name", MODELS)
 def test_ekfac_is_its_definition(name, largest, monkeypatch):
-    monkeypatch.setattr(passes, "LARGEST_FACTOR", largest)
+    monkeypatch.setattr(sides, "LARGEST_FACTOR", largest)
     monkeypatch.setattr(passes, "DIAGONAL_BLOCK", 1)  # then no draw is in the diagonal outside the layers
     if name != "encoder":
         monkeypatch.setattr(passes, "batch_size", lambda *_: 4)

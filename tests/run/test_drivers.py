@@ -25,7 +25,7 @@ QUIET = {"progress": False, "recursion_depth": 40}
 def digits():
     """A trained model and its loaders: 120 training and 30 test digits."""
     x, y = load_digits(return_X_y=True)
-    x, y = torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(y)
+    x, y = torch.tensor(x / 16, dtype=torch.get_default_dtype()).view(-1, 1, 8, 8), torch.tensor(y)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-3)
@@ -230,7 +230,7 @@ def test_pinned_signatures(function):
 def test_default_config_is_the_table_of_the_design():
     assert ptif.get_default_config() == {
         "outdir": "outdir", "save_pth": None, "log_filename": None, "progress": True, "seed": 42, "gpu": -1,
-        "resume": True, "smoothing": None,
+        "resume": True, "smoothing": None, "json": "auto", "num_processes": None,
         "calc_method": "img_wise", "test_sample_start_per_class": False, "test_sample_num": False,
         "num_classes": None, "recursion_depth": 5000, "r": 1, "damp": 0.01, "scale": 25, "solver": None,
         "curvature": None, "damping": None, "preconditioner": None, "tolerance": 0.01, "batch_size": None,

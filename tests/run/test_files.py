@@ -137,7 +137,7 @@ def test_arrays_of_one_shape_are_told_apart(tmp_path):
         ptif.load_grad_z(tmp_path)
 
 
-@pytest.mark.parametrize(("key", "value"), [("shape", [20, 20]), ("dtype", "float64"), ("bytes", 7)])
+@pytest.mark.parametrize(("key", "value"), [("shape", [20, 20]), ("dtype", "float16"), ("bytes", 7)])
 def test_what_a_manifest_says_of_its_array_is_checked(key, value, tmp_path):
     ptif.calc_grad_z(model(), loader(), tmp_path, progress=False)
     manifest = json.loads((tmp_path / "grad_z.json").read_text())

@@ -176,6 +176,10 @@ def start(folder, way, method):
     return process
 
 
+NUMBERED = re.compile(r"(?<=_12)_\d+|(?<=0-12)_\d+|_\d+(?=/)")
+"""What tells a run beside an earlier one."""
+
+
 def killed_runs(tmp_path, way, method, moments, seed):
     """Kill a run at random moments until it comes to its end -> its files."""
     rng = random.Random(seed)
@@ -199,13 +203,12 @@ def test_a_run_that_is_killed(small_groups, tmp_path, way, method):
     moments = int(os.environ.get("KILLS", "2"))  # `make kills` takes 20
     found = killed_runs(tmp_path, way, method, moments, seed=f"{way} {method}")
     run(tmp_path / "whole", WAYS[way], method)
-    names = {re.sub(r"_\d+(?=\.json$|_parts|/)", "", name) for name in found}
-    results = [name for name in found if name.startswith("influence_results_0_12")]
     expected = files(tmp_path / "whole")
     # a run that came to its end before it was killed is left as it is, and the next one is another
-    assert results
-    assert all(found[name] == expected["influence_results_0_12.json"] for name in results)
-    assert names <= {re.sub(r"_\d+(?=\.json$|_parts|/)", "", name) for name in expected}
+    results = [name for name in found if name.startswith("influence_results_0_12")]
+    assert {name.rpartition(".")[2] for name in results} == {"json", "npy"}
+    assert all(found[name] == expected[NUMBERED.sub("", name)] for name in results)
+    assert {NUMBERED.sub("", name) for name in found} <= set(expected)
 
 
 # ---- what is not gone on with
@@ -322,3 +325,48 @@ def test_sizes_and_curvature_are_those_of_the_first_start(small_groups, tmp_path
     monkeypatch.setattr(ptif.influence.Member, "go_on", noted)
     run(tmp_path, WAYS["cg"])
     assert seen == [(12345678.0, "ggn", True)]
+
+
+# ---- how much is done again
+
+
+def forwards(monkeypatch, folder, way, method, stop_at=None):
+    """Run and count calls of the model -> all, and how many there were when each group was written."""
+    calls, marks = [], []
+    forward, write = nn.Tanh.forward, ptif.run.files.RunFiles.write_part
+
+    def counted(self, x):
+        calls.append(1)
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        return forward(self, x)
+
+    def marked(self, entries, report):
+        write(self, entries, report)
+        marks.append(len(calls))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Tanh, "forward", counted)
+        patch.setattr(ptif.run.files.RunFiles, "write_part", marked)
+        try:
+            run(folder, WAYS[way], method)
+        except KeyboardInterrupt:
+            assert stop_at is not None
+    return len(calls), marks
+
+
+@pytest.mark.parametrize(("way", "method"), [("lissa", "img_wise"), ("auto", "all_grad_then_test")])
+def test_the_last_start_does_what_is_missing_and_one_group(small_groups, tmp_path, monkeypatch, way, method):
+    """Beside the set-up, which each start does."""
+    whole, marks = forwards(monkeypatch, tmp_path / "whole", way, method)
+    for done in range(1, len(marks) if method == "img_wise" else 1):
+        stop = (marks[done - 1] + marks[done]) // 2 + 1
+        folder = tmp_path / str(done)
+        forwards(monkeypatch, folder, way, method, stop)
+        last, _ = forwards(monkeypatch, folder, way, method)
+        missing = whole - marks[done]
+        assert missing < last <= missing + marks[0]
+    if method == "all_grad_then_test":
+        folder = tmp_path / "stored"
+        forwards(monkeypatch, folder, way, method, marks[0] - 1)
+        assert forwards(monkeypatch, folder, way, method)[0] < whole

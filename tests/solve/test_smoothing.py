@@ -5,7 +5,9 @@ import copy
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.solve.smoothing import signs
+from pytorch_influence_functions.solve import damping, problem, smoothing
+from pytorch_influence_functions.solve.paired import PairedRule
+from pytorch_influence_functions.solve.weighted import signs, weighted_gradients
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -212,6 +214,147 @@ def test_halves_are_halves():
     assert found.sum(1).tolist() == [1.0] * 50
     assert len({tuple(row) for row in found.tolist()}) > 25
     assert float(found.mean(0).abs().max()) < 0.6
+
+
+# ---- the damping rule
+
+
+def test_rule_of_smoothed_gradients():
+    """The odd part of the change over a pair against the gradients at the other pairs, of one copy after the other."""
+    torch.manual_seed(1)
+    model = mlp()
+    (x, t), pairs = data(), 4
+    x, t = x[:N], t[:N]
+    found = influence(model, smoothing=2 * pairs)
+    shifts = 0.3 * torch.randn(pairs, sum(p.numel() for p in model.parameters()))
+    with found.problem.guard():
+        rule = PairedRule(found.problem, lambda g, value: value * shifts)
+        value, halves = rule.error(1.5), rule.halves
+        sums = weighted_gradients(found.problem, halves)
+    shifts = 1.5 * shifts
+    errors = []
+    for i in range(N):
+        one = x[i : i + 1], t[i : i + 1]
+        ends = [(shifted(model, s), shifted(model, -s)) for s in shifts]
+        actual = torch.stack([(loss_of(a, *one) - loss_of(b, *one)) / 2 for a, b in ends]).detach()
+        g = [(gradient(a, *one) + gradient(b, *one)) / 2 for a, b in ends]
+        others = [torch.stack(g[:p] + g[p + 1 :]).mean(0) for p in range(pairs)]
+        predicted = torch.stack([g @ s for g, s in zip(others, shifts, strict=True)])
+        errors.append(float((actual - predicted).norm() / actual.norm()))
+    assert value == pytest.approx(float(torch.tensor(errors).median()), rel=1e-9)
+    assert torch.equal(halves, signs(N, damping.HALVES // 2, 42))
+    assert_close(sums, halves.double() @ averaged(model, x, t, [model]) / N)
+
+
+def test_the_chosen_damping_is_that_of_smoothed_gradients():
+    """Its error at the shifts that are averaged over is what the report says, and without smoothing it is larger."""
+    torch.manual_seed(1)
+    model = trained(mlp())
+    plain, found = (influence(model, damping="auto", smoothing=m) for m in (0, 16))
+    for one in (plain, found):
+        one.scores(held_out())
+    chosen, said = found.report["damping_chosen"], found.report["smoothing"]
+    assert chosen["target"] == pytest.approx(0.095)
+    assert chosen["error"] <= 1.1 * chosen["target"]
+    assert found.report["damping"] < plain.report["damping"]
+    assert said["error"] == pytest.approx(chosen["error"], rel=0.05)
+    assert said["error"] < said["error_without"]
+    assert found.damping_curve([chosen["damping"]])[0] == pytest.approx(chosen["error"], rel=0.05)
+
+
+def trained(model):
+    x, t = data()
+    optimiser = torch.optim.Adam(model.parameters(), 0.02)
+    for _ in range(100):
+        optimiser.zero_grad()
+        loss_of(model, x[:N], t[:N]).backward()
+        optimiser.step()
+    return model
+
+
+def test_noise_is_the_variance_of_the_mean_over_the_pairs():
+    generator = torch.Generator().manual_seed(0)
+    signal, pairs, samples = 2.0, 400, 30
+    products = signal + 3 * torch.randn(pairs, pairs, samples, generator=generator)
+    products.diagonal().fill_(100)  # of a pair with its own shift: left out
+    assert smoothing.noise(products) == pytest.approx(9 / pairs / (signal**2 + 100 / pairs * 4), rel=0.2)
+    exact = torch.ones(5, 5, 3) * torch.arange(1, 6).view(1, 5, 1)
+    assert smoothing.noise(exact) == 0
+
+
+# ---- as many as pay
+
+
+@pytest.fixture
+def few_are_enough(monkeypatch):
+    monkeypatch.setattr(problem, "HALVED", N)
+
+
+@pytest.mark.parametrize(
+    ("options", "fixed"),
+    [
+        ({}, None),
+        ({"solver": "auto"}, None),
+        ({"solver": "auto", "damping": "auto"}, None),
+        ({"solver": "auto", "damping": 0.1}, 0),
+        ({"solver": "cg", "damping": "auto"}, 0),
+        ({"solver": "lissa"}, 0),
+        ({"solver": "cg", "smoothing": "auto"}, None),
+        ({"smoothing": 0}, 0),
+        ({"smoothing": 8}, 8),
+    ],
+    ids=str,
+)
+def test_where_it_is_automatic(options, fixed):
+    assert ptif.Config(**options).fixed_shifts == fixed
+
+
+def test_how_many_are_taken(monkeypatch):
+    assert influence(mlp(), smoothing="auto").problem.shifts == 0
+    monkeypatch.setattr(problem, "HALVED", N)
+    found = influence(mlp(), smoothing="auto").problem
+    assert found.shifts == 16
+    work = found.product_work
+    for value, count in ((16.5, 16), (15.5, 14), (4, 4), (3.9, 0)):
+        monkeypatch.setattr(problem, "SMOOTHING_WORK", value * work)
+        assert influence(mlp(), smoothing="auto").problem.shifts == count
+    assert influence(mlp(), smoothing=2).problem.shifts == 2
+    monkeypatch.setattr(problem, "SMOOTHING_WORK", 16 * work)
+    assert influence(mlp(), smoothing="auto", max_memory=0.03).problem.shifts == 4
+    assert influence(mlp(), smoothing="auto", max_memory=0.021).problem.shifts == 0
+
+
+def test_automatic_shifts_are_those_of_their_number(few_are_enough):
+    torch.manual_seed(1)
+    model = mlp()
+    chosen, named = (influence(model, smoothing=m) for m in ("auto", 16))
+    assert torch.equal(chosen.scores(held_out()), named.scores(held_out()))
+    assert chosen.report["smoothing"] == named.report["smoothing"]
+
+
+def test_they_are_left_out_where_they_do_not_help(few_are_enough, monkeypatch):
+    torch.manual_seed(1)
+    model = mlp()
+    plain = influence(model, smoothing=0)
+    monkeypatch.setattr(smoothing, "from_others", lambda products: 3 * products.mean(0))
+    found, named = influence(model, smoothing="auto"), influence(model, smoothing=16)
+    assert torch.equal(found.scores(held_out()), plain.scores(held_out()))
+    assert torch.equal(found.self_influence(), plain.self_influence())
+    said = found.report["smoothing"]
+    assert said["shifts"] == 0
+    assert said["error"] > said["error_without"]
+    # who names a number gets it
+    assert not torch.equal(named.scores(held_out()), plain.scores(held_out()))
+    assert named.report["smoothing"]["shifts"] == 16
+
+
+def test_gradients_are_averaged_before_they_are_multiplied(monkeypatch):
+    """By blocks and by forward mode: the same numbers."""
+    torch.manual_seed(1)
+    model = mlp()
+    expected = influence(model, solver="auto").scores(held_out())
+    monkeypatch.setattr(smoothing, "MANY", 0)
+    assert_close(influence(model, solver="auto").scores(held_out()), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("value", [-2, 1, 3, 2.5, "some", True])

@@ -1,4 +1,4 @@
-"""Columns as a table."""
+"""Columns as a pandas DataFrame, where pandas is installed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 
-def dataframe(columns: Mapping[str, Any]) -> Any:
-    """A pandas.DataFrame of these columns.
+def frame(columns: Mapping[str, Any]) -> Any:
+    """A DataFrame of these columns.
 
     Raises:
         ImportError: pandas is not installed; the message names the extra.
@@ -16,6 +16,7 @@ def dataframe(columns: Mapping[str, Any]) -> Any:
         import pandas as pd  # type: ignore[import-untyped]
     except ImportError as error:
         raise ImportError(
-            "tables need pandas: pip install 'pytorch_influence_functions[table]'; without it take the arrays"
+            "tables need pandas: pip install 'pytorch_influence_functions[table]'; without it take .scores, .top or "
+            ".rows"
         ) from error
     return pd.DataFrame(dict(columns))

@@ -1,0 +1,179 @@
+"""What a run costs over training samples n, test samples K and processes, and what it holds and writes at n = 10^6.
+
+Each run is a process of its own with one thread a process; the memory is the peak of the resident set over what is
+held before. Times are of the processor, since others may share the machine: for several processes that of all of
+them over their number, which is the wall time where each has a core to itself. Prints Markdown tables and draws
+`figs/scaling.png`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import pytorch_influence_functions as ptif
+from pytorch_influence_functions.run.pilot import Peak
+
+N, K = 2_000, 16
+OVER_N = (500, 1_000, 2_000, 4_000, 8_000)
+OVER_K = (4, 8, 16, 32, 64)
+PROCESSES = (1, 2, 3, 4)
+SOLVERS = {
+    "lissa": {"solver": "lissa", "recursion_depth": 100, "tolerance": None},
+    "auto": {"solver": "auto"},
+}
+MILLION = (100, 1_000)
+
+
+def cnn():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(),
+        nn.Linear(16 * 5 * 5, 10),
+    )  # fmt: skip
+
+
+def data(n, tests, shape, classes):
+    torch.manual_seed(0)
+    x, t = (
+        torch.randn(n + tests, *shape),
+        torch.randint(0, classes, (n + tests,)),
+    )
+    train, test = TensorDataset(x[:n], t[:n]), TensorDataset(x[n:], t[n:])
+    return DataLoader(train, 64), DataLoader(test, 64)
+
+
+def one(n, tests, processes, solver):
+    """A run -> its seconds, MiB, and bytes on disk for a score."""
+    warnings.simplefilter("ignore")
+    linear = solver == "linear"
+    model = nn.Linear(8, 2) if linear else cnn()
+    loaders = data(n, tests, *(((8,), 2) if linear else ((1, 16, 16), 10)))
+    options = (
+        {"solver": "exact", "damping": 0.01} if linear else SOLVERS[solver]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        config = {
+            "outdir": folder,
+            "progress": False,
+            "max_memory": 512,
+            **options,
+        }
+        if processes > 1:
+            config["num_processes"] = processes
+        wall, cpu, peak = (
+            time.perf_counter(),
+            spent(),
+            Peak(torch.device("cpu")),
+        )
+        ptif.calc_img_wise(config, model, *loaders)
+        size = sum(path.stat().st_size for path in Path(folder).iterdir())
+        return {
+            "wall": time.perf_counter() - wall,
+            "cpu": (spent() - cpu) / processes,
+            "MiB": peak.bytes() / 2**20,
+            "bytes": size / (n * tests),
+        }
+
+
+def spent():
+    """Seconds of the processor of this process and those it has started."""
+    return sum(
+        used.ru_utime + used.ru_stime
+        for used in map(
+            resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        )
+    )
+
+
+def elsewhere(*case):
+    command = [sys.executable, __file__, "--one", *map(str, case)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
+def table(title, name, values, cases):
+    """Print a table and return its times by solver."""
+    print(
+        f"\n{title}\n\n| {name} | "
+        + " | ".join(f"{s}: s | MiB" for s in cases)
+        + " |"
+    )
+    print("|---" * (1 + 2 * len(cases)) + "|")
+    found = {solver: [] for solver in cases}
+    for value in values:
+        row = [elsewhere(*case(value)) for case in cases.values()]
+        for solver, result in zip(cases, row, strict=True):
+            found[solver].append(result["cpu"])
+        cells = (f"{result['cpu']:.1f} | {result['MiB']:.0f}" for result in row)
+        print(f"| {value:,} | " + " | ".join(cells) + " |", flush=True)
+    return found
+
+
+def draw(path, parts):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(11, 3.4), layout="constrained"
+    )
+    for axis, (name, values, found) in zip(axes, parts, strict=True):
+        for (solver, times), mark in zip(found.items(), "os", strict=True):
+            axis.plot(values, times, f"-{mark}", label=solver)
+        axis.set(xlabel=name, xscale="log", yscale="log", ylabel="seconds")
+        axis.set_xticks(values, [f"{value:,}" for value in values])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--one", nargs=4)
+    parser.add_argument("--quick", action="store_true", help="fewer sizes")
+    parser.add_argument(
+        "--million", action="store_true", help="also n = 10^6; takes long"
+    )
+    parser.add_argument("--figure", default="figs/scaling.png")
+    arguments = parser.parse_args()
+    if arguments.one:
+        n, tests, processes, solver = arguments.one
+        print(json.dumps(one(int(n), int(tests), int(processes), solver)))
+        return
+    step = 2 if arguments.quick else 1
+    over_n, over_k = OVER_N[::step], OVER_K[::step]
+    processes = PROCESSES[:2] if arguments.quick else PROCESSES
+    by_n = {s: lambda n, s=s: (n, K, 1, s) for s in SOLVERS}
+    by_k = {s: lambda k, s=s: (N, k, 1, s) for s in SOLVERS}
+    by_processes = {s: lambda p, s=s: (N, K, p, s) for s in SOLVERS}
+    parts = [
+        ("training samples", over_n, table(f"{K} test samples", "n", over_n, by_n)),
+        ("test samples", over_k, table(f"{N:,} training samples", "K", over_k, by_k)),
+        ("processes", processes, table(f"n = {N:,}, K = {K}", "processes", processes, by_processes)),
+    ]  # fmt: skip
+    draw(arguments.figure, parts)
+    for tests in MILLION if arguments.million else ():
+        found = elsewhere(1_000_000, tests, 1, "linear")
+        print(
+            f"n = 1,000,000, {tests} tests, a linear model: {found['cpu']:.0f} s, {found['MiB']:.0f} MiB, "
+            f"{found['bytes']:.3f} bytes a score",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
