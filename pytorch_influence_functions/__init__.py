@@ -30,6 +30,7 @@ from .influence import InfluenceFunction
 from .influence_function import calc_loss, grad_z, hvp, s_test
 from .model.doubts import ModelWarning
 from .model.gradients import NonFiniteError
+from .run.doctor import Finding, doctor
 from .run.estimate import Estimate, estimate
 from .show.groups import Groups
 from .show.results import InfluenceResult
@@ -55,6 +56,9 @@ __all__ = [
     "calc_influences",
     "InfluenceFunction",
     "InfluenceResult",
+    # before a run
+    "doctor",
+    "Finding",
     "estimate",
     "Estimate",
     # lists to act on

@@ -21,6 +21,7 @@ from .data.samples import Samples
 from .effect import Effect, TestLoss, changes_of, effect
 from .member import Member
 from .out_of_sample import OutOfSample, out_of_sample
+from .perturbation import perturbation
 from .solve.groups import Earlier, Group
 
 
@@ -206,6 +207,25 @@ class InfluenceFunction:
         """
         changes = changes_of(what, self.samples.n, labels, weights)
         return effect(self._members, changes, tests, test_loss, steps)
+
+    def perturbation(self, train_sample: Any, test_sample: Any) -> Any:
+        r"""Derivative of a training sample's influence in its input, shaped like the input.
+
+        s_test . \nabla_x \nabla_\theta \ell(z) / n: the direction in which the sample would help more (Koh & Liang
+        2017, section 2.2; minus it is what perturbing the input does to the test loss). s_test is held.
+
+        Args:
+            train_sample: the index of a training sample, or a batch of one.
+            test_sample: a batch; the influence is on its mean loss.
+
+        Returns:
+            A tensor like the input of a batch of one; a list where the batch holds several inputs. Of several models
+            the mean.
+
+        Raises:
+            ValueError, IndexError: there is no such sample, or no input that has a derivative.
+        """
+        return perturbation(self._members, train_sample, test_sample)
 
     def damping_curve(self, dampings: Sequence[float]) -> list[float]:
         """What `damping="auto"` goes by: the relative error of predicted changes of the training loss at each damping.

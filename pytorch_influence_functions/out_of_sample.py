@@ -116,7 +116,10 @@ def _of_member(member: Member) -> OutOfSample:
     )
 
 
-def _of_block(outputs: Outputs, block: Block) -> tuple[Tensor, ...]:
+def _of_block(
+    outputs: Outputs,
+    block: Block,
+) -> tuple[Tensor, ...]:
     r"""Of some samples: \hat y, the loss there, leverage; and r, R and (I - R K)^{-1} on their diagonals."""
     y = block.outputs
     there = outputs.local(block.batch, y)
@@ -129,7 +132,11 @@ def _joined(rows: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:
     return [torch.cat(part) for part in zip(*parts, strict=True)]
 
 
-def _spread(r: Tensor, d: Tensor, inflation: Tensor) -> Tensor | None:
+def _spread(
+    r: Tensor,
+    d: Tensor,
+    inflation: Tensor,
+) -> Tensor | None:
     r"""\sigma_c (1 - h_{ic})^{-1/2}, \sigma_c^2 the mean product of the errors r / d with and without the sample.
 
     Where the loss is squared error: else d, its curvature, is taken where it is largest, and r is a robust error.

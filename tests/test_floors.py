@@ -29,6 +29,7 @@ BETWEEN = {
     "member": 4,
     "out_of_sample": 4.5,
     "effect": 4.5,
+    "perturbation": 4.5,
     "influence": 5,
     "influence_function": 8,
     "calc_influence_function": 8,

@@ -69,7 +69,7 @@ def agree(held: Any, read: Any) -> bool:
 
 def batch_labels(batch: Batch) -> list[Any]:
     """Labels of a batch: the rows of its second part, or of its `labels`, `label`, `targets`, `target` or `y`."""
-    labels = _labels_of(batch.tree)
+    labels = labels_of(batch.tree)
     return (
         list(labels)
         if hasattr(labels, "__len__") and len(labels) == batch.size
@@ -77,7 +77,7 @@ def batch_labels(batch: Batch) -> list[Any]:
     )
 
 
-def _labels_of(tree: Any) -> Any:
+def labels_of(tree: Any) -> Any:
     """The part of a batch that holds its labels, or None."""
     if isinstance(tree, list | tuple):
         return tree[1] if len(tree) > 1 else None
@@ -100,7 +100,7 @@ def with_labels(batch: Batch, labels: Sequence[Any]) -> Batch:
         return batch._replace(
             parts=tuple(with_labels(one, [label]) for one, label in pairs)
         )
-    held = _labels_of(batch.tree)
+    held = labels_of(batch.tree)
     place = next((i for i, t in enumerate(batch.leaves) if t is held), None)
     if place is None:
         keys = ", ".join(LABEL_KEYS)

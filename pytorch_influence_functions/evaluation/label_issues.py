@@ -31,7 +31,7 @@ from ..solve.single import single_changes
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
-FALSE_DISCOVERIES = 0.1
+FALSE_DISCOVERIES = 0.05
 """Share of right numbers among those that are called wrong."""
 CONTRADICTING = 3
 """Training samples that are named for each issue."""
@@ -44,11 +44,14 @@ class Verdict(NamedTuple):
     score: Floats
     """In [0, 1], low is bad."""
     predicted: NDArray[Any]
-    count: float
+    wrong: float
     """How many labels are estimated to be wrong."""
 
 
-def confident_counts(p: Floats, labels: NDArray[np.int64]) -> Floats:
+def confident_counts(
+    p: Floats,
+    labels: NDArray[np.int64],
+) -> Floats:
     """How many samples labelled s are of class c, estimated -> [C, C]; p [n, C], labels [n]."""
     C = p.shape[1]
     given = np.eye(C)[labels]
@@ -65,7 +68,10 @@ def confident_counts(p: Floats, labels: NDArray[np.int64]) -> Floats:
     return result
 
 
-def verdict_of_classes(p: Floats, labels: NDArray[np.int64]) -> Verdict:
+def verdict_of_classes(
+    p: Floats,
+    labels: NDArray[np.int64],
+) -> Verdict:
     """Of labels that are one class [n], from probabilities [n, C]."""
     n = np.arange(len(p))
     own, predicted = p[n, labels], p.argmax(1)
@@ -79,7 +85,10 @@ def verdict_of_classes(p: Floats, labels: NDArray[np.int64]) -> Verdict:
     return Verdict(issue, own, predicted, float(wrong.sum()))
 
 
-def verdict_of_labels(p: Floats, labels: Floats) -> Verdict:
+def verdict_of_labels(
+    p: Floats,
+    labels: Floats,
+) -> Verdict:
     """Of several labels of 0 or 1 of each sample [n, C]: an issue where one of them is."""
     each = [
         verdict_of_classes(
@@ -87,14 +96,16 @@ def verdict_of_labels(p: Floats, labels: Floats) -> Verdict:
         )
         for column, given in zip(p.T, labels.T, strict=True)
     ]
-    issue = np.stack([one.issue for one in each], 1).any(1)
+    issue: Mask = np.stack([one.issue for one in each]).max(0)
     score = np.stack([one.score for one in each], 1).min(1)
     predicted = np.stack([one.predicted for one in each], 1)
-    return Verdict(issue, score, predicted, sum(one.count for one in each))
+    return Verdict(issue, score, predicted, sum(one.wrong for one in each))
 
 
 def verdict_of_numbers(
-    y: Floats, labels: Floats, spread: Floats | None
+    y: Floats,
+    labels: Floats,
+    spread: Floats | None,
 ) -> Verdict:
     r"""Of numbers [n, C]: the score is the chance of an error as large, 2 (1 - \Phi(|z|))."""
     errors = labels.reshape(y.shape) - y
@@ -137,9 +148,9 @@ def label_issues(
         `is_label_issue`, `label_score` (in [0, 1], low is bad: the probability of the given label by the model without
         the sample; of numbers, the chance of so large an error), `given_label`, `predicted_label`, `suggested_label`
         (the predicted one of issues), `loss` (without the sample), `change_if_dropped` and `change_if_relabelled` (of
-        the mean loss of the validation set, to first order in it; negative: better), `contradicted_by` (of issues, the three training
-        samples that the sample's own label has the most against), `leverage`, `self_influence` (near zero: the sample
-        does nothing).
+        the mean loss of the validation set, to first order in it; negative: better), `contradicted_by` (of issues,
+        the three training samples that the sample's own label has the most against), `leverage`, `self_influence`
+        (near zero: the sample does nothing).
 
     Raises:
         ValueError: there is no one label per sample, or the loss is no function of each sample's own outputs.
@@ -175,7 +186,10 @@ def label_issues(
         return columns
 
 
-def _verdict(found: OutOfSample, labels: Sequence[Any]) -> Verdict:
+def _verdict(
+    found: OutOfSample,
+    labels: Sequence[Any],
+) -> Verdict:
     p = found.probabilities
     if any(label is None for label in labels):
         raise ValueError(
@@ -194,7 +208,10 @@ def _verdict(found: OutOfSample, labels: Sequence[Any]) -> Verdict:
     return verdict_of_classes(p, given)
 
 
-def _suggested(verdict: Verdict, labels: Sequence[Any]) -> list[Any]:
+def _suggested(
+    verdict: Verdict,
+    labels: Sequence[Any],
+) -> list[Any]:
     rows = zip(verdict.issue, verdict.predicted, labels, strict=True)
     return [new.tolist() if issue else old for issue, new, old in rows]
 
@@ -246,7 +263,10 @@ def _mean_gradient(
     return total / len(indices)
 
 
-def _contradicting(members: Sequence[Member], issue: Mask) -> NDArray[Any]:
+def _contradicting(
+    members: Sequence[Member],
+    issue: Mask,
+) -> NDArray[Any]:
     """Of each issue the training samples whose influence on it is the most negative; of others none."""
     result = np.empty(len(issue), dtype=object)
     result[:] = [[] for _ in issue]

@@ -17,7 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def jacobians(
-    objective: Objective, batch: Batch, kept: Sequence[int] | None = None
+    objective: Objective,
+    batch: Batch,
+    kept: Sequence[int] | None = None,
 ) -> Tensor:
     """Derivatives of each sample's outputs in the parameters -> [B, C, P].
 
@@ -36,7 +38,9 @@ def jacobians(
 
 
 def _by_vmap(
-    objective: Objective, batch: Batch, kept: Sequence[int] | None
+    objective: Objective,
+    batch: Batch,
+    kept: Sequence[int] | None,
 ) -> Tensor:
     def output(theta: Tensor, *leaves: Tensor) -> Tensor:
         one = Batch(
@@ -52,7 +56,9 @@ def _by_vmap(
 
 
 def _of_one(
-    objective: Objective, one: Batch, kept: Sequence[int] | None
+    objective: Objective,
+    one: Batch,
+    kept: Sequence[int] | None,
 ) -> Tensor:
     """The same of a single sample, a backward pass for each output -> [C, P]."""
     theta = objective.theta.detach().requires_grad_()

@@ -71,7 +71,11 @@ class Outputs:
         ValueError: the loss is no function of a sample's own outputs alone, or of too many.
     """
 
-    def __init__(self, objective: Objective, few: Batch) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        few: Batch,
+    ) -> None:
         self.objective = objective
         reason = objective.refused or (PENALTY if objective.direct else None)
         if reason is not None:
@@ -96,7 +100,11 @@ class Outputs:
         with torch.no_grad():
             return _joined(self._chosen(self._parts(batch)[0]))
 
-    def local(self, batch: Batch, y: Tensor | None = None) -> Local:
+    def local(
+        self,
+        batch: Batch,
+        y: Tensor | None = None,
+    ) -> Local:
         """The losses of a batch around its outputs, or around others y [B, C]."""
         if batch.parts:
             rows = [None] * batch.size if y is None else list(y.split(1))
@@ -115,7 +123,11 @@ class Outputs:
         R = R[:, places[:, None], places]
         return Local(_joined(self._chosen(parts)), losses, r, R)
 
-    def losses(self, batch: Batch, y: Tensor) -> Tensor:
+    def losses(
+        self,
+        batch: Batch,
+        y: Tensor,
+    ) -> Tensor:
         """Losses of a batch at outputs y [B, C] -> [B]."""
         return self.local(batch, y).losses
 
@@ -123,7 +135,11 @@ class Outputs:
         """Derivatives of the outputs in the parameters [B, C, P]."""
         return jacobians(self.objective, batch, self._kept).detach()
 
-    def pulled_back(self, batch: Batch, c: Tensor) -> Tensor:
+    def pulled_back(
+        self,
+        batch: Batch,
+        c: Tensor,
+    ) -> Tensor:
         """J_i^T c_i of each sample, c [B, C] -> [B, P]."""
         return pulled_back(self.objective, batch, c, self._kept).detach()
 
@@ -158,7 +174,11 @@ class Outputs:
         kept = range(len(parts)) if self._kept is None else self._kept
         return [parts[k] for k in kept]
 
-    def _put(self, parts: list[Tensor], y: Tensor) -> None:
+    def _put(
+        self,
+        parts: list[Tensor],
+        y: Tensor,
+    ) -> None:
         """Put y [B, C] in the place of the outputs that count."""
         kept = list(range(len(parts))) if self._kept is None else self._kept
         sizes = [parts[k][0].numel() for k in kept]
@@ -174,7 +194,10 @@ class Outputs:
         return torch.cat(self._chosen(columns))
 
     def _slopes(
-        self, parts: Sequence[Tensor], rebuild: Rebuild, batch: Batch
+        self,
+        parts: Sequence[Tensor],
+        rebuild: Rebuild,
+        batch: Batch,
     ) -> tuple[Tensor, Tensor]:
         """Losses [B] and their gradients in the outputs that count [B, C]."""
         y = [part.detach().requires_grad_() for part in parts]
@@ -196,7 +219,11 @@ class Outputs:
             self.dtype = self.objective.dtype
             return self.local(few)
 
-    def _that_count(self, few: Batch, whole: Local) -> list[int]:
+    def _that_count(
+        self,
+        few: Batch,
+        whole: Local,
+    ) -> list[int]:
         """The tensors among the outputs in which the loss has a slope or a curvature."""
         one = next(few.singles())
         sizes = [part[0].numel() for part in self._parts(one)[0]]
@@ -222,17 +249,29 @@ class Outputs:
                 return "labels"
         return "numbers"
 
-    def _likelihood(self, one: Batch, y: Tensor) -> Likelihood:
+    def _likelihood(
+        self,
+        one: Batch,
+        y: Tensor,
+    ) -> Likelihood:
         parts, rebuild = self._parts(one)
         self._put(parts, y)
         return likelihood(self._twin, parts, rebuild, one)
 
-    def _among_kept(self, one: Batch, found: Categorical) -> Tensor:
+    def _among_kept(
+        self,
+        one: Batch,
+        found: Categorical,
+    ) -> Tensor:
         """Places of the classes at each position among the outputs that count [N, C]."""
         columns = self._columns(self._parts(one)[0])
         return torch.searchsorted(columns, found.places.contiguous())
 
-    def _same(self, rows: Sequence[Tensor], batch: Batch) -> Tensor:
+    def _same(
+        self,
+        rows: Sequence[Tensor],
+        batch: Batch,
+    ) -> Tensor:
         """Outputs of single samples, joined."""
         expected = getattr(self, "C", rows[0].shape[1])
         for row, index in zip(rows, batch.indices, strict=True):

@@ -27,7 +27,6 @@ from torch import Tensor
 from ..data.labels import with_labels
 from ..model.gradients import per_sample_gradients
 from ..model.local import Local
-from .groups import split
 from .leverage import Leverage, times, without
 from .weighted import weighted_gradients
 
@@ -68,7 +67,11 @@ class Set:
         K: the block of the set [m, C, m, C].
     """
 
-    def __init__(self, leverage: Leverage, change: Change) -> None:
+    def __init__(
+        self,
+        leverage: Leverage,
+        change: Change,
+    ) -> None:
         self.leverage, self.outputs = leverage, leverage.outputs
         samples = leverage.problem.samples
         self.parts = list(samples.ordered(leverage.at_once, change.indices))
@@ -114,7 +117,11 @@ class Set:
         return [rows[start : start + size] for start, size in pairs]
 
 
-def shifts(leverage: Leverage, change: Change, steps: int = 1) -> Tensor:
+def shifts(
+    leverage: Leverage,
+    change: Change,
+    steps: int = 1,
+) -> Tensor:
     r"""The \Delta of first order, corrected and joint, the last after so many Newton steps -> [3, P]."""
     here = Set(leverage, change)
     e = [_first(here), _each(here), _jointly(here)]
@@ -125,7 +132,11 @@ def shifts(leverage: Leverage, change: Change, steps: int = 1) -> Tensor:
     return found
 
 
-def _again(here: Set, change: Change, shift: Tensor) -> Tensor:
+def _again(
+    here: Set,
+    change: Change,
+    shift: Tensor,
+) -> Tensor:
     r"""\Delta after one more step on the changed training loss itself, if that lowers its gradient.
 
     Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta; the curvature is that of the others
@@ -137,7 +148,11 @@ def _again(here: Set, change: Change, shift: Tensor) -> Tensor:
     return better if bool(lower) else shift
 
 
-def _inverse(here: Set, z: Tensor, v: Tensor) -> Tensor:
+def _inverse(
+    here: Set,
+    z: Tensor,
+    v: Tensor,
+) -> Tensor:
     """(A + J^T D J / n)^-1 v with D = w R'(y + z) - R, z [m, C], v [P]; Woodbury."""
     leverage, n = here.leverage, here.leverage.problem.samples.n
     s = leverage.solved(v.unsqueeze(0), 1)[0]
@@ -145,13 +160,18 @@ def _inverse(here: Set, z: Tensor, v: Tensor) -> Tensor:
     wR = here.slopes(z)[1]
     D = torch.block_diag(*(wR - here.local.R))
     eye = torch.eye(m * C, dtype=D.dtype, device=D.device)
+    K = here.K.reshape(m * C, -1)
     inside = D @ here.pushed(s).flatten()
-    e = torch.linalg.solve(eye + D @ here.K.reshape(m * C, -1), inside)
+    e = torch.linalg.solve(eye + D @ K, inside)
     pulled = here.pulled(e.view(m, C)).unsqueeze(0)
     return s - leverage.solved(pulled, 1)[0] / n
 
 
-def _slope(here: Set, change: Change, shift: Tensor) -> Tensor:
+def _slope(
+    here: Set,
+    change: Change,
+    shift: Tensor,
+) -> Tensor:
     """Gradient of the changed training loss at a shift, less that of the training loss without one [P]."""
     problem = here.leverage.problem
     own, n = problem.objective, problem.samples.n
@@ -169,28 +189,40 @@ def _slope(here: Set, change: Change, shift: Tensor) -> Tensor:
     return total + here.leverage.damping * shift
 
 
-def _products(leverage: Leverage, indices: Sequence[int]) -> Tensor:
+def _products(
+    leverage: Leverage,
+    indices: Sequence[int],
+) -> Tensor:
     """K_SS of these samples [m, C, m, C], in parts that fit."""
     problem, C = leverage.problem, leverage.outputs.C
     rows = 4 * C * problem.row
     size = max(1, int(problem.budget.vectors / rows))
     m, like = len(indices), problem.objective.theta
     K = like.new_zeros(m, C, m, C, dtype=leverage.outputs.dtype)
-    held = list(split(range(m), size))
-    for a in held:
-        J = _rows(leverage, [indices[i] for i in a])
+    places = torch.arange(m)
+    for left in places.split(size):
+        J = _rows(leverage, indices, left)
         solved = leverage.solved(J, m * C)
-        for b in held:
-            other = J if b is a else _rows(leverage, [indices[i] for i in b])
-            block = (solved @ other.T).view(len(a), C, len(b), C)
-            K[a[0] : a[-1] + 1, :, b[0] : b[-1] + 1] = block.to(K)
+        for right in places.split(size):
+            same = int(right[0]) == int(left[0])
+            other = J if same else _rows(leverage, indices, right)
+            block = solved @ other.T
+            shaped = block.view(len(left), C, len(right), C).to(K)
+            first, second = int(left[0]), int(right[0])
+            into = K.narrow(0, first, len(left))
+            into.narrow(2, second, len(right)).copy_(shaped)
     K = K / problem.samples.n
     return (K + K.permute(2, 3, 0, 1)) / 2
 
 
-def _rows(leverage: Leverage, indices: Sequence[int]) -> Tensor:
-    """J of these samples [m C, P]."""
-    batches = leverage.problem.samples.ordered(leverage.at_once, indices)
+def _rows(
+    leverage: Leverage,
+    indices: Sequence[int],
+    places: Tensor,
+) -> Tensor:
+    """J of these of the samples [m C, P]."""
+    chosen = [indices[i] for i in places.tolist()]
+    batches = leverage.problem.samples.ordered(leverage.at_once, chosen)
     parts = [leverage.outputs.jacobians(batch) for batch in batches]
     return torch.cat(parts).flatten(0, 1)
 
@@ -199,7 +231,9 @@ def _rows(leverage: Leverage, indices: Sequence[int]) -> Tensor:
 
 
 def _first(here: Set) -> Tensor:
-    return here.slopes(torch.zeros_like(here.local.y))[0] - here.local.r
+    nowhere = torch.zeros_like(here.local.y)
+    wr, _ = here.slopes(nowhere)
+    return wr - here.local.r
 
 
 def _each(here: Set) -> Tensor:
@@ -220,17 +254,21 @@ def _jointly(here: Set) -> Tensor:
 
     def slopes(z: Tensor) -> tuple[Tensor, Tensor]:
         wr, wR = here.slopes(z.view(m, C))
-        return (wr - here.local.r).view(1, -1), torch.block_diag(*wR)[None]
+        f = wr - here.local.r
+        R = torch.block_diag(*wR)
+        return f.view(1, -1), R.unsqueeze(0)
 
     W, signs = here.local.roots
     whole = here.K.reshape(1, m * C, m * C)
-    roots = torch.block_diag(*W)[None], signs.reshape(1, -1)
+    roots = torch.block_diag(*W).unsqueeze(0), signs.reshape(1, -1)
     M = without(*roots, whole, here.leverage.largest)
     return solved(whole, M, slopes).view(m, C)
 
 
 def solved(
-    K: Tensor, M: Tensor, slopes: Callable[[Tensor], tuple[Tensor, Tensor]]
+    K: Tensor,
+    M: Tensor,
+    slopes: Callable[[Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:
     """e = M f(z) with z = -K M f(z) and f, its Hessian = slopes(z): Newton's method; K, M [B, c, c] -> [B, c]."""
     KM = K @ M
@@ -246,15 +284,23 @@ def solved(
         step = torch.linalg.solve(eye + KM @ R, rest)
         new = around(z - step)
         # labels far from the outputs: a whole step may overshoot
-        while bool((worse := _norms(new[0]) > _norms(rest) + DONE).any()):
-            step = torch.where(worse[:, None], step / 2, step)
+        worse = _worse(new[0], rest)
+        while bool(worse.any()):
+            step = torch.where(worse, step / 2, step)
             new = around(z - step)
-        z, (rest, f, R) = z - step, new
-        if float(step.abs().max()) <= DONE * (1 + float(z.abs().max())):
+            worse = _worse(new[0], rest)
+        z = z - step
+        rest, f, R = new
+        size = 1 + float(z.abs().max())
+        if float(step.abs().max()) <= DONE * size:
             break
     return times(M, f)
 
 
-def _norms(rows: Tensor) -> Tensor:
-    norms: Tensor = rows.norm(dim=1)
-    return norms
+def _worse(
+    new: Tensor,
+    old: Tensor,
+) -> Tensor:
+    """Which rows have grown [B, c] -> [B, 1]."""
+    found: Tensor = new.norm(dim=1) > old.norm(dim=1) + DONE
+    return found.unsqueeze(1)

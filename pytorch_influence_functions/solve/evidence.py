@@ -30,14 +30,17 @@ logger = logging.getLogger(__name__)
 ROWS = 1500
 """Rows of the Gauss-Newton matrix whose Gram matrix stands for its spectrum: its eigenvalues cost about a second."""
 FACTOR = 1.6
-"""Of the evidence's damping: by it the mean loss without each sample comes closest to 20-fold cross-validation. The best
-factors were 0.95 (six classes of noisy clusters, memorised), 1.4 (wine), 1.6 (breast cancer, and digits with 10 % of
-the labels wrong), 1.8 (diabetes) and 6.9 (two moons with 10 % of the labels wrong)."""
+"""Of the evidence's damping: by it the mean loss without each sample comes closest to 20-fold cross-validation. The
+best factors were 0.95 (six classes of noisy clusters, memorised), 1.4 (wine), 1.6 (breast cancer, and digits with 10 %
+of the labels wrong), 1.8 (diabetes) and 6.9 (two moons with 10 % of the labels wrong)."""
 HALVINGS = 60
 """Of the interval in which the solution lies: to the last digit."""
 
 
-def damping_by_evidence(problem: Problem, outputs: Outputs) -> Damping:
+def damping_by_evidence(
+    problem: Problem,
+    outputs: Outputs,
+) -> Damping:
     r"""\lambda at which the evidence is largest.
 
     Args:
@@ -84,7 +87,9 @@ def spectrum(problem: Problem) -> Tensor:
     problem = problem.with_gauss_newton()
     rows = dual_rows(problem)
     if rows is None or min(ROWS, rows) >= problem.objective.P:
-        values = torch.linalg.eigvalsh(dense_curvature(problem).double())
+        values: Tensor = torch.linalg.eigvalsh(
+            dense_curvature(problem).double()
+        )
         return values.clamp_min(0)
     n = problem.samples.n
     count = min(n, max(1, ROWS * n // rows))
@@ -94,7 +99,8 @@ def spectrum(problem: Problem) -> Tensor:
     batches = problem.samples.ordered(size, chosen.tolist())
     parts = [gauss_newton_rows(problem.objective, one)[0] for one in batches]
     A = torch.cat(parts) / count**0.5
-    return torch.linalg.eigvalsh(A @ A.T).clamp_min(0)
+    values = torch.linalg.eigvalsh(A @ A.T)
+    return values.clamp_min(0)
 
 
 def _total_loss(problem: Problem) -> float:

@@ -63,13 +63,19 @@ class Block(NamedTuple):
         return torch.einsum("bij,bji->b", self.local.R, self.K)
 
 
-def times(matrices: Tensor, vectors: Tensor) -> Tensor:
+def times(
+    matrices: Tensor,
+    vectors: Tensor,
+) -> Tensor:
     """Of each sample, [B, C, C] and [B, C] -> [B, C]."""
     return (matrices @ vectors.unsqueeze(2)).squeeze(2)
 
 
 def without(
-    W: Tensor, signs: Tensor, K: Tensor, largest: float = LARGEST
+    W: Tensor,
+    signs: Tensor,
+    K: Tensor,
+    largest: float = LARGEST,
 ) -> Tensor:
     r"""(I - R K)^{-1} of each sample (or set) from the roots W, signs S of R = W^T S W, [B, C, C] each.
 
@@ -100,7 +106,10 @@ class Leverage:
     """
 
     def __init__(
-        self, problem: Problem, solver: Solver, outputs: Outputs
+        self,
+        problem: Problem,
+        solver: Solver,
+        outputs: Outputs,
     ) -> None:
         self.problem, self.solver, self.outputs = problem, solver, outputs
         self.largest = LARGEST
@@ -122,7 +131,11 @@ class Leverage:
             return None
         return torch.full((n, C, C), torch.nan, dtype=self.outputs.dtype)
 
-    def _block(self, batch: Batch, J: Tensor) -> Tensor:
+    def _block(
+        self,
+        batch: Batch,
+        J: Tensor,
+    ) -> Tensor:
         """K of a batch with derivatives J [B, C, P], solved for once."""
         if self._kept is None:
             return self._of(J)
@@ -149,7 +162,11 @@ class Leverage:
         fitting = max(1, self.solver.group_size // self.outputs.C)
         return min(size, fitting)
 
-    def solved(self, rows: Tensor, tests: int) -> Tensor:
+    def solved(
+        self,
+        rows: Tensor,
+        tests: int,
+    ) -> Tensor:
         """A^{-1} of each row [m, P] -> [m, P]; `tests` of them in all."""
         parts = []
         for part in split(range(len(rows)), self.solver.group_size):

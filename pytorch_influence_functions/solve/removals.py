@@ -20,7 +20,11 @@ class Removals:
         solver: of it, taken where the options name a damping.
     """
 
-    def __init__(self, problem: Problem, solver: Solver) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        solver: Solver,
+    ) -> None:
         self._problem, self._solver = problem, solver
         self._found: Leverage | None = None
         self.report: dict[str, Any] = {}

@@ -25,7 +25,9 @@ class Single(NamedTuple):
 
 
 def single_changes(
-    leverage: Leverage, s: Tensor, labels: Sequence[Any]
+    leverage: Leverage,
+    s: Tensor,
+    labels: Sequence[Any],
 ) -> Single:
     """Changes of a loss whose solution is s [P], by dropping each sample and by giving it another of `labels` [n]."""
     parts = [
@@ -37,7 +39,10 @@ def single_changes(
 
 
 def _of_block(
-    leverage: Leverage, block: Block, s: Tensor, labels: Sequence[Any]
+    leverage: Leverage,
+    block: Block,
+    s: Tensor,
+    labels: Sequence[Any],
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = leverage.problem.samples.n
     along = (block.J @ s).to(block.K) / n
@@ -49,7 +54,9 @@ def _of_block(
 
 
 def _slopes(
-    leverage: Leverage, block: Block, labels: Sequence[Any]
+    leverage: Leverage,
+    block: Block,
+    labels: Sequence[Any],
 ) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
     """z -> r'(y + z) - r and R'(y + z) with the other labels."""
     altered = with_labels(block.batch, labels)
