@@ -128,7 +128,7 @@ def test_checkpoints(reentrant, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_single(dtype, options, tmp_path):
     half = mlp().to(dtype)
-    single = mlp()
+    single = mlp().float()
     single.load_state_dict({name: t.float() for name, t in half.state_dict().items()})
     x = X.to(dtype)
     given = {"solver": "cg", "damping": LAMBDA, "tolerance": 1e-3, "progress": False, **options}
