@@ -144,7 +144,7 @@ def test_a_model_that_runs_in_bfloat16_only(solver):
     torch.manual_seed(0)
     model = Cast(torch.bfloat16).bfloat16()
     found = influence(model, loader(X.bfloat16()), solver=solver, tolerance=1e-2).scores((X[:3].bfloat16(), T[:3]))
-    single = nn.Linear(6, 3)
+    single = nn.Linear(6, 3).float()
     single.load_state_dict({name: t.float() for name, t in model.linear.state_dict().items()})
     expected = influence(single, loader(X.bfloat16().float()), solver=solver).scores((X[:3].bfloat16().float(), T[:3]))
     assert found.dtype == torch.float32
