@@ -135,7 +135,9 @@ def test_half_precision_is_computed_in_single(dtype, options, tmp_path):
     expected = ptif.InfluenceFunction(single, loader(x.float()), **given).scores((x[:3].float(), T[:3]))
     assert_close(ptif.InfluenceFunction(half, loader(x), **given).scores((x[:3], T[:3])), expected)
     result = ptif.calc_img_wise({**given, "outdir": tmp_path}, half, loader(x), loader(x[:3], T[:3]))
-    assert_close(torch.tensor(result.influences["2"]["influence"], dtype=expected.dtype), expected[2], rtol=1e-4, atol=1e-6)
+    assert_close(
+        torch.tensor(result.influences["2"]["influence"], dtype=expected.dtype), expected[2], rtol=1e-4, atol=1e-6
+    )
     assert all(p.dtype == dtype for p in half.parameters())
 
 
