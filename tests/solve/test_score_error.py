@@ -205,3 +205,12 @@ def test_the_largest_of_all_groups_and_models_counts():
 def test_nothing_is_off_where_nothing_is_asked():
     assert score_error._worst(torch.zeros(2).numpy(), torch.zeros(2).numpy()) == 0
     assert_close(score_error._worst(torch.tensor([0.0, 3.0]).numpy(), torch.tensor([0.0, 2.0]).numpy()), 1.5)
+
+
+@pytest.mark.filterwarnings("error")
+def test_without_damping_there_is_no_bound():
+    found, test = influence(linear, -1, 0.0, tolerance=1e-4)
+    scores = found.scores(test)
+    assert found.report["score_error_by"] == "estimate"
+    true = true_error(found, scores, test)
+    assert true / 3 <= found.score_error <= 3 * true
