@@ -214,3 +214,20 @@ def test_without_damping_there_is_no_bound():
     assert found.report["score_error_by"] == "estimate"
     true = true_error(found, scores, test)
     assert true / 3 <= found.score_error <= 3 * true
+
+
+def test_an_approximation_solves_for_its_own_residual():
+    found, test = influence(mlp, -8, 1e-9, solver="ekfac", tolerance=None)
+    found.scores(test)
+    tests = DataLoader(TensorDataset(*test), batch_size=3)
+    v, g = (slow_gradients(found.objective.model, data, range(n), {}) for data, n in ((tests, 3), (train(found), N)))
+    prepared = found._members[0].solver.prepared()
+    with found.problem.guard():
+        s = prepared.solve(v, 3).vectors
+        d = prepared.solve(v - prepared.system(s), 3).vectors
+    expected = float(((d @ g.T).norm(dim=1) / ((s + d) @ g.T).norm(dim=1)).max())
+    assert found.score_error == pytest.approx(expected, rel=1e-3)
+
+
+def train(found):
+    return DataLoader(found.samples.dataset, batch_size=20)
