@@ -236,6 +236,15 @@ CALLS_OF_MILLION = [
 HOW_MANY = int(os.environ.get("CALLS", "20"))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also in a process of the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_many_calls_and_constructions_leave_nothing(temporary, tmp_path):
     """`make left-behind` has a hundred of each: no growth of memory beyond 5 % after the first ten."""
     model, loader = million(), few()
