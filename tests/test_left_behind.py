@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import statistics
 import tempfile
 import threading
 import weakref
@@ -58,8 +59,9 @@ def is_open(fd):
 
 
 @pytest.fixture
-def temporary(monkeypatch):
+def temporary(monkeypatch, tmp_path_factory):
     """A folder of temporary files that is empty; its name is short, since sockets of workers stand in it."""
+    tmp_path_factory.getbasetemp()  # beside it
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
@@ -260,7 +262,8 @@ def test_many_calls_and_constructions_leave_nothing(temporary, tmp_path):
     assert len(raised) == 4 * HOW_MANY // 10
     assert raised.count(KeyboardInterrupt) == HOW_MANY // 10
     assert counted(temporary) == before
-    assert max(sizes[-10:]) <= 1.05 * max(sizes[:10]), [round(size) for size in sizes]
+    # ten calls are one of each kind; what is resident after one goes up and down by a tenth
+    assert statistics.median(sizes[-10:]) <= 1.05 * statistics.median(sizes[:10]), [round(size) for size in sizes]
 
 
 class Started:

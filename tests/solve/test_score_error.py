@@ -1,12 +1,14 @@
 """How far scores are off, as it is estimated and warned of, against the dense answer."""
 
 import json
+import types
 import warnings
 
 import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.solve import score_error
+from pytorch_influence_functions.solve.groups import described
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -232,3 +234,11 @@ def test_an_approximation_solves_for_its_own_residual():
 
 def train(found):
     return DataLoader(found.samples.dataset, batch_size=20)
+
+
+def test_the_worst_group_stands_at_the_top():
+    curvature = types.SimpleNamespace(kind="ggn")
+    prepared = types.SimpleNamespace(system=types.SimpleNamespace(curvature=curvature, damping=1.0), report={})
+    groups = [{"tests": 1, "score_error": 0.5}, {"tests": 1}, {"tests": 1, "score_error": 0.2}]
+    assert described({}, prepared, groups, None)["score_error"] == 0.5
+    assert "score_error" not in described({}, prepared, groups[1:2], None)
