@@ -192,6 +192,35 @@ def test_under_a_launcher_a_failure_ends_all(tmp_path):
     assert not list(tmp_path.glob("rank*.txt"))
 
 
+KILLED = """
+import time
+import sys
+sys.path.insert(0, {tests!r})
+from pytorch_influence_functions.solve.problem import Problem
+import test_distributed
+Problem.group_size = lambda *_: 4
+Problem.gradient_batch = 3
+def stop():
+    print("in work", flush=True)
+    time.sleep(600)
+train = test_distributed.Fails(test_distributed.case()[1], 1, stop)
+test_distributed.run(sys.argv[1], "lissa", train=train, num_processes=2)
+"""
+
+
+def test_a_killed_run_leaves_no_process_that_goes_on(tmp_path):
+    script = KILLED.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"in work\n"
+        process.kill()
+        process.wait()
+        process.stdout.read()  # its end is held by the copies as long as they live
+    assert list(tmp_path.glob("*_parts"))
+    assert_same(run(tmp_path, "lissa"), run(tmp_path / "one", "lissa"))
+    assert not list(tmp_path.glob("*_parts"))
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 def test_shares_are_whole_and_in_order(count):
     for length in range(12):
