@@ -253,7 +253,8 @@ class Solver:
 
     def __init__(self, kind):
         self.report, self.gave_up = {"curvature": kind}, 0
-        self.problem = SimpleNamespace(budget=SimpleNamespace(total=5.0))
+        curvature = SimpleNamespace(kind=kind or "hessian")
+        self.problem = SimpleNamespace(budget=SimpleNamespace(total=5.0), curvature=curvature)
 
     def go_on(self, budget, curvature):
         assert (budget, curvature) == (5.0, "ggn")
@@ -261,8 +262,8 @@ class Solver:
 
 
 @pytest.mark.parametrize(("own", "first", "same", "gave_up"), [
-    ("hessian", "hessian", True, 0), ("ggn", "ggn", True, 0), ("hessian", "ggn", False, 1), ("ggn", "hessian", False, 0),
-    (None, "hessian", True, 0),
+    ("hessian", "hessian", True, 0), ("ggn", "ggn", True, 0), ("hessian", "ggn", False, 1),
+    ("ggn", "hessian", False, 0), (None, "hessian", True, 0), (None, "ggn", True, 1),
 ])  # fmt: skip
 def test_one_curvature_for_all(own, first, same, gave_up):
     """Where one process had to leave the Hessian, the others solve their part again."""
@@ -271,7 +272,7 @@ def test_one_curvature_for_all(own, first, same, gave_up):
     assert solver.gave_up == gave_up
     if not same:
         with pytest.raises(ptif.NegativeCurvatureError, match="Earlier test samples were solved with the Hessian"):
-            shares._of_one_curvature(solver, True, Earlier(4, {"groups": [1]}), Said(first))
+            shares._of_one_curvature(Solver(own), True, Earlier(4, {"groups": [1]}), Said(first))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
