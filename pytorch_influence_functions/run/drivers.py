@@ -46,8 +46,8 @@ def calc_img_wise(
     """Influence of every training sample on test samples, a group of test samples at a time.
 
     Nothing but the results is stored. Take this mode unless the gradients themselves are wanted on disk.
-    The scores go to `influence_results_{start}_{num}.npy` [tests, n] as they come, and into the JSON beside it while that
-    is not too large (`config["json"]`). A run that was stopped goes on where it stopped (`config["resume"]`).
+    The scores go to `influence_results_{start}_{num}.npy` [tests, n] as they come, and into the JSON beside it while
+    that is not too large (`config["json"]`). A run that was stopped goes on where it stopped (`config["resume"]`).
 
     Under torchrun, or with `config["num_processes"]`, several processes share the work: all call this with the same
     arguments, the first writes, and each returns the result, read from an `outdir` that all of them see.
