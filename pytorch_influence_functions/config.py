@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
@@ -33,6 +32,7 @@ from .rules import (
     plain,
     quoted,
     row,
+    unknown_key,
 )
 
 ALIASES = {
@@ -336,15 +336,7 @@ def known_key(key: str) -> str | None:
         return None
     name = ALIASES.get(key, key)
     if name not in DEFAULTS:
-        near = difflib.get_close_matches(
-            str(key), [*DEFAULTS, *ALIASES], n=1, cutoff=0.5
-        )
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"the keys are {', '.join(DEFAULTS)}"
-        )
-        raise ValueError(f"config: unknown key {key!r}; {hint}")
+        raise unknown_key(key, list(DEFAULTS), list(ALIASES))
     return name
 
 

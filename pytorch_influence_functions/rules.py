@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 import textwrap
@@ -156,3 +157,18 @@ def documented(cls: type) -> str:
     return "\n".join(
         [(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "]
     )
+
+
+def unknown_key(
+    key: str, known: Sequence[str], aliases: Sequence[str]
+) -> ValueError:
+    """What is raised for a key that no option has; it names the nearest one."""
+    near = difflib.get_close_matches(
+        str(key), [*known, *aliases], n=1, cutoff=0.5
+    )
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"the keys are {', '.join(known)}"
+    )
+    return ValueError(f"config: unknown key {key!r}; {hint}")
