@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 CALC_METHODS = ("img_wise", "all_grad_then_test")
@@ -156,3 +156,17 @@ def documented(cls: type) -> str:
     return "\n".join(
         [(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "]
     )
+
+
+def without_left(
+    pairs: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Options without those left at their default beside their old name, as in a dict of `get_default_config`."""
+    renamed = {aliases[key] for key in pairs if key in aliases}
+    return {
+        key: value
+        for key, value in pairs.items()
+        if key not in renamed or value != defaults[key]
+    }
