@@ -33,9 +33,10 @@ ci:
 example:
 	set -e; for script in examples/[a-z]*.py; do python "$$script"; done
 
-# Every picture of README, from scratch; the retrainings of the damping figure take some minutes.
+# Every picture of README and docs, from scratch; the retrainings of the damping figure take some minutes.
 figures:
 	python examples/digits.py
+	python examples/text.py
 	python examples/flipped_labels.py
 	python examples/leave_one_out.py
 	python examples/damping.py

@@ -33,6 +33,7 @@ from .rules import (
     quoted,
     row,
     unknown_key,
+    without_left,
 )
 
 ALIASES = {
@@ -204,11 +205,12 @@ class Config:
             else dict(config or {})
         )
         merged: dict[str, Any] = {}
-        for key, value in {**given, **options}.items():
+        pairs = without_left({**given, **options}, ALIASES, DEFAULTS)
+        for key, value in pairs.items():
             name = known_key(key)
             if name is None:
                 continue
-            if key in ALIASES and (name in given or name in options):
+            if key in ALIASES and name in pairs:
                 raise ValueError(
                     f"config: {key!r} is another name of {name!r}; give one of the two"
                 )

@@ -7,7 +7,7 @@ import difflib
 import math
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 CALC_METHODS = ("img_wise", "all_grad_then_test")
@@ -172,3 +172,17 @@ def unknown_key(
         else f"the keys are {', '.join(known)}"
     )
     return ValueError(f"config: unknown key {key!r}; {hint}")
+
+
+def without_left(
+    pairs: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Options without those left at their default beside their old name, as in a dict of `get_default_config`."""
+    renamed = {aliases[key] for key in pairs if key in aliases}
+    return {
+        key: value
+        for key, value in pairs.items()
+        if key not in renamed or value != defaults[key]
+    }
