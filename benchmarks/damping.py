@@ -1,8 +1,9 @@
-"""What damping="auto" loses against the best damping on a grid, in linear datamodeling score, on three data sets.
+"""What damping="auto" loses against the best damping on a grid, in linear datamodeling score, on the tasks of tasks.py.
 
 The grid is solved exactly (solver="exact", Gauss-Newton), four values per decade, with gradients averaged over as many
-shifts as solver="auto" takes; the choice is that of solver="auto" with nothing set (or --smoothing 0). The standard errors are over the random halves: that of each score, and that of the difference, which
-is smaller since both are held against the same retrainings. Trained models stay in outdir/retrainings.
+shifts as solver="auto" takes; the choice is that of solver="auto" with nothing set (or --smoothing 0). The standard
+errors are over the random halves: that of each score, and that of the difference, which is smaller since both are held
+against the same retrainings. Trained models stay in outdir/retrainings.
 """
 
 import argparse
