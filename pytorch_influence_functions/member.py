@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,21 +17,19 @@ from .data.samples import Samples
 from .model.door import check_mean
 from .model.gradients import gradient, require_finite
 from .sample_gradients import SampleGradients
-from .solve.errors import ScoreErrorWarning, ToleranceWarning
+from .solve.errors import INEXACT, ScoreErrorWarning, ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
 from .solve.leverage import Leverage
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
-from .solve.removals import Removals
-from .solve.score_error import SMALL
+from .solve.removals import Products, Removals, corrected_products
+from .solve.score_error import OFF, SMALL
 from .solve.smoothing import Points
 from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
 from .utils import warn
 
 logger = logging.getLogger(__name__)
-Products = Callable[[Batch, Tensor], Tensor]
-"""Of a batch of training samples with solutions [K, P] -> [K, B]."""
 
 
 class Member(SampleGradients):
@@ -204,28 +202,14 @@ class Member(SampleGradients):
             return self._score(vectors)
 
     def leverage(self) -> Leverage:
-        """How much the training samples hold their own outputs; inside the problem's guard, as a new computation.
-
-        Where the options name no damping it is that of the evidence.
-        """
+        """How much the training samples hold their own outputs; inside the problem's guard, as a new computation."""
         self._begin()
         return self.removals.leverage()
-
-    def scores_between(self, indices: Sequence[int]) -> Tensor:
-        """Influence of each training sample on these others of them, as `leverage` solves -> [k, n]."""
-        with self.problem.guard():
-            leverage, found = self.leverage(), []
-            for part in split(indices, self.group_size):
-                g = self.gradients_of(self.samples, part)
-                found.append(self._score(leverage.solved(g, len(indices))))
-        return torch.cat(found)
 
     def describe(self) -> None:
         """Say in the report how the leverage was solved for."""
         self._describe(prepared=self.removals.prepared())
         self.report |= self.removals.report
-
-    # ---- inside
 
     def _begin(self, earlier: Earlier | None = None) -> None:
         self.meet_all()
@@ -340,17 +324,7 @@ class Member(SampleGradients):
             outputs = self.leverage().outputs
             # at the damping of the scores
             leverage = Leverage(self.problem, self.solver, outputs)
-            c = leverage.coefficients()
-
-        def block(batch: Batch, vectors: Tensor) -> Tensor:
-            own = c[torch.as_tensor(batch.indices)].to(vectors)
-            parts = []
-            for rows in split(range(batch.size), self.problem.gradient_batch):
-                few = batch.rows(rows[0], rows[-1] + 1)
-                parts.append(vectors @ outputs.pulled_back(few, own[rows]).T)
-            return torch.cat(parts, 1)
-
-        return block
+            return corrected_products(leverage)
 
     def _warn_if_inexact(self, residual: Tensor) -> None:
         tolerance = self.config.tolerance
@@ -360,11 +334,8 @@ class Member(SampleGradients):
         if worst <= tolerance:
             return
         self._warned = True
-        warn(
-            f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
-            f"{self.solver.row.advice}",
-            ToleranceWarning,
-        )
+        text = INEXACT.format(worst, tolerance)
+        warn(text + self.solver.row.advice, ToleranceWarning)
 
     def _warn_if_off(self, error: float, residual: float) -> None:
         """Warn where the scores are off by more than the residual lets one expect."""
@@ -373,9 +344,6 @@ class Member(SampleGradients):
             return
         self._warned_of_scores = True
         warn(
-            f"the scores are off by about {error:.0%} of their size, though the relative residual is {residual:.3g}: "
-            f"the damping ({self.solver.prepared().system.damping:.3g}) is far below the largest eigenvalue: a larger "
-            "config['damping'], config['solver'] = 'exact' where it fits, or in an iteration a smaller "
-            "config['tolerance'] lowers it",
+            OFF.format(error, residual, self.solver.prepared().system.damping),
             ScoreErrorWarning,
         )
