@@ -3,7 +3,7 @@
 # The build CI checks with; a plain `torch` fetches gigabytes of CUDA on Linux.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv install test lint types wheel ci example bench figures figures-of-code memory kills left-behind networks conditions clean
+.PHONY: venv install test lint types wheel ci example bench figures figures-of-code memory kills left-behind networks scaling conditions clean
 
 venv:
 	python3 -m venv .venv
@@ -33,9 +33,10 @@ ci:
 example:
 	set -e; for script in examples/[a-z]*.py; do python "$$script"; done
 
-# Every picture of README, from scratch; the retrainings of the damping figure take some minutes.
+# Every picture of README and docs, from scratch; the retrainings of the damping figure take some minutes.
 figures:
 	python examples/digits.py
+	python examples/text.py
 	python examples/flipped_labels.py
 	python examples/leave_one_out.py
 	python examples/damping.py
@@ -66,6 +67,11 @@ conditions:
 # What attributions of real architectures cost.
 networks:
 	python benchmarks/networks.py --quick
+
+# Cost over training samples, test samples and processes, and whether estimates of runs hold.
+scaling:
+	python benchmarks/scaling.py
+	python benchmarks/estimates.py
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -1,17 +1,15 @@
 """What a run costs over training samples n, test samples K and processes, and what it holds and writes at n = 10^6.
 
-Each run is a process of its own with one thread a process; the memory is the peak of the resident set over what is
-held before. Times are of the processor, since others may share the machine: for several processes that of all of
-them over their number, which is the wall time where each has a core to itself. Prints Markdown tables and draws
+Each run is a copy (fork) of this process with one thread a process; the memory is the peak of the resident set over
+what is held before. Times are of the processor, since others may share the machine: for several processes that of all
+of them over their number, which is the wall time where each has a core to itself. Prints Markdown tables and draws
 `figs/scaling.png`.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -31,7 +29,7 @@ OVER_N = (500, 1_000, 2_000, 4_000, 8_000)
 OVER_K = (4, 8, 16, 32, 64)
 PROCESSES = (1, 2, 3, 4)
 SOLVERS = {
-    "lissa": {"solver": "lissa", "recursion_depth": 100, "tolerance": None},
+    "lissa": {"solver": "lissa", "recursion_depth": 60, "tolerance": None},
     "auto": {"solver": "auto"},
 }
 MILLION = (100, 1_000)
@@ -98,9 +96,14 @@ def spent():
 
 
 def elsewhere(*case):
-    command = [sys.executable, __file__, "--one", *map(str, case)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
-    return json.loads(done.stdout)
+    """`one` in a copy of this process, so that each starts with what is imported, and holds nothing of another."""
+    context = multiprocessing.get_context("fork")
+    found = context.SimpleQueue()
+    process = context.Process(target=lambda: found.put(one(*case)))
+    process.start()
+    result = found.get()
+    process.join()
+    return result
 
 
 def table(title, name, values, cases):
@@ -143,17 +146,15 @@ def draw(path, parts):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", nargs=4)
     parser.add_argument("--quick", action="store_true", help="fewer sizes")
     parser.add_argument(
         "--million", action="store_true", help="also n = 10^6; takes long"
     )
     parser.add_argument("--figure", default="figs/scaling.png")
     arguments = parser.parse_args()
-    if arguments.one:
-        n, tests, processes, solver = arguments.one
-        print(json.dumps(one(int(n), int(tests), int(processes), solver)))
-        return
+    torch.set_num_threads(1)
+    for solver in SOLVERS:
+        one(200, 2, 1, solver)  # what is imported late is no cost of a run
     step = 2 if arguments.quick else 1
     over_n, over_k = OVER_N[::step], OVER_K[::step]
     processes = PROCESSES[:2] if arguments.quick else PROCESSES

@@ -24,6 +24,8 @@ TOPICS = (
     ("assignment", "assert", "del", "for", "import", "raise", "try", "while", "with", "return", "if", "global"),
     ("specialnames", "types", "objects", "attribute-access", "descriptors", "numeric-types", "sequence-types"),
 )  # fmt: skip
+CODE = r"\*\*|::=|>>>|\w\(\w*\)\s*\w+\("
+"""Of headings, grammar and examples, which are no sentences."""
 WORDS = 400
 FLIPPED = 20
 
@@ -34,7 +36,8 @@ def sentences(names):
     for name in names:
         text = " ".join(topics.get(name, "").split())
         found += re.split(r"(?<=[.:])\s+(?=[A-Z])", text)
-    return list(dict.fromkeys(s for s in found if 8 <= len(s.split()) <= 40))
+    whole = dict.fromkeys(s for s in found if 8 <= len(s.split()) <= 40)
+    return [s for s in whole if not re.search(CODE, s)]
 
 
 def words(sentence):

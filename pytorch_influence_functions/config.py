@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
@@ -33,6 +32,8 @@ from .rules import (
     plain,
     quoted,
     row,
+    unknown_key,
+    without_left,
 )
 
 ALIASES = {
@@ -204,11 +205,12 @@ class Config:
             else dict(config or {})
         )
         merged: dict[str, Any] = {}
-        for key, value in {**given, **options}.items():
+        pairs = without_left({**given, **options}, ALIASES, DEFAULTS)
+        for key, value in pairs.items():
             name = known_key(key)
             if name is None:
                 continue
-            if key in ALIASES and (name in given or name in options):
+            if key in ALIASES and name in pairs:
                 raise ValueError(
                     f"config: {key!r} is another name of {name!r}; give one of the two"
                 )
@@ -336,15 +338,7 @@ def known_key(key: str) -> str | None:
         return None
     name = ALIASES.get(key, key)
     if name not in DEFAULTS:
-        near = difflib.get_close_matches(
-            str(key), [*DEFAULTS, *ALIASES], n=1, cutoff=0.5
-        )
-        hint = (
-            f"did you mean {near[0]!r}?"
-            if near
-            else f"the keys are {', '.join(DEFAULTS)}"
-        )
-        raise ValueError(f"config: unknown key {key!r}; {hint}")
+        raise unknown_key(key, list(DEFAULTS), list(ALIASES))
     return name
 
 

@@ -252,6 +252,16 @@ class InfluenceFunction:
         """The labels of these samples, as they are read in one pass of their losses; errors name the sample."""
         return self._members[0].check(tests, indices)
 
+    def groups(
+        self,
+        tests: Samples,
+        indices: Sequence[int],
+        earlier: Earlier | None = None,
+    ) -> Iterator[tuple[Group, Tensor, Tensor | None]]:
+        """For each group of test samples: its solutions, scores [k, n] and those of each chain [r, k, n] or None."""
+        for group in self.solutions(tests, indices, earlier):
+            yield group, *self.scores_of_group(group, range(self.samples.n))
+
     def scores_of_group(
         self, group: Group, indices: Sequence[int]
     ) -> tuple[Tensor, Tensor | None]:

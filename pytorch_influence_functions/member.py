@@ -16,14 +16,14 @@ from .data.batch import Batch, as_batch
 from .data.samples import Samples
 from .model.door import check_mean
 from .model.gradients import gradient, require_finite
-from .sample_gradients import SampleGradients
-from .solve.errors import INEXACT, ScoreErrorWarning, ToleranceWarning
+from .scoring import Products, Scoring
+from .solve.errors import ScoreErrorWarning, ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
 from .solve.leverage import Leverage
 from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
-from .solve.removals import Products, Removals, corrected_products
-from .solve.score_error import OFF, SMALL
+from .solve.removals import Removals
+from .solve.score_error import SMALL
 from .solve.smoothing import Points
 from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
@@ -32,7 +32,7 @@ from .utils import warn
 logger = logging.getLogger(__name__)
 
 
-class Member(SampleGradients):
+class Member(Scoring):
     """One model: gradients, solutions and scores of its own.
 
     Attributes:
@@ -100,13 +100,6 @@ class Member(SampleGradients):
             g = self.points.mean(lambda at: gradient(at, wrapped)).unsqueeze(0)
             require_finite(g, wrapped.indices, "test batch", "gradient")
             return self._solve(g, 1).vectors[0]
-
-    def scores_of_group(
-        self, group: Group, indices: Sequence[int]
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores of a group [k, m] for these training samples, and those of each chain [r, k, m] or None."""
-        with self.problem.guard():
-            return self._products(group.vectors, group.chains, indices)
 
     def solutions(
         self,
@@ -196,20 +189,29 @@ class Member(SampleGradients):
                 parts.append(((solved * g).sum(1) / n).cpu())
             return torch.cat(parts)
 
-    def scores_of(self, vectors: Tensor) -> Tensor:
-        """Scores of solutions that are already known, [K, P] -> [K, n]."""
-        with self.problem.guard():
-            return self._score(vectors)
-
     def leverage(self) -> Leverage:
-        """How much the training samples hold their own outputs; inside the problem's guard, as a new computation."""
+        """How much the training samples hold their own outputs; inside the problem's guard, as a new computation.
+
+        Where the options name no damping it is that of the evidence.
+        """
         self._begin()
         return self.removals.leverage()
+
+    def scores_between(self, indices: Sequence[int]) -> Tensor:
+        """Influence of each training sample on these others of them, as `leverage` solves -> [k, n]."""
+        with self.problem.guard():
+            leverage, found = self.leverage(), []
+            for part in split(indices, self.group_size):
+                g = self.gradients_of(self.samples, part)
+                found.append(self._score(leverage.solved(g, len(indices))))
+        return torch.cat(found)
 
     def describe(self) -> None:
         """Say in the report how the leverage was solved for."""
         self._describe(prepared=self.removals.prepared())
         self.report |= self.removals.report
+
+    # ---- inside
 
     def _begin(self, earlier: Earlier | None = None) -> None:
         self.meet_all()
@@ -275,56 +277,23 @@ class Member(SampleGradients):
         }
         self.report = described(facts, prepared, self.report["groups"], group)
 
-    def _products(
-        self,
-        vectors: Tensor,
-        chains: Tensor | None,
-        indices: Sequence[int] | None = None,
-        block: Products | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Scores [K, m] of the solutions, and of each of their chains [r, K, m], for these training samples or all."""
-        if chains is None:
-            return self._score(vectors, indices, block), None
-        r, k = chains.shape[:2]
-        flat = self._score(chains.flatten(0, 1), indices, block)
-        scores = flat.view(r, k, -1)
-        return scores.mean(0), scores
-
-    def _score(
-        self,
-        vectors: Tensor,
-        indices: Sequence[int] | None = None,
-        block: Products | None = None,
-    ) -> Tensor:
-        n = self.samples.n
-        indices = range(n) if indices is None else indices
-        # what a pass left out would show
-        scores = torch.full(
-            (len(vectors), len(indices)), torch.nan, dtype=self.objective.dtype
-        )
-        done = 0
-        for batch in self.samples.ordered(
-            self.problem.scoring_batch,
-            indices,
-            text="Scoring the training set",
-        ):
-            part = (block or self._block)(batch, vectors) / n
-            require_finite(part.T, batch.indices, self.samples.name, "gradient")
-            scores[:, done : done + batch.size] = part.detach().cpu()
-            done += batch.size
-        return scores
-
-    def _block(self, batch: Batch, vectors: Tensor) -> Tensor:
-        """Products of the solutions [K, P] with the gradients of a batch -> [K, B]."""
-        return self.points.products(batch, vectors)
-
     def _corrected(self) -> Products:
         """Products of solutions [K, P] with J_i^T c_i in the place of gradients."""
         with self.problem.guard():
             outputs = self.leverage().outputs
             # at the damping of the scores
             leverage = Leverage(self.problem, self.solver, outputs)
-            return corrected_products(leverage)
+            c = leverage.coefficients()
+
+        def block(batch: Batch, vectors: Tensor) -> Tensor:
+            own = c[torch.as_tensor(batch.indices)].to(vectors)
+            parts = []
+            for rows in split(range(batch.size), self.problem.gradient_batch):
+                few = batch.rows(rows[0], rows[-1] + 1)
+                parts.append(vectors @ outputs.pulled_back(few, own[rows]).T)
+            return torch.cat(parts, 1)
+
+        return block
 
     def _warn_if_inexact(self, residual: Tensor) -> None:
         tolerance = self.config.tolerance
@@ -334,8 +303,11 @@ class Member(SampleGradients):
         if worst <= tolerance:
             return
         self._warned = True
-        text = INEXACT.format(worst, tolerance)
-        warn(text + self.solver.row.advice, ToleranceWarning)
+        warn(
+            f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
+            f"{self.solver.row.advice}",
+            ToleranceWarning,
+        )
 
     def _warn_if_off(self, error: float, residual: float) -> None:
         """Warn where the scores are off by more than the residual lets one expect."""
@@ -344,6 +316,9 @@ class Member(SampleGradients):
             return
         self._warned_of_scores = True
         warn(
-            OFF.format(error, residual, self.solver.prepared().system.damping),
+            f"the scores are off by about {error:.0%} of their size, though the relative residual is {residual:.3g}: "
+            f"the damping ({self.solver.prepared().system.damping:.3g}) is far below the largest eigenvalue: a larger "
+            "config['damping'], config['solver'] = 'exact' where it fits, or in an iteration a smaller "
+            "config['tolerance'] lowers it",
             ScoreErrorWarning,
         )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 CALC_METHODS = ("img_wise", "all_grad_then_test")
@@ -156,3 +157,32 @@ def documented(cls: type) -> str:
     return "\n".join(
         [(cls.__doc__ or "").rstrip(), "", "    Attributes:", *wrapped, "    "]
     )
+
+
+def unknown_key(
+    key: str, known: Sequence[str], aliases: Sequence[str]
+) -> ValueError:
+    """What is raised for a key that no option has; it names the nearest one."""
+    near = difflib.get_close_matches(
+        str(key), [*known, *aliases], n=1, cutoff=0.5
+    )
+    hint = (
+        f"did you mean {near[0]!r}?"
+        if near
+        else f"the keys are {', '.join(known)}"
+    )
+    return ValueError(f"config: unknown key {key!r}; {hint}")
+
+
+def without_left(
+    pairs: Mapping[str, Any],
+    aliases: Mapping[str, str],
+    defaults: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Options without those left at their default beside their old name, as in a dict of `get_default_config`."""
+    renamed = {aliases[key] for key in pairs if key in aliases}
+    return {
+        key: value
+        for key, value in pairs.items()
+        if key not in renamed or value != defaults[key]
+    }

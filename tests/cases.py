@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 from torch import nn
-from torch.func import functional_call, hessian, jacrev
+from torch.func import functional_call, jacrev
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -183,6 +183,11 @@ def slow_hessian(model, loader, indices, options):
     return torch.stack(rows)
 
 
+def hessian_of(function):
+    """Its Hessian by two backward passes; torch.func.hessian knows cross-entropy no more under `python -O`."""
+    return jacrev(jacrev(function))
+
+
 def dense_gauss_newton(model, loader, indices, options):
     """Mean over samples of J^T (loss Hessian) J, from Jacobians of the plain model."""
     model.eval()
@@ -206,7 +211,7 @@ def dense_gauss_newton(model, loader, indices, options):
 
         y = output(theta)
         J = jacrev(lambda flat: output(flat).reshape(-1))(theta)
-        H = hessian(lambda flat, y=y, batch=batch: loss_by(lambda *_, **__: flat.view(y.shape), batch, options))(
+        H = hessian_of(lambda flat, y=y, batch=batch: loss_by(lambda *_, **__: flat.view(y.shape), batch, options))(
             y.reshape(-1).detach()
         )
         total = total + J.T @ H @ J / len(indices)

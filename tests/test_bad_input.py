@@ -48,7 +48,7 @@ class Empty(Dataset):
 CONFIGS = [
     ({"recursion_dept": 5}, ValueError, "unknown key 'recursion_dept'; did you mean 'recursion_depth'?"),
     ({"zzzz": 5}, ValueError, "unknown key 'zzzz'; the keys are outdir, save_pth"),
-    ({"r": 1, "r_averaging": 2}, ValueError, "'r_averaging' is another name of 'r'"),
+    ({"r": 3, "r_averaging": 2}, ValueError, "'r_averaging' is another name of 'r'"),
     ({"recursion_depth": 0}, ValueError, "config['recursion_depth']: expected a whole number of at least 1"),
     ({"recursion_depth": 2.5}, ValueError, "config['recursion_depth']: expected a whole number"),
     ({"recursion_depth": "deep"}, TypeError, "got 'deep'"),

@@ -25,6 +25,7 @@ BETWEEN = {
     "config": 0,
     "arguments": 1,
     "sample_gradients": 3.5,
+    "scoring": 3.7,
     "member": 4,
     "out_of_sample": 4.5,
     "effect": 4.5,

@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import statistics
 import tempfile
 import threading
 import weakref
@@ -58,8 +59,9 @@ def is_open(fd):
 
 
 @pytest.fixture
-def temporary(monkeypatch):
+def temporary(monkeypatch, tmp_path_factory):
     """A folder of temporary files that is empty; its name is short, since sockets of workers stand in it."""
+    tmp_path_factory.getbasetemp()  # beside it
     with tempfile.TemporaryDirectory() as folder:
         monkeypatch.setattr(tempfile, "tempdir", folder)
         yield Path(folder)
@@ -227,8 +229,8 @@ CALLS_OF_MILLION = [
     lambda m, d, i: of_million(m, few(1), solver="cg").scores(TESTS),
     lambda m, d, i: of_million(m, few(0, 4)),
     lambda m, d, i: of_million(m, few(1), solver="cg").scores(few(1, 4)),
-    lambda m, d, i: of_million(m, few(), loss_func=StopsAt(20, ZeroDivisionError)).scores(TESTS),
-    lambda m, d, i: of_million(m, few(i % 2), loss_func=PressesKeys(15 + i), solver="lissa").scores(TESTS),
+    lambda m, d, i: of_million(m, few(), loss_func=StopsAt(5 + i // 10, ZeroDivisionError)).scores(TESTS),
+    lambda m, d, i: of_million(m, few(i % 2), loss_func=PressesKeys(5 + i // 10), solver="lissa").scores(TESTS),
     run_of_million,
     lambda m, d, i: ptif.grad_z(*TESTS, m),
 ]
@@ -236,21 +238,32 @@ CALLS_OF_MILLION = [
 HOW_MANY = int(os.environ.get("CALLS", "20"))
 
 
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises KeyboardInterrupt, also in a process of the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_many_calls_and_constructions_leave_nothing(temporary, tmp_path):
     """`make left-behind` has a hundred of each: no growth of memory beyond 5 % after the first ten."""
     model, loader = million(), few()
-    before, sizes, raised = counted(temporary), [], set()
+    before, sizes, raised = counted(temporary), [], []
     for i in range(HOW_MANY):
         of_million(model, loader)
         try:
             CALLS_OF_MILLION[i % len(CALLS_OF_MILLION)](model, tmp_path, i)
         except (ValueError, ZeroDivisionError, KeyboardInterrupt) as error:
-            raised.add(type(error))
+            raised.append(type(error))
         gc.collect()
         sizes.append(resident())
-    assert raised == {ValueError, ZeroDivisionError, KeyboardInterrupt}
+    assert len(raised) == 4 * HOW_MANY // 10
+    assert raised.count(KeyboardInterrupt) == HOW_MANY // 10
     assert counted(temporary) == before
-    assert max(sizes[-10:]) <= 1.05 * max(sizes[:10]), [round(size) for size in sizes]
+    # ten calls are one of each kind; what is resident after one goes up and down by a tenth
+    assert statistics.median(sizes[-10:]) <= 1.05 * statistics.median(sizes[:10]), [round(size) for size in sizes]
 
 
 class Started:

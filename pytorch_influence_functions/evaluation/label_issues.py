@@ -27,7 +27,6 @@ from ..data.samples import Samples
 from ..member import Member
 from ..model.gradients import gradient
 from ..out_of_sample import OutOfSample, out_of_sample
-from ..solve.groups import split
 from ..solve.single import single_changes
 
 Floats = NDArray[np.float64]
@@ -274,20 +273,9 @@ def _contradicting(
     wrong = np.flatnonzero(issue)
     if not len(wrong):
         return result
-    each = [_scores_between(member, wrong.tolist()) for member in members]
+    each = [member.scores_between(wrong.tolist()) for member in members]
     scores = torch.stack(each).mean(0).double().numpy()
     for i, row in zip(wrong, scores, strict=True):
         row[i] = np.inf
         result[i] = row.argsort()[:CONTRADICTING].tolist()
     return result
-
-
-def _scores_between(member: Member, indices: list[int]) -> Tensor:
-    """Influence of each training sample on these others of them, as the leverage is solved for -> [k, n]."""
-    found = []
-    with member.problem.guard():
-        leverage = member.leverage()
-        for part in split(indices, member.group_size):
-            g = member.gradients_of(member.samples, part)
-            found.append(member.scores_of(leverage.solved(g, len(indices))))
-    return torch.cat(found)

@@ -46,6 +46,11 @@ def calc_img_wise(
     """Influence of every training sample on test samples, a group of test samples at a time.
 
     Nothing but the results is stored. Take this mode unless the gradients themselves are wanted on disk.
+    The scores go to `influence_results_{start}_{num}.npy` [tests, n] as they come, and into the JSON beside it while
+    that is not too large (`config["json"]`). A run that was stopped goes on where it stopped (`config["resume"]`).
+
+    Under torchrun, or with `config["num_processes"]`, several processes share the work: all call this with the same
+    arguments, the first writes, and each returns the result, read from an `outdir` that all of them see.
 
     Args:
         config: options as a dict (keys may be missing), a `Config`, or None.
@@ -61,6 +66,7 @@ def calc_img_wise(
     Raises:
         TypeError, ValueError, OSError: something given cannot be used; before any long work.
         DivergenceError, NonFiniteError: a computation failed; what is on disk stays.
+        ProcessError: another process of the run failed; the message says how.
     """
     return _run(config, model, train_loader, test_loader, "img_wise")
 

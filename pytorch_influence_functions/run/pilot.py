@@ -62,6 +62,7 @@ class Pilot:
         """Prepare the solver."""
         member = self.member
         with self._measured() as result, member.problem.guard():
+            member.meet_all()
             if member.config.solver_in_use[0] == "auto":
                 fixed = member.config.fixed_damping
                 damping = None if fixed is None else Damping(fixed, {})

@@ -58,12 +58,12 @@ def _of_one_curvature(
     """
     kind = influence.report.get("curvature") if solved else None
     kinds = {one for one in team.every(kind) if one is not None}
+    if "ggn" in kinds and (kind or influence.problem.curvature.kind) != "ggn":
+        influence.go_on(influence.problem.budget.total, "ggn")
     if len(kinds) < 2:
         return True
     if earlier.report:
         raise NegativeCurvatureError(ONE_CURVATURE)
-    if kind != "ggn":
-        influence.go_on(influence.problem.budget.total, "ggn")
     return False
 
 

@@ -51,22 +51,27 @@ def prediction_error(actual: Tensor, predicted: Tensor) -> float:
     return float(each.sqrt().nan_to_num(math.inf, math.inf).median())
 
 
-def smallest_damping(
-    error: Callable[[float], float], mean_eigenvalue: float, target: float
-) -> Damping:
-    """The smallest lambda at which an error stays below a target; the curve that led to it is in the report.
-
-    Args:
-        error: that of predicted changes at a lambda.
-        mean_eigenvalue: of G.
-        target: the error to stay below.
-    """
+def first_damping(mean_eigenvalue: float) -> float:
+    """Where the search begins."""
     start = START * mean_eigenvalue
     if not (math.isfinite(start) and start > 0):
         raise ValueError(
             "config['damping'] = 'auto': the Gauss-Newton matrix of this model is zero (its loss does not depend on "
             "its output, or is linear in it), so no damping can be chosen from it; give config['damping'] a number"
         )
+    return start
+
+
+def smallest_damping(
+    error: Callable[[float], float], start: float, target: float
+) -> Damping:
+    """The smallest lambda at which an error stays below a target; the curve that led to it is in the report.
+
+    Args:
+        error: that of predicted changes at a lambda.
+        start: the lambda to begin with.
+        target: the error to stay below.
+    """
     damping, curve = search(error, start, target)
     reached = dict(curve)[damping]
     _tell(damping, reached, target, curve)

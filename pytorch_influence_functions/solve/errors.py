@@ -29,7 +29,3 @@ class DivergenceError(ArithmeticError):
 
 class NegativeCurvatureError(DivergenceError):
     r"""The Hessian has an eigenvalue below -\lambda, so that H + \lambda I cannot be solved by an iteration."""
-
-
-INEXACT = "the relative residual of the solution is {:.3g}, above config['tolerance'] = {:g}: "
-"""Of a `ToleranceWarning`; the solver's advice follows."""

@@ -3,38 +3,13 @@ r"""The leverage of a training set at the \lambda that fits it: what the options
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..data.batch import Batch
 from .evidence import damping_by_evidence, names_damping
-from .groups import split
 from .leverage import Leverage, outputs_of
 from .problem import Problem
 from .solution import Damping, Prepared
 from .solvers import Solver
-
-Products = Callable[[Batch, Tensor], Tensor]
-"""Of a batch of training samples with solutions [K, P] -> [K, B]."""
-
-
-def corrected_products(leverage: Leverage) -> Products:
-    """Of J_i^T c_i, in the place of gradients: what leaving a sample out does by a Newton step."""
-    c, outputs = leverage.coefficients(), leverage.outputs
-    size = leverage.problem.gradient_batch
-
-    def products(batch: Batch, vectors: Tensor) -> Tensor:
-        own = c[torch.as_tensor(batch.indices)].to(vectors)
-        parts = []
-        for rows in split(range(batch.size), size):
-            few = batch.rows(rows[0], rows[-1] + 1)
-            parts.append(vectors @ outputs.pulled_back(few, own[rows]).T)
-        return torch.cat(parts, 1)
-
-    return products
 
 
 class Removals:

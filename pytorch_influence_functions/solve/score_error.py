@@ -161,11 +161,3 @@ def _worst(errors: Any, sizes: Any) -> float:
         return 0.0
     tiny = np.finfo(np.float64).tiny
     return float((errors[wrong] / np.maximum(sizes[wrong], tiny)).max())
-
-
-OFF = (
-    "the scores are off by about {:.0%} of their size, though the relative residual is {:.3g}: the damping ({:.3g}) is "
-    "far below the largest eigenvalue: a larger config['damping'], config['solver'] = 'exact' where it fits, or in an "
-    "iteration a smaller config['tolerance'] lowers it"
-)
-"""Of a `ScoreErrorWarning`."""

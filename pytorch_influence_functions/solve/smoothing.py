@@ -35,7 +35,7 @@ from ..model.gradients import (
 from ..model.objective import Objective
 from .damping import prediction_error
 from .groups import split
-from .paired import PairedRule, from_others
+from .paired import NEARLY_LINEAR, PairedRule, from_others
 from .problem import Problem
 from .solution import require_solved
 from .solvers import Solver
@@ -119,8 +119,7 @@ class Points:
         said = {"shifts": count, "relative_size": size}
         if len(shifts) >= FEWEST_PAIRS:
             said |= self._looked_at(shifts)
-        chosen = problem.config.fixed_shifts is None
-        if chosen and said["error"] > said["error_without"]:
+        if problem.config.fixed_shifts is None and not _pays(said):
             shifts, said["shifts"] = shifts[:0], 0
         self.report = {"smoothing": said}
         logger.info("smoothing: %s", said)
@@ -132,7 +131,7 @@ class Points:
         few = shifts[:LOOKED_AT]
         actual, products = rule.odd_changes(few), rule.products(few)
         smoothed = prediction_error(actual, from_others(products))
-        plain = prediction_error(actual, rule._predicted(few).to(actual))
+        plain = rule.error_without_of(actual, few)
         return {
             "error": smoothed,
             "error_without": plain,
@@ -150,6 +149,11 @@ class Points:
         shifts = torch.cat(parts)
         require_solved(shifts)
         return shifts
+
+
+def _pays(said: dict[str, float]) -> bool:
+    """Whether the prediction without smoothing leaves something to gain, and is worse than that with it."""
+    return said["error_without"] > max(said["error"], NEARLY_LINEAR)
 
 
 def noise(products: Tensor) -> float:

@@ -9,10 +9,11 @@ from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outputs import numbers_of
 from pytorch_influence_functions.model.probe import probe
 from torch import nn
-from torch.func import hessian
 from torch.nn import functional as F
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
+
+from cases import hessian_of
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 6
@@ -88,7 +89,7 @@ def case(name):
     loss = loss.double() if isinstance(loss, nn.Module) else loss
     found, y = ready(model, torch.randn(N, *shape), t, loss)
     one = F.cross_entropy if loss is None else loss
-    truth = [hessian(lambda flat, i=i: one(flat.view(1, *y[0].shape[1:]), t[i : i + 1]))(y[0][i].detach().flatten())
+    truth = [hessian_of(lambda flat, i=i: one(flat.view(1, *y[0].shape[1:]), t[i : i + 1]))(y[0][i].detach().flatten())
              for i in range(N)]  # fmt: skip
     return found, torch.stack(truth).detach(), kind
 

@@ -128,14 +128,16 @@ def test_checkpoints(reentrant, options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_single(dtype, options, tmp_path):
     half = mlp().to(dtype)
-    single = mlp()
+    single = mlp().float()
     single.load_state_dict({name: t.float() for name, t in half.state_dict().items()})
     x = X.to(dtype)
     given = {"solver": "cg", "damping": LAMBDA, "tolerance": 1e-3, "progress": False, **options}
     expected = ptif.InfluenceFunction(single, loader(x.float()), **given).scores((x[:3].float(), T[:3]))
     assert_close(ptif.InfluenceFunction(half, loader(x), **given).scores((x[:3], T[:3])), expected)
     result = ptif.calc_img_wise({**given, "outdir": tmp_path}, half, loader(x), loader(x[:3], T[:3]))
-    assert_close(torch.tensor(result.influences["2"]["influence"]), expected[2], rtol=1e-4, atol=1e-6)
+    assert_close(
+        torch.tensor(result.influences["2"]["influence"], dtype=expected.dtype), expected[2], rtol=1e-4, atol=1e-6
+    )
     assert all(p.dtype == dtype for p in half.parameters())
 
 
@@ -144,7 +146,7 @@ def test_a_model_that_runs_in_bfloat16_only(solver):
     torch.manual_seed(0)
     model = Cast(torch.bfloat16).bfloat16()
     found = influence(model, loader(X.bfloat16()), solver=solver, tolerance=1e-2).scores((X[:3].bfloat16(), T[:3]))
-    single = nn.Linear(6, 3)
+    single = nn.Linear(6, 3).float()
     single.load_state_dict({name: t.float() for name, t in model.linear.state_dict().items()})
     expected = influence(single, loader(X.bfloat16().float()), solver=solver).scores((X[:3].bfloat16().float(), T[:3]))
     assert found.dtype == torch.float32
@@ -154,7 +156,7 @@ def test_a_model_that_runs_in_bfloat16_only(solver):
 @pytest.mark.parametrize("solver", ["cg", "exact", "ekfac", "auto"])
 def test_automatic_damping_of_a_model_that_runs_in_single_precision_only(solver):
     torch.manual_seed(0)
-    model = Cast(torch.float32)
+    model = Cast(torch.float32).float()
     found, plain = (influence(m, solver=solver, damping="auto") for m in (model, model.linear))
     assert_close(found.scores((X[:3], T[:3])), plain.scores((X[:3], T[:3])), rtol=0.05, atol=1e-4)
     assert found.report["damping"] == pytest.approx(plain.report["damping"], rel=0.05)

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
 import torch
+from pytorch_influence_functions.run import shares
 from pytorch_influence_functions.run.distributed import ProcessError, Team
+from pytorch_influence_functions.solve.groups import Earlier
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
@@ -190,6 +193,86 @@ def test_under_a_launcher_a_failure_ends_all(tmp_path):
     assert done.returncode != 0
     assert "a broken image" in done.stderr
     assert not list(tmp_path.glob("rank*.txt"))
+
+
+KILLED = """
+import time
+import sys
+sys.path.insert(0, {tests!r})
+from pytorch_influence_functions.solve.problem import Problem
+import test_distributed
+Problem.group_size = lambda *_: 4
+Problem.gradient_batch = 3
+def stop():
+    print("in work", flush=True)
+    time.sleep(600)
+train = test_distributed.Fails(test_distributed.case()[1], 1, stop)
+test_distributed.run(sys.argv[1], "lissa", train=train, num_processes=2)
+"""
+
+
+def test_a_killed_run_leaves_no_process_that_goes_on(tmp_path):
+    script = KILLED.format(tests=str(Path(__file__).parent))
+    command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"in work\n"
+        process.kill()
+        process.wait()
+        process.stdout.read()  # its end is held by the copies as long as they live
+    assert list(tmp_path.glob("*_parts"))
+    assert_same(run(tmp_path, "lissa"), run(tmp_path / "one", "lissa"))
+    assert not list(tmp_path.glob("*_parts"))
+
+
+class Another(Fails):
+    """In one process the data are others."""
+
+    def __getitem__(self, index):
+        x, t = self.inner[index]
+        return x + (dist.is_initialized() and dist.get_rank() == self.rank), t
+
+
+def test_processes_that_were_given_something_else_do_not_start(tmp_path):
+    with pytest.raises(ValueError, match=r"processes 0 and 1 of the run were started with other train_loader\.losses"):
+        run(tmp_path, train=Another(case()[1], 1, None), num_processes=2)
+    assert not list(tmp_path.iterdir())
+
+
+class Said(Team):
+    """The second of two processes; the first has said this."""
+
+    def __init__(self, first):
+        self.rank, self.size, self.first = 1, 2, first
+
+    def every(self, value):
+        return [self.first, value]
+
+
+class Solver:
+    """Counts what it is told."""
+
+    def __init__(self, kind):
+        self.report, self.gave_up = {"curvature": kind}, 0
+        curvature = SimpleNamespace(kind=kind or "hessian")
+        self.problem = SimpleNamespace(budget=SimpleNamespace(total=5.0), curvature=curvature)
+
+    def go_on(self, budget, curvature):
+        assert (budget, curvature) == (5.0, "ggn")
+        self.gave_up += 1
+
+
+@pytest.mark.parametrize(("own", "first", "same", "gave_up"), [
+    ("hessian", "hessian", True, 0), ("ggn", "ggn", True, 0), ("hessian", "ggn", False, 1),
+    ("ggn", "hessian", False, 0), (None, "hessian", True, 0), (None, "ggn", True, 1),
+])  # fmt: skip
+def test_one_curvature_for_all(own, first, same, gave_up):
+    """Where one process had to leave the Hessian, the others solve their part again."""
+    solver, earlier = Solver(own), Earlier(4)
+    assert shares._of_one_curvature(solver, own is not None, earlier, Said(first)) == same
+    assert solver.gave_up == gave_up
+    if not same:
+        with pytest.raises(ptif.NegativeCurvatureError, match="Earlier test samples were solved with the Hessian"):
+            shares._of_one_curvature(Solver(own), True, Earlier(4, {"groups": [1]}), Said(first))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

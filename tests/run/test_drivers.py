@@ -249,6 +249,8 @@ def test_the_documentation_says_what_each_option_means():
 def test_old_names_and_missing_keys():
     config = ptif.Config.of({"r_averaging": 4, "test_start_index": 2, "dataset": "CIFAR10", "recursion_depth": None})
     assert (config.r, config.start, config.recursion_depth) == (4, 2, 5000)
+    whole = {**ptif.get_default_config(), "r_averaging": 4, "test_start_index": 2}  # as old scripts set them
+    assert (ptif.Config.of(whole).r, ptif.Config.of(whole).start) == (4, 2)
     assert ptif.Config.of(None) == ptif.Config() == ptif.Config.of(ptif.get_default_config())
 
 

@@ -1,12 +1,14 @@
 """How far scores are off, as it is estimated and warned of, against the dense answer."""
 
 import json
+import types
 import warnings
 
 import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.solve import score_error
+from pytorch_influence_functions.solve.groups import described
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
@@ -93,7 +95,8 @@ def test_scores_of_a_well_conditioned_system_are_bounded(name):
     make, power, damping, options = WELL[name]
     found, test = influence(make, power, damping, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", ptif.ScoreErrorWarning)
+        warnings.simplefilter("error", ptif.ToleranceWarning)
         scores = found.scores(test)
     assert true_error(found, scores, test) <= found.score_error + 1e-9
     assert found.score_error <= score_error.SMALL
@@ -205,3 +208,37 @@ def test_the_largest_of_all_groups_and_models_counts():
 def test_nothing_is_off_where_nothing_is_asked():
     assert score_error._worst(torch.zeros(2).numpy(), torch.zeros(2).numpy()) == 0
     assert_close(score_error._worst(torch.tensor([0.0, 3.0]).numpy(), torch.tensor([0.0, 2.0]).numpy()), 1.5)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_without_damping_there_is_no_bound():
+    found, test = influence(linear, -1, 0.0, tolerance=1e-4)
+    scores = found.scores(test)
+    assert found.report["score_error_by"] == "estimate"
+    true = true_error(found, scores, test)
+    assert true / 3 <= found.score_error <= 3 * true
+
+
+def test_an_approximation_solves_for_its_own_residual():
+    found, test = influence(mlp, -8, 1e-9, solver="ekfac", tolerance=None)
+    found.scores(test)
+    tests = DataLoader(TensorDataset(*test), batch_size=3)
+    v, g = (slow_gradients(found.objective.model, data, range(n), {}) for data, n in ((tests, 3), (train(found), N)))
+    prepared = found._members[0].solver.prepared()
+    with found.problem.guard():
+        s = prepared.solve(v, 3).vectors
+        d = prepared.solve(v - prepared.system(s), 3).vectors
+    expected = float(((d @ g.T).norm(dim=1) / ((s + d) @ g.T).norm(dim=1)).max())
+    assert found.score_error == pytest.approx(expected, rel=1e-3)
+
+
+def train(found):
+    return DataLoader(found.samples.dataset, batch_size=20)
+
+
+def test_the_worst_group_stands_at_the_top():
+    curvature = types.SimpleNamespace(kind="ggn")
+    prepared = types.SimpleNamespace(system=types.SimpleNamespace(curvature=curvature, damping=1.0), report={})
+    groups = [{"tests": 1, "score_error": 0.5}, {"tests": 1}, {"tests": 1, "score_error": 0.2}]
+    assert described({}, prepared, groups, None)["score_error"] == 0.5
+    assert "score_error" not in described({}, prepared, groups[1:2], None)

@@ -287,7 +287,32 @@ def test_noise_is_the_variance_of_the_mean_over_the_pairs():
 
 @pytest.fixture
 def few_are_enough(monkeypatch):
+    """Though the shifts of an untrained model at so large a lambda are small."""
     monkeypatch.setattr(problem, "HALVED", N)
+    monkeypatch.setattr(smoothing, "NEARLY_LINEAR", 0)
+
+
+def test_a_convex_model_is_left_as_it_is():
+    """Its gradients are nearly linear in the parameters: the damping and the scores are the plain ones, bit for bit."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(120, 3, generator=generator)
+    t = (x.sum(1) + torch.randn(120, generator=generator) > 0).long()
+    model = nn.Linear(3, 2)
+    optimiser = torch.optim.LBFGS(model.parameters(), max_iter=50)
+
+    def closure():
+        optimiser.zero_grad()
+        loss = loss_of(model, x, t) + 0.01 * sum(p.square().sum() for p in model.parameters())
+        loss.backward()
+        return loss
+
+    optimiser.step(closure)
+    loader = DataLoader(TensorDataset(x, t), batch_size=40)
+    found, plain = (ptif.InfluenceFunction(model, loader, progress=False, **o) for o in ({}, {"smoothing": 0}))
+    assert torch.equal(found.scores((x[:2], t[:2])), plain.scores((x[:2], t[:2])))
+    assert found.report["damping"] == plain.report["damping"]
+    assert found.report["smoothing"]["shifts"] == 0
+    assert found.report["smoothing"]["error_without"] <= 0.05
 
 
 @pytest.mark.parametrize(

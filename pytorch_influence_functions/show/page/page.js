@@ -109,7 +109,6 @@
       return { cell, arrow };
     });
     const lists = columns.some((column) => isList(column.kind));
-    if (lists) head.append(make("th", { scope: "col" }, "More"));
 
     function sortBy(i) {
       const first = columns[i].first === "down";
@@ -157,7 +156,7 @@
     function line(i) {
       const open = state.open.has(i);
       const drawn = rows[i].map((value, j) => cells[columns[j].kind](value, open, columns[j]));
-      if (lists) drawn.push(make("td", {}, more(i, open)));
+      if (lists) drawn[0].append(more(i, open));
       return make("tr", {}, ...drawn);
     }
 
