@@ -178,7 +178,7 @@ FAULTS = {
 
 
 # what else the same fault is seen by
-ALSO = {"company": {"loss"}} | dict.fromkeys(("half precision", "varies", "penalty"), {"not at an optimum"})
+ALSO = {"company": {"loss"}} | {name: {"not at an optimum"} for name in ("half precision", "varies", "penalty")}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
