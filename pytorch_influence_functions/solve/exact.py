@@ -137,10 +137,13 @@ def _all_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     one_sample = count / problem.samples.n * objective.P * A.element_size()
     for batch in problem.samples.ordered(problem.budget.row_block(one_sample)):
         rows, sign = gauss_newton_rows(objective, batch)
-        A[done : done + len(rows)] = rows
-        signs[done : done + len(rows)] = sign
-        done += len(rows)
-    return A.div_(problem.samples.n**0.5), signs
+        end = done + len(rows)
+        if end > len(A):  # a sample has more outputs than the first one
+            A = torch.cat([A, A.new_zeros(end - len(A), objective.P)])
+            signs = torch.cat([signs, signs.new_ones(len(A) - len(signs))])
+        A[done:end], signs[done:end] = rows, sign
+        done = end
+    return A[:done].div_(problem.samples.n**0.5), signs[:done]
 
 
 def _factor(gram: Tensor, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
@@ -183,7 +186,7 @@ def dual_rows(problem: Problem) -> int | None:
         return None
     one = problem.first
     leaves, _ = numbers_of(objective.outputs(objective.theta, one))
-    if not objective.paths.rows and not problem.samples.shapes:
+    if problem.samples.shapes is None:
         return None  # samples of different shapes may have different numbers of outputs
     return problem.samples.n * sum(leaf.numel() for leaf in leaves)
 

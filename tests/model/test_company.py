@@ -176,3 +176,33 @@ def test_what_the_look_costs():
     before = len(calls)
     found._members[0].meet_all()
     assert len(calls) == before
+
+
+class Tags(nn.Module):
+    """A label for each position."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return self.net(x).transpose(1, 2)
+
+
+@pytest.mark.parametrize("late", [True, False], ids=["one longer sample", "many lengths"])
+def test_samples_with_more_outputs_than_the_first(late):
+    """`exact` in its form by outputs, where padding that the loss ignores comes late or at once."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = [4 if i == 12 or (not late and i % 3) else 2 for i in range(40)]  # 12 is not looked at first
+    rows = [(torch.randn(n, 4, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in lengths]
+
+    def collate(samples):
+        x, t = ([s[k] for s in samples] for k in range(2))
+        return pad_sequence(x, batch_first=True), pad_sequence(t, batch_first=True, padding_value=-100)
+
+    model = Tags()
+    model.net = nn.Sequential(nn.Linear(4, 100), nn.Tanh(), nn.Linear(100, 3))  # more parameters than outputs
+    tests = DataLoader(rows[:3], collate_fn=collate)
+    found = influence(model, rows, "exact", collate).scores(tests)
+    expected = influence(model, rows, "cg", collate).scores(tests)
+    assert_close(found, expected, rtol=1e-5, atol=1e-8)
