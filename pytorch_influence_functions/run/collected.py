@@ -38,14 +38,22 @@ class Collected:
         self.influences: dict[str, Entry] = {}
         self.total = np.zeros(influence.samples.n)
 
-    def add(self, group: Group, labels: Sequence[Any]) -> None:
+    def add(
+        self,
+        group: Group,
+        labels: Sequence[Any],
+    ) -> None:
         """Keep and write a finished group: scores, then what says that they are there."""
         entries = self._entries(group, labels)
         self.rows.flush()
         self.files.write_part(entries, self.influence.report)
         self._keep(entries, group[1])
 
-    def _entries(self, group: Group, labels: Sequence[Any]) -> dict[str, Any]:
+    def _entries(
+        self,
+        group: Group,
+        labels: Sequence[Any],
+    ) -> dict[str, Any]:
         part, scores, chains, residual, seconds = group
         first = len(self.influences)
         return {
@@ -62,7 +70,10 @@ class Collected:
             for k, index in enumerate(part)
         }
 
-    def take(self, entries: dict[str, dict[str, Any]]) -> None:
+    def take(
+        self,
+        entries: dict[str, dict[str, Any]],
+    ) -> None:
         """Keep test samples that an earlier start did, summed in groups as it did."""
         size = self.influence.group_size
         keys = list(entries)
@@ -77,12 +88,19 @@ class Collected:
                 torch.from_numpy(scores),
             )
 
-    def _keep(self, entries: dict[str, Any], scores: Tensor) -> None:
+    def _keep(
+        self,
+        entries: dict[str, Any],
+        scores: Tensor,
+    ) -> None:
         self.influences |= {key: Entry(one) for key, one in entries.items()}
         # torch would hold a copy of all scores in double precision
         self.total += np.add.reduce(scores.numpy(), 0, dtype=np.float64)
 
-    def finish(self, in_json: bool | str) -> InfluenceResult:
+    def finish(
+        self,
+        in_json: bool | str,
+    ) -> InfluenceResult:
         """Write the result file; the entries, and the two orders by mean influence."""
         arrays = self.rows.finish()
         for one in self.influences.values():
@@ -105,19 +123,26 @@ class Plain(NamedTuple):
     """As JSON."""
 
 
-def plain(result: InfluenceResult) -> Plain:
+def plain(
+    result: InfluenceResult,
+) -> Plain:
     """A result of a run, as another process can be told it."""
     entries = {key: one.named() for key, one in _entries(result).items()}
     meta = {**result.meta, "config": None}
     return Plain(entries, result.harmful, result.helpful, as_json(meta))
 
 
-def rebuilt(told: Plain, options: Config) -> InfluenceResult:
+def rebuilt(
+    told: Plain,
+    options: Config,
+) -> InfluenceResult:
     """The result that another process has told of; it reads the same files."""
     entries = attached(told.entries, options.out_folder)
     result = InfluenceResult(dict(entries), told.harmful, told.helpful)
     return result.about({**json.loads(told.meta), "config": options.asdict()})
 
 
-def _entries(result: InfluenceResult) -> dict[str, Entry]:
+def _entries(
+    result: InfluenceResult,
+) -> dict[str, Entry]:
     return result.influences  # type: ignore[return-value]

@@ -39,7 +39,10 @@ class Team:
         size: how many there are.
     """
 
-    def __init__(self, group: Any = None) -> None:
+    def __init__(
+        self,
+        group: Any = None,
+    ) -> None:
         self._group = group
         self.rank = 0 if group is None else dist.get_rank(group)
         self.size = 1 if group is None else dist.get_world_size(group)
@@ -49,7 +52,10 @@ class Team:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def share(self, items: Sequence[T]) -> Sequence[T]:
+    def share(
+        self,
+        items: Sequence[T],
+    ) -> Sequence[T]:
         """This process's part of what is to be done, in the order of the ranks; the first have one more."""
         first, last = (
             -(-len(items) * rank // self.size)
@@ -71,7 +77,11 @@ class Team:
         )
         return found
 
-    def joined(self, part: Tensor, dim: int) -> Tensor:
+    def joined(
+        self,
+        part: Tensor,
+        dim: int,
+    ) -> Tensor:
         """The parts of all processes along a dimension."""
         if self._group is None:
             return part
@@ -87,11 +97,18 @@ class Team:
                 self._send(one, rank)
         return torch.cat(parts, dim).to(part.device)
 
-    def _send(self, tensor: Tensor, rank: int) -> None:
+    def _send(
+        self,
+        tensor: Tensor,
+        rank: int,
+    ) -> None:
         source = dist.get_global_rank(self._group, rank)
         self._talk(lambda: dist.broadcast(tensor, source, group=self._group))
 
-    def _talk(self, exchange: Callable[[], object]) -> None:
+    def _talk(
+        self,
+        exchange: Callable[[], object],
+    ) -> None:
         try:
             exchange()
         except RuntimeError as error:
@@ -101,7 +118,9 @@ class Team:
 ALONE = Team()
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(
+    error: RuntimeError,
+) -> str:
     """What the process said that failed first; that a connection broke, where it cannot be asked."""
     with contextlib.suppress(Exception):
         store = _store()
@@ -116,7 +135,9 @@ def _store() -> Any:
     return dist.distributed_c10d._get_default_store()
 
 
-def several(num_processes: int | None) -> bool:
+def several(
+    num_processes: int | None,
+) -> bool:
     """Whether this process is one of several that do a run: the launcher's, or the script's own group."""
     if num_processes == 1 or not dist.is_available():
         return False
@@ -127,7 +148,9 @@ def several(num_processes: int | None) -> bool:
 
 
 @contextlib.contextmanager
-def team(num_processes: int | None = None) -> Iterator[Team]:
+def team(
+    num_processes: int | None = None,
+) -> Iterator[Team]:
     """The processes that do this run, by `config["num_processes"]`.
 
     Where this one fails, the others are told why: they end at their next word to it.

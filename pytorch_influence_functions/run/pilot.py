@@ -80,7 +80,11 @@ class Pilot:
                 self._score(group.vectors, group.chains)
         return result()
 
-    def _score(self, vectors: Tensor, chains: Tensor | None) -> None:
+    def _score(
+        self,
+        vectors: Tensor,
+        chains: Tensor | None,
+    ) -> None:
         rows = vectors if chains is None else chains.flatten(0, 1)
         if self.member.config.calc_method == "img_wise":
             self.member.scores_of(rows)
@@ -134,7 +138,10 @@ def extrapolated(
 class Peak:
     """The most memory that is held from its making on, above what was held then, in bytes; 0 where no one counts it."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+    ) -> None:
         self._cuda = device if device.type == "cuda" else None
         if self._cuda is not None:
             torch.cuda.reset_peak_memory_stats(self._cuda)
@@ -146,7 +153,11 @@ class Peak:
         """Until now."""
         return max(self._held("VmHWM", now=False) - self._before, 0.0)
 
-    def _held(self, key: str, now: bool) -> float:
+    def _held(
+        self,
+        key: str,
+        now: bool,
+    ) -> float:
         if self._cuda is not None:
             held = (
                 torch.cuda.memory_allocated

@@ -19,7 +19,10 @@ import torch.distributed as dist
 from .distributed import ProcessError
 
 
-def require_forks(num_processes: int, gpu: int) -> None:
+def require_forks(
+    num_processes: int,
+    gpu: int,
+) -> None:
     """Raise `ValueError` where processes cannot be started here; a launcher can.
 
     They are copies of this one, so that a model or a data set of a notebook needs not be pickled.
@@ -38,7 +41,10 @@ def require_forks(num_processes: int, gpu: int) -> None:
         )
 
 
-def in_processes(count: int, work: Callable[[], Any]) -> Any:
+def in_processes(
+    count: int,
+    work: Callable[[], Any],
+) -> Any:
     """What `work` returns in the first of `count` copies of this process, each with one thread.
 
     Raises:
@@ -65,13 +71,17 @@ def in_processes(count: int, work: Callable[[], Any]) -> Any:
         return _first_result(ends)
 
 
-def _end(process: Any) -> None:
+def _end(
+    process: Any,
+) -> None:
     if process.is_alive():
         process.kill()
     process.join()
 
 
-def _first_result(ends: dict[Any, Any]) -> Any:
+def _first_result(
+    ends: dict[Any, Any],
+) -> Any:
     """The result of rank 0 when all are done; the first failure ends the waiting."""
     result = None
     for end, said in _heard(ends):
@@ -88,7 +98,9 @@ def _first_result(ends: dict[Any, Any]) -> Any:
     return result
 
 
-def _heard(ends: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
+def _heard(
+    ends: dict[Any, Any],
+) -> Iterator[tuple[Any, Any]]:
     """What the processes say, as it comes; None of one that ended without a word."""
     left = list(ends)
     while left:
@@ -98,7 +110,9 @@ def _heard(ends: dict[Any, Any]) -> Iterator[tuple[Any, Any]]:
             yield end, _said(end)
 
 
-def _said(end: Any) -> Any:
+def _said(
+    end: Any,
+) -> Any:
     try:
         return pickle.loads(end.recv_bytes())
     except EOFError:
@@ -130,7 +144,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _say(end: Connection, said: tuple[str, Any]) -> None:
+def _say(
+    end: Connection,
+    said: tuple[str, Any],
+) -> None:
     try:
         content = pickle.dumps(said)
         pickle.loads(content)

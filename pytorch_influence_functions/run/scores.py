@@ -36,7 +36,12 @@ class ScoreArray:
         ValueError: the file that is there is damaged, or of another shape.
     """
 
-    def __init__(self, path: Path, shape: tuple[int, int], dtype: Any) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shape: tuple[int, int],
+        dtype: Any,
+    ) -> None:
         self.path, self.shape = path, shape
         self.dtype: np.dtype[Any] = np.dtype(dtype)
         if path.exists():
@@ -70,12 +75,20 @@ class ScoreArray:
     def _place(self, k: int) -> int:
         return k * self.shape[1] * self.dtype.itemsize
 
-    def write(self, k: int, row: Row) -> None:
+    def write(
+        self,
+        k: int,
+        row: Row,
+    ) -> None:
         """Put row k."""
         self._file.seek(self._offset + self._place(k))
         self._file.write(np.ascontiguousarray(row, self.dtype).data)
 
-    def read(self, start: int, stop: int) -> Row:
+    def read(
+        self,
+        start: int,
+        stop: int,
+    ) -> Row:
         """Rows [stop - start, n]."""
         self._file.seek(self._offset + self._place(start))
         rows = np.fromfile(
@@ -121,7 +134,11 @@ class ScoreRows:
     def _opened(self, name: str) -> ScoreArray:
         return ScoreArray(self._files.array(name), self._shape, self._dtype)
 
-    def put(self, k: int, rows: Mapping[str, Row]) -> dict[str, Any]:
+    def put(
+        self,
+        k: int,
+        rows: Mapping[str, Row],
+    ) -> dict[str, Any]:
         """Write the rows of test sample k -> what names them in its entry."""
         for name, row in rows.items():
             if name not in self._arrays:
@@ -136,7 +153,11 @@ class ScoreRows:
             for name in self._arrays
         }
 
-    def read(self, start: int, stop: int) -> Row:
+    def read(
+        self,
+        start: int,
+        stop: int,
+    ) -> Row:
         """Scores of these test samples [stop - start, n]."""
         return self._arrays["influence"].read(start, stop)
 
@@ -155,20 +176,29 @@ class ScoreRows:
         finals = [self._files.name_array(name) for name in self._arrays]
         return {path.name: Rows(path) for path in finals}
 
-    def fits_json(self, choice: bool | str) -> bool:
+    def fits_json(
+        self,
+        choice: bool | str,
+    ) -> bool:
         """Whether the result file holds the scores, by `config["json"]`."""
         numbers = len(self._arrays) * self._shape[0] * self._shape[1]
         return fits_json(choice, numbers, self._dtype.itemsize)
 
 
-def fits_json(choice: bool | str, numbers: int, itemsize: int) -> bool:
+def fits_json(
+    choice: bool | str,
+    numbers: int,
+    itemsize: int,
+) -> bool:
     """Whether a result file holds so many scores, of so many bytes each, by `config["json"]`."""
     if choice != "auto":
         return bool(choice)
     return numbers * DIGITS[itemsize] <= MOST_JSON
 
 
-def pieces(entries: Mapping[str, Entry]) -> Iterator[bytes]:
+def pieces(
+    entries: Mapping[str, Entry],
+) -> Iterator[bytes]:
     """Entries as JSON with their scores, one after the other: what stands between the braces of the file."""
     for key, one in entries.items():
         yield as_json({key: one})[1:-1].encode()

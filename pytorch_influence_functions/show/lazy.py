@@ -29,19 +29,29 @@ class Rows:
         OSError, ValueError: it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self,
+        path: Path,
+    ) -> None:
         self.name = path.name
         self.array: Any = np.load(path, mmap_mode="r", allow_pickle=False)
         self.numbers = functools.lru_cache(KEPT)(self._numbers)
 
-    def _numbers(self, k: int) -> list[float]:
+    def _numbers(
+        self,
+        k: int,
+    ) -> list[float]:
         return as_numbers(np.array(self.array[k]))
 
 
 class StoredRow:
     """Row k of an array file."""
 
-    def __init__(self, rows: Rows, k: int) -> None:
+    def __init__(
+        self,
+        rows: Rows,
+        k: int,
+    ) -> None:
         self.rows, self.k = rows, k
 
     def named(self) -> dict[str, Any]:
@@ -54,7 +64,10 @@ class StoredRow:
 class Order:
     """Indices of samples, four bytes each; in a list of Python's numbers they take nine times as much."""
 
-    def __init__(self, indices: list[int]) -> None:
+    def __init__(
+        self,
+        indices: list[int],
+    ) -> None:
         largest = max(indices, default=0)
         self.indices = np.asarray(indices, np.min_scalar_type(largest))
 
@@ -69,13 +82,19 @@ class Entry(dict[str, Any]):
     Copies and pickles are plain dicts that hold the numbers.
     """
 
-    def __init__(self, entry: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        entry: Mapping[str, Any],
+    ) -> None:
         super().__init__(entry)
         for name in ORDERS:
             if isinstance(entry.get(name), list):
                 self[name] = Order(entry[name])
 
-    def attach(self, arrays: Mapping[str, Rows]) -> Entry:
+    def attach(
+        self,
+        arrays: Mapping[str, Rows],
+    ) -> Entry:
         """Itself, with the rows that it names by file and number found in these files."""
         for name in ROWS:
             named = super().get(name)
@@ -90,31 +109,47 @@ class Entry(dict[str, Any]):
             for name, kept in super().items()
         }
 
-    def array(self, name: str) -> Row:
+    def array(
+        self,
+        name: str,
+    ) -> Row:
         """A row as NumPy has it."""
         kept = super().__getitem__(name)
         if isinstance(kept, StoredRow):
             return np.array(kept.rows.array[kept.k])
         return np.asarray(kept, dtype=np.float64)
 
-    def count(self, name: str) -> int:
+    def count(
+        self,
+        name: str,
+    ) -> int:
         """How many numbers a row has."""
         kept = super().__getitem__(name)
         if isinstance(kept, StoredRow):
             return int(kept.rows.array.shape[1])
         return len(kept)
 
-    def is_stored(self, name: str) -> bool:
+    def is_stored(
+        self,
+        name: str,
+    ) -> bool:
         """Whether a row lies on disk."""
         return isinstance(super().get(name), StoredRow)
 
-    def __getitem__(self, key: str) -> Any:
+    def __getitem__(
+        self,
+        key: str,
+    ) -> Any:
         return _read(super().__getitem__(key))
 
     def __iter__(self) -> Iterator[str]:
         return super().__iter__()  # dict(entry) copies what is kept without it
 
-    def get(self, key: str, default: Any = None) -> Any:
+    def get(
+        self,
+        key: str,
+        default: Any = None,
+    ) -> Any:
         return _read(super().get(key, default))
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
@@ -123,19 +158,32 @@ class Entry(dict[str, Any]):
     def values(self) -> ValuesView[Any]:  # type: ignore[override]
         return ValuesView(self)
 
-    def pop(self, key: str, *default: Any) -> Any:
+    def pop(
+        self,
+        key: str,
+        *default: Any,
+    ) -> Any:
         return _read(super().pop(key, *default))
 
     def copy(self) -> dict[str, Any]:
         return dict(self)
 
-    def __or__(self, other: Any) -> Any:
+    def __or__(
+        self,
+        other: Any,
+    ) -> Any:
         return dict(self) | dict(other)
 
-    def __eq__(self, other: object) -> bool:
+    def __eq__(
+        self,
+        other: object,
+    ) -> bool:
         return isinstance(other, dict) and dict(self) == dict(other)
 
-    def __ne__(self, other: object) -> bool:
+    def __ne__(
+        self,
+        other: object,
+    ) -> bool:
         return not self == other
 
     __hash__ = None
@@ -147,11 +195,16 @@ class Entry(dict[str, Any]):
         return dict, (dict(self),)
 
 
-def _read(kept: Any) -> Any:
+def _read(
+    kept: Any,
+) -> Any:
     return kept.read() if isinstance(kept, StoredRow | Order) else kept
 
 
-def row_of(entry: Mapping[str, Any], name: str) -> NDArray[np.float64]:
+def row_of(
+    entry: Mapping[str, Any],
+    name: str,
+) -> NDArray[np.float64]:
     """A row of an entry as an array in double precision [n]."""
     row = entry.array(name) if isinstance(entry, Entry) else entry[name]
     return np.asarray(row, dtype=np.float64)
@@ -175,7 +228,10 @@ def attached(
     return {key: Entry(one).attach(arrays) for key, one in entries.items()}
 
 
-def _opened(path: Path, last: int) -> Rows:
+def _opened(
+    path: Path,
+    last: int,
+) -> Rows:
     rows = Rows(path)
     if rows.array.ndim != 2 or len(rows.array) <= last:
         raise ValueError(

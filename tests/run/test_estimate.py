@@ -12,12 +12,12 @@ from pytorch_influence_functions.run.pilot import extrapolated
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-N, TESTS = 200, 9
+N, TESTS = 400, 9
 
 
 @pytest.fixture(autouse=True)
 def small_pilots(monkeypatch):
-    monkeypatch.setattr(module, "LEAST", 64)
+    monkeypatch.setattr(module, "LEAST", 256)
     monkeypatch.setattr(module, "MOST_TESTS", 4)
     monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 4)
 
@@ -66,8 +66,8 @@ def test_passes_are_those_of_the_run(tmp_path, monkeypatch, way, wrapped):
     monkeypatch.setattr(Samples, "__init__", kept)
     result = ptif.calc_influences(*given)
     (train,) = (samples for samples in made if samples.name == "train_loader")
-    # iterations are as many on few samples as on all, about
-    bound = 1e-9 if way in ("ekfac", "exact") else 0.3
+    # as many iterations as on all, about, and what reads a sample of the training set reads as many
+    bound = 0.1 if way in ("ekfac", "exact") else 0.3
     assert found.passes == pytest.approx(train.passed / N, rel=bound)
     assert (found.n, found.tests, found.together) == (N, TESTS, 4)
     assert found.parameters == 83
@@ -83,7 +83,7 @@ def test_disk_is_what_the_run_writes(tmp_path, method, json):
     ptif.calc_influences(*given)
     written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     told = found.disk * 2**20
-    assert abs(told - written) < 0.15 * written + 2000  # the meta file and manifests
+    assert abs(told - written) < 0.15 * written + 4000  # the meta file and manifests
     assert found.free > 0
 
 
@@ -105,7 +105,7 @@ def test_what_it_says(tmp_path, caplog):
     found = ptif.estimate(*arguments(tmp_path, max_memory=64))
     text = str(found)
     assert text in caplog.text
-    for part in ("9 test samples, 200 training samples, 83 parameters of 4 tensors", "solver: auto, exact", "disk: ",
+    for part in ("9 test samples, 400 training samples, 83 parameters of 4 tensors", "solver: auto, exact", "disk: ",
                  "memory: ", "passes over the training set: ", "time: ", "with 2", "with 4 processes"):  # fmt: skip
         assert part in text
     one, two = found.seconds_of(1), found.seconds_of(2)

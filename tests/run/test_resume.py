@@ -127,10 +127,12 @@ def test_what_is_done_is_not_done_again(small_groups, tmp_path, monkeypatch, met
     monkeypatch.setattr(member, "_solve", counted)
     monkeypatch.setattr(member, "gradient_rows", counted_rows)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, WAYS["cg"], method)
-    run(tmp_path, WAYS["cg"], method)
+        run(tmp_path / "stopped", WAYS["cg"], method)
+    result = run(tmp_path / "stopped", WAYS["cg"], method)
     assert solved == [3, 3, 3, 3, 3]
     assert gradients == ([list(range(N))] if method == "all_grad_then_test" else [])
+    expected = run(tmp_path / "never stopped", WAYS["cg"], method)
+    assert (result.harmful, result.helpful) == (expected.harmful, expected.helpful)
 
 
 def test_gradients_go_on_at_their_row(small_groups, tmp_path, monkeypatch):
