@@ -84,8 +84,9 @@ def test_top(result, capsys):
 def test_top_as_json(result, capsys):
     assert main(["top", "result.npz", "--json", "-k", "2"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["helpful"] == [one._asdict() for one in result.top(None, 2)]
-    assert found["harmful"] == [one._asdict() for one in result.bottom(None, 2)]
+    loaded = ptif.InfluenceResult.load("result.npz")  # nine digits, as files have them
+    assert found["helpful"] == [one._asdict() for one in loaded.top(None, 2)]
+    assert found["harmful"] == [one._asdict() for one in loaded.bottom(None, 2)]
 
 
 def test_without_a_file_it_computes(folder, result, capsys):

@@ -146,6 +146,6 @@ def test_text_runs(tmp_path, monkeypatch, capsys):
     run_example("text", files, monkeypatch)
     out = capsys.readouterr().out
     assert float(re.search(r"test accuracy ([\d.]+)%", out)[1]) > 80
-    assert int(re.search(r"labels (\d+) are wrong", out)[1]) >= 8
+    assert int(re.search(r"labels (\d+) are wrong", out)[1]) >= 6  # 9; by chance 1 would be
     assert (tmp_path / "text.png").exists()
     assert "&quot;try&quot;" not in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -22,6 +22,8 @@ def class_scores(
 ) -> Tensor | None:
     """Scores of the classes (logits, or what grows with them) [B, C], on the CPU; None where there are none.
 
+    Of several outputs they are the one whose cross-entropy the loss is.
+
     Args:
         objective: of the model.
         batch: of B samples.
@@ -34,14 +36,51 @@ def class_scores(
     with torch.no_grad():
         outputs = objective.outputs(objective.theta, batch)
     leaves, _ = numbers_of(outputs)
-    rows = [leaf.reshape(batch.size, -1).detach().cpu() for leaf in leaves]
+    rows = [
+        leaf.reshape(batch.size, -1).detach().cpu()
+        for leaf in leaves
+        if _is_row_each(leaf, batch.size)
+    ]
     largest = max(classes)
-    for row in rows:
-        if row.shape[1] > max(largest, 1):
-            return row.double()
+    fit = [row.double() for row in rows if row.shape[1] > max(largest, 1)]
+    if len(fit) > 1:
+        fit = [row for row in fit if _is_logits(row, classes, losses)]
+    if fit:
+        return fit[0]
     if len(rows) == 1 and largest <= 1:
         return _two_classes(rows[0].double(), classes, losses)
     return None
+
+
+def _is_logits(
+    scores: Tensor,
+    classes: Sequence[int],
+    losses: Tensor,
+) -> bool:
+    """Whether the losses [B] are the cross-entropy of these scores [B, C]."""
+    target = torch.tensor(classes)
+    own = F.cross_entropy(scores, target, reduction="none")
+    return _agree(own, losses)
+
+
+def _agree(
+    own: Tensor,
+    losses: Tensor,
+) -> bool:
+    """Whether losses are the same up to single precision."""
+    close = torch.isclose(own, losses.to(own), rtol=1e-3, atol=1e-5)
+    return bool(close.all())
+
+
+def _is_row_each(
+    leaf: Tensor,
+    size: int,
+) -> bool:
+    """Whether an output has one row of numbers for each sample, and no positions or other constants."""
+    whole = leaf.dim() > 0 and leaf.shape[0] == size
+    return whole and leaf.numel() == size * (
+        leaf.shape[-1] if leaf.dim() > 1 else 1
+    )
 
 
 def as_classes(labels: Sequence[Any]) -> list[int] | None:
@@ -67,7 +106,6 @@ def _two_classes(
     own = F.binary_cross_entropy_with_logits(
         logit[:, 0], target, reduction="none"
     )
-    close = torch.isclose(own, losses.to(own), rtol=1e-3, atol=1e-5)
-    if not bool(close.all()):
+    if not _agree(own, losses):
         return None
     return torch.cat([torch.zeros_like(logit), logit], dim=1)

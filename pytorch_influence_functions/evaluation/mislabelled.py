@@ -151,7 +151,7 @@ def find_mislabelled(
     Args:
         model: the trained model, or several whose numbers are averaged; it comes back as it was.
         train_loader: DataLoader over the training set.
-        config: options as for `InfluenceFunction`.
+        config: options as for `InfluenceFunction`; without a word about smoothing there is none.
         rank_by: `"self_influence"`, `"loss"`, `"gradient_norm"` or `"margin"`.
         level: largest estimated share of right labels among the flagged ones, from 0 to 1.
         **options: single options on top of `config`.
@@ -161,7 +161,11 @@ def find_mislabelled(
             a margin of.
     """
     _check(rank_by, level)
-    influence = InfluenceFunction(model, train_loader, config, **options)
+    chosen = Config.of(config, **options)
+    if chosen.smoothing is None:
+        # with shifts there is no way but to solve for one sample after the other
+        chosen = chosen.replace(smoothing=0)
+    influence = InfluenceFunction(model, train_loader, chosen)
     read = [_read(member) for member in influence.members]
     own = influence.self_influence().double().numpy()
     known = _Known.mean_of(read)

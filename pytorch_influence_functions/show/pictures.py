@@ -17,8 +17,9 @@ from .results import InfluenceResult
 
 FIRST = 5
 COLUMNS = ("sample", "label", "influence", "what it is")
-WIDTHS = (0.17, 0.13, 0.11, 0.59)
-LETTERS = 76
+WIDTHS = (0.1, 0.28, 0.1, 0.52)
+LETTERS = (14, 36, 12, 62)
+"""That fit into each column, the bold ones of the test sample too."""
 
 
 def plot_influences(
@@ -280,7 +281,7 @@ def _table(
     samples: list[_Sample],
 ) -> None:
     axis.set_axis_off()
-    text = [[_one_line(cell) for cell in _cells(one)] for one in samples]
+    text = [list(map(_one_line, _cells(one), LETTERS)) for one in samples]
     table = axis.table(
         text,
         colLabels=COLUMNS,
@@ -307,7 +308,10 @@ def _cells(sample: _Sample) -> tuple[str, str, str, str]:
     return sample.name, label, sample.number, what
 
 
-def _one_line(text: str) -> str:
+def _one_line(
+    text: str,
+    most: int,
+) -> str:
     # matplotlib would read what lies between two dollars as a formula
-    line = textwrap.shorten(text, LETTERS, placeholder=" …") or text[:LETTERS]
+    line = textwrap.shorten(text, most, placeholder=" …") or text[:most]
     return line.replace("$", r"\$")

@@ -118,6 +118,28 @@ def test_binary_logit():
     assert table.prediction == (z > 0).int().tolist()
 
 
+class Several(nn.Module):
+    """A classifier that returns more than its logits: hidden positions before them, and a constant."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return {"hidden": x[:, None, :].repeat(1, 5, 1), "constant": torch.ones(7).double(), "logits": self.head(x)}
+
+
+def test_logits_among_other_outputs():
+    _, data = small()
+    model = Several()
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch[0])["logits"], batch[1])
+
+    table = ptif.find_mislabelled(model, DataLoader(data, 5), {**QUIET, "model_loss": loss})
+    assert table.prediction == model.head(data.tensors[0]).argmax(1)[table.index].tolist()
+
+
 @pytest.mark.parametrize("target", ["real", "binary"])
 def test_regression_is_ranked_and_has_no_number(target):
     """Targets 0 and 1 of a squared error are no logits."""
