@@ -71,9 +71,9 @@ def calc_grad_z(
             them in memory.
         **options: any other option of the config.
     """
-    influence = InfluenceFunction(
-        model, train_loader, Config.of(options, gpu=gpu)
-    )
+    # a gradient is one at the trained parameters, whatever scores are averaged over
+    config = Config.of({"smoothing": 0, **options}, gpu=gpu)
+    influence = InfluenceFunction(model, train_loader, config)
     start = require_whole(start, "start", 0, influence.samples.n)
     if save_pth:
         folder = _folder(save_pth, "save_pth", "grad_z")
