@@ -133,8 +133,9 @@ def main():
         "*",
         color="black",
         markersize=10,
-        label="chosen by damping='auto'",
+        label="solver='auto', smoothed",
     )
+    left.set_ylim(top=left.get_ylim()[1] * 1.08)  # the star may be the highest
     left.legend(frameon=False, fontsize=8)
     left.set_title("how well retraining is predicted", fontsize=9)
     plot_damping(
