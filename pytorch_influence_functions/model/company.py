@@ -92,7 +92,9 @@ def _give_up(
     kept = Paths(curved=paths.curved, twice=paths.twice)
     objective.cost = None
     if cut:
-        objective.paths = kept._replace(rows=True, vmap=paths.vmap)
+        # where the losses came by vmap itself, it is given up, too
+        vmap = paths.vmap and paths.batched
+        objective.paths = kept._replace(rows=True, vmap=vmap)
         logger.warning(
             "%s: sample %d has another loss in its batch than alone, so that the model is called for one sample at a "
             "time, which is slow: a model that branches on its batch, or statistics of it",

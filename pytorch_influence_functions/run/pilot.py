@@ -29,6 +29,17 @@ class Measured(NamedTuple):
     passed: int
     """Training samples that were read."""
 
+    def plus(self, other: Measured) -> Measured:
+        """Of both."""
+        return Measured(
+            self.seconds + other.seconds, self.passed + other.passed
+        )
+
+    def beyond(self, other: Measured) -> Measured:
+        """What it took more than another, nothing where it took less."""
+        more = self.seconds - other.seconds, self.passed - other.passed
+        return Measured(max(more[0], 0.0), max(more[1], 0))
+
 
 class Pilot:
     """The solver of a run, on the first `size` of its training samples.
