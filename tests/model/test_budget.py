@@ -149,7 +149,7 @@ def test_little_memory_takes_no_factor_from_small_layers(monkeypatch):
     monkeypatch.setattr(auto, "EXACT_WORK", 0)
 
     def run(solver, max_memory, damping=None):
-        options = {"solver": solver, "max_memory": max_memory, "damping": damping, "progress": False}
+        options = {"solver": solver, "max_memory": max_memory, "damping": damping, "progress": False, "smoothing": 0}
         influence = ptif.InfluenceFunction(model, loader, options)
         return influence.scores((x[:8], y[:8])), influence.report
 
