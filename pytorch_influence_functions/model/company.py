@@ -43,7 +43,6 @@ def meet_all(
             kept = keeps_company(objective, samples, batch, losses)
             if not kept:
                 break
-        samples.close()
         if kept:
             return
 

@@ -154,6 +154,11 @@ def estimate(
 
 def outline(influence: InfluenceFunction, tests: int) -> Estimate:
     """What is known of a run without any measurement."""
+    with influence.problem.guard():  # sizes ask the model for its outputs
+        return _outline(influence, tests)
+
+
+def _outline(influence: InfluenceFunction, tests: int) -> Estimate:
     problem, config = influence.problem, influence.config
     solver, why = config.solver_in_use
     if solver == "auto":
