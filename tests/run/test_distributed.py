@@ -63,6 +63,7 @@ def assert_same(found, expected):
     assert found.meta["solver"]["solver"] == expected.meta["solver"]["solver"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("way", "method", "count"), [
     *((way, "img_wise", 2 + k % 2) for k, way in enumerate(WAYS)), ("cg", "all_grad_then_test", 3),
     ("lissa", "all_grad_then_test", 2),
@@ -88,6 +89,7 @@ def test_more_processes_than_test_samples(tmp_path):
     assert_same(several, one)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path, method, monkeypatch):
     expected = run(tmp_path / "never stopped", method=method)
