@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from .data.batch import Batch, as_batch
-from .data.samples import Samples
 from .member import Member
 from .model.gradients import gradient
 from .model.local import Outputs
@@ -161,13 +160,7 @@ def _batches(
 ) -> Iterable[Batch]:
     """Test samples, as many at a time as the memory holds derivatives of."""
     if hasattr(tests, "dataset"):
-        samples = Samples(
-            tests,
-            device=member.objective.device,
-            name="test_loader",
-            progress=member.config.progress,
-        )
-        member.check(samples, range(samples.n))
+        samples = member.checked(tests)
         return samples.ordered(member.problem.gradient_batch)
     return [as_batch(tests, name="test batch").to(member.objective.device)]
 

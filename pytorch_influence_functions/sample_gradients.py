@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .config import Config
 from .data.batch import UNCUT, Batch, as_batch
@@ -56,13 +57,7 @@ class SampleGradients:
     def test_gradients(self, tests: Any) -> tuple[int, Iterator[Tensor]]:
         """How many test samples a batch or loader has, and their loss gradients, a group at a time."""
         if hasattr(tests, "dataset"):
-            samples = Samples(
-                tests,
-                device=self.objective.device,
-                name="test_loader",
-                progress=self.config.progress,
-            )
-            self.check(samples, range(samples.n))
+            samples = self.checked(tests)
             groups = split(range(samples.n), self.group_size)
             return samples.n, (
                 self.gradients_of(samples, indices) for indices in groups
@@ -75,6 +70,17 @@ class SampleGradients:
             self.gradients(part, "test batch")
             for part in parts_of(batch, self.group_size)
         )
+
+    def checked(self, loader: DataLoader[Any]) -> Samples:
+        """The samples of a test loader, all of them looked at; errors as of `check`."""
+        samples = Samples(
+            loader,
+            device=self.objective.device,
+            name="test_loader",
+            progress=self.config.progress,
+        )
+        self.check(samples, range(samples.n))
+        return samples
 
     def check(self, tests: Samples, indices: Sequence[int]) -> list[Any]:
         """The labels of these samples, as they are read in one pass of their losses, before any long work.

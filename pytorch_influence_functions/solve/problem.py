@@ -140,11 +140,11 @@ class Problem:
 
     @property
     def affordable_shifts(self) -> int:
-        """How many shifts the work and the memory allow, at most `SHIFTS`; 0 where these are too few to pay."""
-        work = SMOOTHING_WORK / self.product_work
-        memory = self.budget.held_ways / (8 * self.row)
-        count = 2 * int(min(SHIFTS, work, 2 * memory) // 2)
-        enough = self.samples.n >= HALVED and count >= FEWEST_SHIFTS
+        """How many shifts the work allows, at most `SHIFTS`; 0 where they are too few to pay, or do not fit the memory."""
+        count = 2 * int(min(SHIFTS, SMOOTHING_WORK / self.product_work) // 2)
+        # all of them or none, so that free memory decides of the way and never of how many
+        fit = count // 2 * 8 * self.row <= self.budget.held_ways
+        enough = self.samples.n >= HALVED and count >= FEWEST_SHIFTS and fit
         return count if enough else 0
 
     def instead_of_hessian(self, reason: str) -> Problem:
