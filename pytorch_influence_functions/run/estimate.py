@@ -198,21 +198,16 @@ def _measured(
     sizes = _pilot_sizes(n)
     few = (max(1, min(G, MOST_TESTS) // 4), min(G, MOST_TESTS))
     late = _warm_up(whole, model, loader, tests, indices[:1])
-    set_ups, groups, stored = [], [], []
+    found = []
     for size in sizes:
         pilot = Pilot(whole, model, loader, size)
-        set_up = pilot.set_up()
-        first = pilot.group(tests, indices[: few[0]], K)
-        groups.append([pilot.group(tests, indices[:k], K) for k in few])
-        # what the first group does for all of them belongs to the set-up
-        set_ups.append(set_up.plus(first.beyond(groups[-1][0])))
-        if whole.config.calc_method == "all_grad_then_test":
-            stored.append(pilot.gradients())
+        found.append(_run(pilot, tests, indices, few))
+    set_ups, groups, stored = zip(*found, strict=True)
     writing = _writing(whole, K)
     grown = _grown(whole, pilot, few[1], G, K)
     power = 2 if _is_quadratic(whole) else 1
     ready = _at(set_ups, sizes, n, power)
-    reads = _at(stored, sizes, n) if stored else Measured(0.0, 0)
+    reads = _at(stored, sizes, n)
     group = [_at(pair, sizes, n) for pair in zip(*groups, strict=True)]
     full = _at(group, few, G)
     rest = _at(group, few, K % G) if K % G else Measured(0.0, 0)
@@ -226,6 +221,20 @@ def _measured(
         )
         / n,
     }
+
+
+def _run(
+    pilot: Pilot, tests: Samples, indices: Sequence[int], few: Sequence[int]
+) -> tuple[Measured, list[Measured], Measured]:
+    """The set-up, groups of each of these sizes, and the gradients that the second mode stores."""
+    K, config = len(indices), pilot.member.config
+    set_up = pilot.set_up()
+    first = pilot.group(tests, indices[: few[0]], K)
+    groups = [pilot.group(tests, indices[:k], K) for k in few]
+    # what the first group does for all of them belongs to the set-up
+    ready = set_up.plus(first.beyond(groups[0]))
+    stores = config.calc_method == "all_grad_then_test"
+    return ready, groups, pilot.gradients() if stores else Measured(0.0, 0)
 
 
 def _pilot_sizes(n: int) -> tuple[int, int]:

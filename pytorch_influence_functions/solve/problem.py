@@ -140,7 +140,7 @@ class Problem:
 
     @property
     def affordable_shifts(self) -> int:
-        """How many shifts the work allows, at most `SHIFTS`; 0 where they are too few to pay, or do not fit the memory."""
+        """How many shifts the work allows, at most `SHIFTS`; 0 where they are too few to pay or do not fit memory."""
         count = 2 * int(min(SHIFTS, SMOOTHING_WORK / self.product_work) // 2)
         # all of them or none, so that free memory decides of the way and never of how many
         fit = count // 2 * 8 * self.row <= self.budget.held_ways
