@@ -58,7 +58,7 @@ kills:
 
 # A hundred calls and constructions in one process, also with exceptions and Ctrl-C: no memory, file or process is left.
 left-behind:
-	CALLS=100 python -m pytest -q tests/test_left_behind.py
+	CALLS=100 python -m pytest -q -m 'long or not long' tests/test_left_behind.py
 
 # The suite under python -O, shuffled, with warnings as errors, in float64, from a read-only folder, with NumPy 1.26.
 conditions:

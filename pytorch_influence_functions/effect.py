@@ -21,7 +21,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 TestLoss = Callable[[nn.Module, Any], Tensor]
 SHARE = 0.3
 """Of the error in the change's root mean square over the tests, in the change itself, and in what the joint step adds
-to the first order. Set on 24 sets of 0.5 to 5 % of 500 digits and an MLP, where twice the error covered 91 to 97 % of the
+to the first order. Set on 24 sets of 0.5 to 5 % of 500 digits and an MLP: twice the error covered 91 to 97 % of the
 changes by same-seed retraining; on another such network (`benchmarks/effects.py`) it covers 85 % where sets are
 removed, 92 % relabelled and 86 % at triple weight."""
 

@@ -102,6 +102,7 @@ def images():
     return [{"pixel_values": pixels[i], "labels": torch.tensor(i % 3)} for i in range(N)]
 
 
+LONGER = [pytest.param(solver, marks=pytest.mark.long) for solver in ("cg", "exact", "ekfac")]
 MODELS = {
     "llama": (llama, lambda: text("next")),
     "t5": (t5, lambda: text("other")),
@@ -160,7 +161,9 @@ class Truth:
         return torch.block_diag(*blocks)
 
 
-@pytest.mark.parametrize("solver", ["cg", "exact", "auto", pytest.param("ekfac", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "solver", ["auto", *(pytest.param(s, marks=pytest.mark.long) for s in ("cg", "exact", "ekfac"))]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_scores(name, solver):
     reference, (model, data) = Truth(name), built(name)

@@ -246,6 +246,7 @@ def interruptible():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("interruptible")
 def test_many_calls_and_constructions_leave_nothing(temporary, tmp_path):
     """`make left-behind` has a hundred of each: no growth of memory beyond 5 % after the first ten."""

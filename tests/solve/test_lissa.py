@@ -289,7 +289,7 @@ def test_shuffling_changes_nothing():
     assert not torch.equal(found[0], other)
 
 
-@pytest.mark.parametrize("factors", [None, "ekfac"])
+@pytest.mark.parametrize("factors", [None, pytest.param("ekfac", marks=pytest.mark.long)])
 @pytest.mark.parametrize("tolerance", [None, 0.003])
 def test_a_row_is_the_same_in_any_group(factors, tolerance, monkeypatch):
     """Also where the scale of some is raised on the way: every row has its own."""
