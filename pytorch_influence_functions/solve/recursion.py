@@ -159,8 +159,7 @@ class Recursion:
             size = float((self.rows.h.norm(dim=1) / self.rows.scale).max())
             raise NegativeCurvatureError(
                 f"LiSSA diverged at step {j} (norm of s {size:.3g}, {self._state(mask)}), where the curvature is "
-                f"{lowest:.3g}, below -lambda: set config['curvature'] = 'ggn', or config['damping'] to at least "
-                f"{1.5 * abs(lowest):.3g}"
+                f"{lowest:.3g}, below -lambda"
             )
         return along
 
