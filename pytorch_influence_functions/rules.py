@@ -45,9 +45,9 @@ def is_path(value: Any) -> bool:
     )
 
 
-def are_names(value: Any) -> bool:
-    """A name, or a sequence of some."""
-    if isinstance(value, str):
+def are_chosen(value: Any) -> bool:
+    """A name, a sequence of some, or a predicate."""
+    if isinstance(value, str) or is_function(value):
         return True
     return (
         isinstance(value, Sequence)

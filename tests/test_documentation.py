@@ -139,6 +139,7 @@ def test_find_mislabelled_runs(monkeypatch, capsys):
     assert "accuracy rises by" in capsys.readouterr().out
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_text_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")

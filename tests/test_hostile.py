@@ -38,6 +38,7 @@ from torch.utils.data import (
 )
 
 from cases import dense_gauss_newton, slow_gradients
+from marks import briefly_but
 
 N, OPTIONS = 12, {"progress": False, "damping": 0.5, "solver": "cg", "tolerance": 1e-6}
 RANDOM = torch.Generator().manual_seed(0)
@@ -677,7 +678,7 @@ PRECISIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("name", briefly_but(PRECISIONS, [name for name in PRECISIONS if "lissa" in name]))
 def test_a_loss_in_double_precision_over_a_model_in_single(name):
     make, solver = PRECISIONS[name]
     found = []

@@ -112,7 +112,9 @@ def truth(name):
 READ = [(solver, way) for solver in SOLVERS for way in ("loss", "attribute")] + [("cg", "key"), ("cg", "position")]
 
 
-@pytest.mark.parametrize(("solver", "way"), READ)
+@pytest.mark.parametrize(
+    ("solver", "way"), [pytest.param(*read, marks=pytest.mark.long) if "lissa" in read else read for read in READ]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_scores(name, solver, way):
     reference, model = truth(name), MODELS[name][0]()

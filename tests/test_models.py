@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+from marks import briefly, pairs
 from zoo import KINDS as PLAIN
 from zoo import N
 from zoo_networks import NETWORKS
@@ -19,9 +20,8 @@ pytestmark = pytest.mark.usefixtures("double")
 KINDS = {**PLAIN, **NETWORKS}
 SHORT = ("encoder with padding", "vision transformer", "experts", "lstm cell", "forces", "lists of samples")
 """Of the networks those that README's test command has time for."""
-NAMES = [
-    pytest.param(name, marks=pytest.mark.long) if name in NETWORKS and name not in SHORT else name for name in KINDS
-]
+BRIEF = [name for name in KINDS if name not in NETWORKS or name in SHORT]
+NAMES = briefly(KINDS, BRIEF)
 SOLVERS = ("lissa", "cg", "exact", "ekfac", "auto")
 DRIVEN = ("classes", "squeezed binary", "dict", "penalty", "triplet", "time first", "packed", "graphs", "records")
 
@@ -156,8 +156,11 @@ def options(solver, reference):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "solver"),
+    # some hundred steps of LiSSA take as long as all other solvers
+    pairs(KINDS, SOLVERS, lambda name, solver: name not in (DRIVEN if solver == "lissa" else BRIEF)),
+)
 def test_scores(name, solver):
     reference = truth(name)
     kind, model = reference.kind, reference.model()

@@ -388,7 +388,7 @@ KINDS = {
         1e-6,
     ),
     "one vector that does not fit": Remedy(
-        r"config\['max_memory'\]: one vector of the 42,000 parameters.*give at least \d+, or fewer config\['parameters'\]",
+        r"config\['max_memory'\]: one vector of the 42,000 .*give at least \d+, or fewer config\['parameters'\]",
         lambda: of_large(max_memory=LITTLE),
         {"what it asks for": lambda: of_large(max_memory=int(enough()), solver="cg", parameters="2.*").scores((X, T)),
          "fewer parameters": lambda: of_large(max_memory=enough(), solver="cg", parameters="2.*").scores((X, T))},
@@ -492,7 +492,7 @@ KINDS = {
         lambda: truth(mlp(), parameters=r"2\.weight"),
     ),
     "a module without forward": Remedy(
-        r"a ModuleList has no forward; pass a module that can be called, e\.g\. nn\.Sequential, or a config\['model_loss'\]",
+        r"a ModuleList has no forward; pass .*can be called, e\.g\. nn\.Sequential, or a config\['model_loss'\]",
         lambda: influence(modules()),
         {"nn.Sequential": lambda: scores(nn.Sequential(*modules()), curvature="ggn"),
          "a model_loss that calls its parts": lambda: scores(modules(), model_loss=through, curvature="ggn")},

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .parameters import select_parameters, unwrapped, widest
+from .parameters import Chosen, select_parameters, unwrapped, widest
 from .state import attributes, forgotten
 from .swap import LOCK, differentiable, find_slots, swapped
 
@@ -28,7 +28,8 @@ class Parametrised:
 
     Args:
         model: the trained model.
-        parameters: names or patterns of the parameters to differentiate; None is all with `requires_grad`.
+        parameters: names or patterns of the parameters to differentiate, or a predicate; None is all with
+            `requires_grad`.
         device: where to compute; None is where the model is.
 
     Attributes:
@@ -45,7 +46,7 @@ class Parametrised:
     def __init__(
         self,
         model: nn.Module,
-        parameters: str | Sequence[str] | None,
+        parameters: Chosen,
         device: torch.device | None,
     ) -> None:
         self.model = unwrapped(model)
@@ -57,7 +58,7 @@ class Parametrised:
 
     def _take_parameters(
         self,
-        parameters: str | Sequence[str] | None,
+        parameters: Chosen,
         device: torch.device | None,
     ) -> None:
         """Copy the chosen parameters into theta, and keep the others and the buffers."""

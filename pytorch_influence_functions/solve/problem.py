@@ -23,6 +23,7 @@ from ..model.gradients import activation_bytes, per_sample_gradients, reuse
 from ..model.lanczos import extreme_eigenvalues
 from ..model.linear import INSIDE
 from ..model.objective import Objective
+from ..model.parameters import coverage
 from ..model.probe import probe
 from ..utils import random_state, warn
 from .errors import (
@@ -275,6 +276,7 @@ def make_problem(
         parameters=config.parameters,
         device=device,
     )
+    logger.info("influence of %s", coverage(objective.model, objective.names))
     budget = Budget.of(config.max_memory, device)
     budget.require(objective.P, objective.theta.nbytes)
     with random_state(config.seed), objective.active():
