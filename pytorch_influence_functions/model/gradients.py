@@ -253,9 +253,8 @@ def _cost(objective: Objective, batch: Batch) -> tuple[float, int]:
         def pack(t: Tensor) -> Tensor:
             if t.untyped_storage().data_ptr() not in given:
                 kept[t.data_ptr()] = t.nbytes
-            return (
-                t.detach()
-            )  # the tensor itself would keep its own graph alive
+            # the tensor itself would keep its own graph alive
+            return t.detach()
 
         counter = FlopCounterMode(display=False)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):

@@ -51,9 +51,8 @@ class Parametrised:
     ) -> None:
         self.model = unwrapped(model)
         self.cast: torch.dtype | None = None
-        with (
-            LOCK
-        ):  # another thread may have its own parameters in the model's places
+        # another thread may have its own parameters in the model's places
+        with LOCK:
             self._take_parameters(parameters, device)
 
     def _take_parameters(

@@ -106,9 +106,8 @@ def iterate(
         DivergenceError: a product is not finite.
     """
     size = torch.frexp(v.abs().amax(1, keepdim=True))[1]
-    v = torch.ldexp(
-        v, -size
-    )  # by a power of two, without rounding, so that squares of small numbers stay numbers
+    # by a power of two, without rounding, so that squares of small numbers stay numbers
+    v = torch.ldexp(v, -size)
     solved, rest = torch.zeros_like(v), torch.zeros_like(v)
     steps = torch.zeros(len(v), dtype=torch.long)
     goal = tolerance * v.norm(dim=1)

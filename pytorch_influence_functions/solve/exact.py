@@ -77,9 +77,8 @@ def dense_form(problem: Problem) -> tuple[int, float]:
     if rows is None or rows >= P:
         matrices = 3 * P**2  # H, its damped copy, its factor
         return P, double * matrices
-    return rows, double * (
-        2 * rows**2 + rows * P
-    )  # A, its products and their factor
+    # A, its products and their factor
+    return rows, double * (2 * rows**2 + rows * P)
 
 
 Inverse = Callable[[Tensor], tuple[Tensor, Tensor]]

@@ -248,9 +248,8 @@ class Recursion:
         """How many training samples a check at step j reads."""
         n, batch_size = self.system.samples.n, self.system.samples.batch_size
         read = j * batch_size
-        if (
-            2 * n <= EXACT_COST * read
-        ):  # for the last iterate and for the average
+        # for the last iterate and for the average
+        if 2 * n <= EXACT_COST * read:
             return n
         least = (
             LEAST_CHECKED
@@ -279,9 +278,8 @@ class Recursion:
             self.config.tolerance or -math.inf
         )
         known = residual.stderr < 0.2 * residual.relative
-        forgotten = (
-            j * self.system.damping > 2 * rows.scale
-        )  # the start has fallen by e^-2
+        # the start has fallen by e^-2
+        forgotten = j * self.system.damping > 2 * rows.scale
         settled = known & forgotten & ~grown
         rows.stalls = torch.where(gained, 0, rows.stalls + settled)
         stalled = (rows.stalls >= 2) & self.auto
