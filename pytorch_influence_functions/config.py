@@ -162,8 +162,7 @@ class Config:
     ))
     parameters: str | Sequence[str] | Callable[..., bool] | None = field(default=None, metadata=row(
         TEXT, either(None, are_chosen), "a name or pattern, a list of them, (name, parameter) -> bool, or None",
-        'names or patterns (`"fc*"`) of the parameters to use, or a predicate (name, parameter) -> bool; None is all '
-        "with `requires_grad`.",
+        'names or patterns (`"fc*"`) of the parameters to use, or a predicate; None is all with `requires_grad`.',
     ))
     smoothing: int | str | None = field(default=None, metadata=row(
         NUMBER, either(None, either("auto", is_even)),

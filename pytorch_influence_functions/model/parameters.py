@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 
@@ -109,6 +109,26 @@ def coverage(model: nn.Module, names: Collection[str]) -> str:
 
 def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def embeddings(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    """The model's tables of vectors."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    ]
+
+
+def as_looked_up(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Tables with a `max_norm` as a lookup leaves the rows that it reads: those above the norm shortened to it."""
+    return {
+        table.weight: torch.renorm(
+            table.weight.detach(), table.norm_type, 0, table.max_norm
+        )
+        for table in embeddings(model)
+        if table.max_norm is not None
+    }
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
