@@ -190,6 +190,7 @@ def test_under_a_launcher_every_process_returns_the_result(tmp_path):
         assert harmful == one.harmful
 
 
+@pytest.mark.long
 def test_under_a_launcher_a_failure_ends_all(tmp_path):
     done = launched(tmp_path, "fails")
     assert done.returncode != 0

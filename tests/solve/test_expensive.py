@@ -172,6 +172,7 @@ def test_the_choice_of_the_damping_inverts_few_rows(expensive, monkeypatch):
     assert 1 <= rows[0] < 10
 
 
+@pytest.mark.long
 def test_draws_are_right_in_the_mean(expensive, monkeypatch):
     """Of EKFAC's eigenvalues, the squared gradients in one and the same basis."""
     monkeypatch.setattr(positions, "LEAST_POSITIONS", 1000)  # all: the basis is off by the draws of the outputs only
@@ -226,6 +227,7 @@ def test_sums_of_gradients_by_sample_are_those_of_weighted_losses(monkeypatch):
         assert_close(result, weights.to(rows) @ rows / N)
 
 
+@pytest.mark.long
 def test_losses_of_outputs_are_those_of_the_whole_in_double(expensive):
     """In single precision, changes of samples that are fitted well keep their digits."""
     torch.set_default_dtype(torch.float32)

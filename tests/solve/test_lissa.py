@@ -101,6 +101,7 @@ def test_error_falls_with_depth():
     assert errors[2] < 0.7 * errors[1]  # 0.45: the root of 5
 
 
+@pytest.mark.long
 def test_error_falls_with_the_root_of_r():
     once, often = mean_error(134, 1), mean_error(134, 4)
     assert 1.5 < once / often < 2.7  # 2 by statistics

@@ -171,7 +171,7 @@ def truth(kind):
     return whole[:3], whole.diagonal()
 
 
-@pytest.mark.parametrize("solver", briefly_but(SOLVERS, ["lissa"]))
+@pytest.mark.parametrize("solver", briefly_but(SOLVERS, ["lissa", "exact"]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_solver_gives_what_single_samples_give(kind, solver):
     (together, tests), (single, _) = ready(kind, 4, solver), ready(kind, 1, solver)
