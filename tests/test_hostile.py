@@ -856,6 +856,7 @@ def test_conjugate_gradients_meet_a_curvature_of_zero():
     assert steps == 2
 
 
+@pytest.mark.usefixtures("single")
 def test_conjugate_gradients_meet_a_curvature_that_is_zero_up_to_rounding():
     assert bool(conjugate([1.0, -1e-9], [1.0, 1.0])[0].isfinite().all())
 

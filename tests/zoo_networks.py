@@ -481,11 +481,48 @@ class Unpooled(nn.Module):
         return self.out(self.back(*self.pool(self.convolution(x))).flatten(1))
 
 
+class Words(nn.Module):
+    """A sparse matrix of counts, and a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("neighbours", (torch.eye(4) + torch.diag(torch.ones(3), 1)).to_sparse())
+
+    def forward(self, x):
+        spread = torch.sparse.mm(self.neighbours, x.to_dense().T).T
+        return self.net[2](torch.sparse.mm(x, self.net[0].weight.T).tanh()) + self.net[0](spread)
+
+
+def sparse(layout):
+    def collate(samples):
+        return torch.stack([x for x, _ in samples]).to_sparse(layout=layout), torch.stack([t for _, t in samples])
+
+    return collate
+
+
+def of_lengths(samples):
+    """A nested tensor."""
+    return torch.nested.nested_tensor([x for x, _ in samples]), torch.stack([t for _, t in samples])
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return torch.stack([self.net(one).mean(0) for one in x.unbind()])
+
+
 def pairs_of_tokens():
     return [(torch.randint(0, 5, (3,)), torch.randint(0, 5, (4,))) for _ in range(N)]
 
 
 NETWORKS: dict[str, Kind] = {
+    "sparse rows": simple(Words, collate=sparse(torch.sparse_coo)),
+    "sparse columns": simple(Words, collate=sparse(torch.sparse_csr)),
+    "nested lengths": simple(Mean, ragged, collate=of_lengths),
     "complex weights": simple(Spectral),
     "prototypes": simple(Prototypes),
     "translator": called(

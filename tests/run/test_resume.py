@@ -164,7 +164,8 @@ SCRIPT = """
 import sys
 sys.path[:0] = {folders!r}
 from pytorch_influence_functions.solve.problem import Problem
-import test_resume
+import torch, test_resume
+torch.set_default_dtype({dtype})
 Problem.group_size = lambda *_: 3
 Problem.gradient_batch = 8
 print("begins", flush=True)
@@ -174,7 +175,8 @@ test_resume.run(sys.argv[1], test_resume.WAYS[sys.argv[2]], sys.argv[3])
 
 def start(folder, way, method):
     """A process that runs, when it has imported everything."""
-    script = SCRIPT.format(folders=[str(folder) for folder in Path(__file__).parents[:2]])
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]
+    script = SCRIPT.format(folders=folders, dtype=torch.get_default_dtype())
     command = [sys.executable, "-W", "ignore", "-c", script, str(folder), way, method]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ)
     process.stdout.readline()
