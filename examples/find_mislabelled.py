@@ -3,7 +3,7 @@
 For several seeds it prints how many labels are wrong, how many are said to be, how many are dropped, what share of
 these is right all the same, and the test accuracy of the model before and after. Dropped is what is flagged, or with
 --drop this share of the training set from the top of the list: a network that has learned wrong labels by heart flags
-none of them, but has them on top.
+none of them, but has them on top. --by label_issues asks what the model would say of each sample without it.
 Run it from the repository's root: python examples/find_mislabelled.py
 or, by heart and on most of the digits:
 python examples/find_mislabelled.py --samples 1400 --epochs 100 --decay 0 --drop 0.1
@@ -55,24 +55,42 @@ def accuracy(model, test):
     return float((model(x).argmax(1) == y).float().mean())
 
 
+def flagged(model, loader, share):
+    """What `find_mislabelled` flags, or this share of its list; and how many it says are wrong."""
+    suspects = ptif.find_mislabelled(
+        model, loader, solver="ekfac", damping=0.1, progress=False
+    )
+    if share is None:
+        return suspects.flagged, suspects.expected
+    return suspects.index[: round(share * len(suspects))], suspects.expected
+
+
+def issues(model, loader, share):
+    """What `label_issues` takes for wrong, or this share of what it doubts most; and how many these are."""
+    table = ptif.label_issues(model, loader, progress=False)
+    found = np.flatnonzero(table["is_label_issue"])
+    if share is None:
+        return found, len(found)
+    order = np.argsort(np.asarray(table["label_score"]), kind="stable")
+    return order[: round(share * len(order))], len(found)
+
+
+WAYS = {"find_mislabelled": flagged, "label_issues": issues}
+
+
 def one_seed(seed, options):
     dataset, test, wrong = load(seed, options.samples, options.flipped)
     loader = DataLoader(dataset, batch_size=50, shuffle=True)
     model = train(loader, seed, options.epochs, options.decay)
 
-    suspects = ptif.find_mislabelled(
-        model, loader, solver="ekfac", damping=0.1, progress=False
-    )
-    dropped = suspects.flagged
-    if options.drop is not None:
-        dropped = suspects.index[: round(options.drop * len(dataset))]
+    dropped, said = WAYS[options.by](model, loader, options.drop)
     cleaned = ptif.influential_subset(loader, drop=dropped)
 
     again = train(cleaned, seed, options.epochs, options.decay)
     right = 1 - np.isin(dropped, wrong).mean()
     before, after = accuracy(model, test), accuracy(again, test)
     print(
-        f"{seed:4d}{len(wrong):8d}{suspects.expected:8.0f}{len(dropped):9d}{right:8.0%}"
+        f"{seed:4d}{len(wrong):8d}{said:8.0f}{len(dropped):9d}{right:8.0%}"
         f"{before:10.1%}{after:8.1%}"
     )
     return after - before
@@ -90,6 +108,7 @@ def main():
     parser.add_argument(
         "--drop", type=float, help="a share; without it what is flagged"
     )
+    parser.add_argument("--by", choices=WAYS, default="find_mislabelled")
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     print(
