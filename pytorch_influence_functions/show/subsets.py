@@ -124,7 +124,7 @@ def _like(
     subset = Subset(loader.dataset, kept.tolist())
     return DataLoader(
         subset,
-        batch_size=loader.batch_size or _batch_size(loader),
+        batch_size=_batch_size(loader),
         sampler=_sampler(loader, subset, kept),
         drop_last=_drop_last(loader),
         collate_fn=loader.collate_fn,

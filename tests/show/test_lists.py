@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
 import torch
+from pytorch_influence_functions.show.groups import groups_of
 from test_results import made
 from torch.utils.data import (
     BatchSampler,
@@ -33,6 +34,7 @@ def left(loader):
         ({"keep": 0.5}, np.argsort(-MEAN)[:3]),
         ({"drop": 2}, np.argsort(MEAN)[2:]),
         ({"drop": 0.5}, np.argsort(MEAN)[3:]),
+        ({"drop": 0.3}, np.argsort(MEAN)[2:]),  # 1.8 samples, rounded
         ({"drop": 0}, range(N)),
         ({"drop": 0.0}, range(N)),
         ({"keep": [4, 1]}, [1, 4]),
@@ -73,6 +75,7 @@ def test_samplers():
     batches = DataLoader(DATA, batch_sampler=BatchSampler(RandomSampler(DATA), 3, drop_last=True))
     part = ptif.influential_subset(batches, RESULT, drop=[0])
     assert [len(x) for x, _ in part] == [3]
+    assert isinstance(part.sampler, RandomSampler)
 
     class Own(Sampler):
         def __iter__(self):
@@ -118,8 +121,8 @@ def test_a_number_needs_the_result_of_this_training_set():
 # ---- groups
 
 
-def test_groups_are_sums():
-    names = ["web", "web", "book", "web", "book", "scan"]
+@pytest.mark.parametrize("names", [["web", "web", "book", "web", "book", "scan"], [0, 1, 0, 1, 2, 2]])
+def test_groups_are_sums(names):
     groups = RESULT.harmful_groups(names)
     for place, name in enumerate(groups.group):
         mine = SCORES[:, [i for i in range(N) if names[i] == name]].astype(float)
@@ -131,9 +134,20 @@ def test_groups_are_sums():
         np.testing.assert_allclose(groups.matrix[place], [by_label[0], by_label[1]])
         assert groups.worst[place] == min(by_label, key=by_label.get)
     assert (np.diff(groups.harm) >= 0).all()
-    assert set(groups.group) == {"web", "book", "scan"}
+    assert set(groups.group) == set(names)
     assert groups.test_labels == [0, 1]
     json.dumps(groups.rows())
+
+
+def test_order_of_groups_and_labels():
+    """Ties keep the order in which groups come first; labels that are numbers go by size, names by their coming."""
+    helpful = np.ones((3, 40))
+    many = groups_of(helpful, [2, 0, 1], [f"g{i}" for i in range(40)])
+    assert many.group == [f"g{i}" for i in range(40)]
+    assert many.test_labels == [0, 1, 2]
+    named = groups_of(helpful, ["b", "a", "b"], [["x"]] * 20 + [[1, 2]] * 20)
+    assert named.test_labels == ["b", "a"]
+    assert named.group == ["x", "[1, 2]"]
 
 
 def test_labels_are_the_groups():
@@ -146,3 +160,5 @@ def test_labels_are_the_groups():
         made()[0].harmful_groups()
     with pytest.raises(ValueError, match="each of the 6 training samples, got 2"):
         result.harmful_groups(["a", "b"])
+    with pytest.raises(ValueError, match="each of the 6 training samples, got 7"):
+        result.harmful_groups(["a"] * 7)
