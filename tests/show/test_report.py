@@ -13,6 +13,7 @@ from pytorch_influence_functions.show.entries import entry
 from pytorch_influence_functions.show.facts import facts, warnings_of
 from pytorch_influence_functions.show.gallery import Gallery
 from pytorch_influence_functions.show.images import Look
+from pytorch_influence_functions.show.report import _part, _warnings, in_script
 from sklearn.datasets import load_digits
 from test_results import made
 from torch.utils.data import TensorDataset
@@ -106,6 +107,22 @@ def test_every_sample_shown_has_its_picture(tmp_path):
     assert data["texts"] == {"train": {}, "test": {}}
 
 
+def test_pictures_go_to_what_is_shown_most(tmp_path):
+    """Each sample that a table shows has its label, one that is helpful alone too; pictures are those of the first."""
+    result, scores = images(tests=5, n=1200)
+    scores[:, 700] = 9
+    for k, one in enumerate(result.influences.values()):
+        one["influence"] = scores[k].tolist()
+    page = Page(result.to_html(tmp_path / "page.html", k=1, megabytes=0.003))
+    helpful = {str(row.argmax()) for row in scores}
+    assert helpful == {"700"}
+    assert "700" not in map(str, page.column("Harmful training samples", "Training sample"))
+    assert helpful <= set(page.data["labels"]["train"])
+    shown = page.data["images"]["train"]
+    assert next(iter(shown)) == "700"
+    assert len(shown) < len(page.data["labels"]["train"])
+
+
 def test_harmful_samples_where_no_labels_are_judged(tmp_path):
     result, scores = images()
     page = Page(result.to_html(tmp_path / "page.html", k=1, classes=["cat", "dog", "cow"]))
@@ -166,10 +183,13 @@ def test_user_text_is_text(tmp_path):
     assert page.source.count("<!--") == 0
 
 
+def test_what_is_escaped():
+    assert in_script('"<b>&"') == '"\\u003cb\\u003e\\u0026"'
+    assert "<script>" not in _warnings([EVIL])
+
+
 def test_the_script_makes_no_html():
     """It adds text nodes only."""
-    from pytorch_influence_functions.show.report import _part
-
     script = _part("page.js")
     for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "fetch(", "XMLHttp", "import("):
         assert word not in script
@@ -245,6 +265,8 @@ def test_without_data_sets(tmp_path):
     ("options", "error", "message"),
     [
         ({"k": 0}, ValueError, "k: expected a whole"),
+        ({"k": True}, ValueError, "k: expected a whole"),
+        ({"train_set": [(torch.zeros(1), 0)] * 7}, ValueError, "of 6 training samples, and it has 7"),
         ({"layout": "CWH"}, ValueError, "layout"),
         ({"x": 1}, TypeError, "x"),
     ],
@@ -254,7 +276,21 @@ def test_bad_input(options, error, message, tmp_path):
         images()[0].to_html(tmp_path / "page.html", **options)
 
 
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert images()[0].to_html("~/page.html", near=False) == tmp_path / "page.html"
+
+
 # ---- duplicates
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_duplicates_are_looked_for_where_wanted(near, tmp_path):
+    result, _ = images()
+    x = torch.rand(13, 1, 8, 8)
+    sets = TensorDataset(x[7:], torch.zeros(6)), TensorDataset(x, torch.zeros(13))
+    table = Page(result.to_html(tmp_path / "page.html", *sets, near=near)).tables["Duplicates across train and test"]
+    assert [row[:2] for row in table["rows"]] == ([[10, 3], [11, 4], [12, 5]] if near else [])
 
 
 def test_duplicates_of_images():
