@@ -210,6 +210,42 @@ def test_find_mislabelled_runs(monkeypatch, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize(
+    ("name", "arguments", "said"),
+    [
+        ("digits", "--outdir results --figure figure.png", "of the first 100 are wrong labels"),
+        ("flipped_labels", "--seeds 1 --out figure.png", "self-influence by ekfac costs"),
+        ("leave_one_out", "--num 4 --solvers exact --cnn-steps 5 --out figure.png", "logistic regression, exact"),
+        ("damping", "--halves 8 --seeds 1 --out figure.png", "chosen by"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_examples_run(name, arguments, said, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    run_example(name, arguments.split(), monkeypatch)
+    assert said in capsys.readouterr().out
+    assert Path("figure.png").stat().st_size > 1e4
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_cifar_runs_on_made_up_images(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    run_example("train_influence_functions", ["--fake", "--epochs", "1"], monkeypatch)
+    run_example("test_influence_functions", ["--fake", "--depth", "20"], monkeypatch)
+    assert capsys.readouterr().out.count("helpful [") == 10
+    assert Path("outdir/cifar10/influences.png").exists()
+
+
+def test_every_example_is_run():
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert all(re.search(rf'"{path.stem}"', text) for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.mark.long
 def test_beyond_the_loss_runs(tmp_path, monkeypatch, capsys):
     """What it shows: by heart and planted, the loss finds a third or less where influence finds most."""
     pytest.importorskip("matplotlib")
