@@ -110,12 +110,12 @@ def test_every_sample_shown_has_its_picture(tmp_path):
 def test_pictures_go_to_what_is_shown_most(tmp_path):
     """Each sample that a table shows has its label, one that is helpful alone too; pictures are those of the first."""
     result, scores = images(tests=5, n=1200)
-    scores[:, 700] = 9
+    scores[1:, 700] = scores[0, 5] = 9
     for k, one in enumerate(result.influences.values()):
         one["influence"] = scores[k].tolist()
     page = Page(result.to_html(tmp_path / "page.html", k=1, megabytes=0.003))
     helpful = {str(row.argmax()) for row in scores}
-    assert helpful == {"700"}
+    assert helpful == {"5", "700"}
     assert "700" not in map(str, page.column("Harmful training samples", "Training sample"))
     assert helpful <= set(page.data["labels"]["train"])
     shown = page.data["images"]["train"]
