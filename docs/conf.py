@@ -10,6 +10,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["README.md", "_build"]  # index.rst holds README.md
 html_theme = "furo"
 html_title = project
+html_show_copyright = False
 myst_heading_anchors = 3  # links to headings, as on GitHub
 
 default_role = "py:obj"  # `name` in a docstring is a link where it is known
