@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.show.duplicates import duplicates
+from pytorch_influence_functions.show import page_tables
+from pytorch_influence_functions.show.duplicates import Duplicate, duplicates
 from pytorch_influence_functions.show.entries import entry
 from pytorch_influence_functions.show.facts import facts, warnings_of
 from pytorch_influence_functions.show.gallery import Gallery
+from pytorch_influence_functions.show.groups import groups_of
 from pytorch_influence_functions.show.images import Look
 from pytorch_influence_functions.show.report import _part, _warnings, in_script
 from sklearn.datasets import load_digits
@@ -96,6 +98,9 @@ def test_standard_errors_are_beside_the_scores(tmp_path):
     index, _, error = page.column("Test samples", "Most helpful")[1][0]
     assert error == pytest.approx(result.influences["1"]["stderr"][index], rel=6e-3)
     assert any("Standard error" in text for text in page.text)
+    errors, scores = (np.array([one[name] for one in result.influences.values()]) for name in ("stderr", "influence"))
+    said = f"{np.median(errors):.2g} in the median; the scores themselves spread by {scores.std():.2g}"
+    assert dict(facts(result.influences, META))["Standard error"] == said
 
 
 def test_every_sample_shown_has_its_picture(tmp_path):
@@ -126,6 +131,7 @@ def test_pictures_go_to_what_is_shown_most(tmp_path):
 def test_harmful_samples_where_no_labels_are_judged(tmp_path):
     result, scores = images()
     page = Page(result.to_html(tmp_path / "page.html", k=1, classes=["cat", "dog", "cow"]))
+    assert page.column("Test samples", "Label") == ["cat", "dog", "cat"]
     title = "Harmful training samples"
     order = np.argsort(scores.astype(float).mean(0))
     assert page.column(title, "Training sample") == order.tolist()
@@ -141,15 +147,53 @@ def test_suspects(tmp_path):
     result, scores = images()
     p = np.array([0.9, 0.8, 0.1, 0.1, 0.0, 0.0])
     order = np.array([5, 3, 0, 1, 2, 4])
-    suspects = ptif.Mislabelled(order, [0] * 6, [1] * 6, [1] * 6, p, p, p, -p, p, 0.2, "self_influence")
+    suspects = ptif.Mislabelled(order, [0] * 6, [1] * 6, [1] * 6, p, 2 * p, 3 * p, -p, p, 0.2, "self_influence")
     page = Page(result.to_html(tmp_path / "page.html", suspects=suspects, classes=["a", "b", "c"]))
     assert page.column("Suspicious labels", "Training sample") == order.tolist()
     assert page.column("Suspicious labels", "Suggested") == ["b"] * 6
+    for name, values in (("Probability", p), ("Self-influence", p), ("Loss", 2 * p), ("Margin", -p)):
+        assert page.column("Suspicious labels", name) == values.tolist()
     np.testing.assert_allclose(
         page.column("Suspicious labels", "Mean influence"), scores.astype(float).mean(0)[order], rtol=6e-3
     )
     text = page.tables["Suspicious labels"]["text"]
     assert text.startswith("6 training samples by self-influence; about 2 labels are wrong; 2 are flagged")
+
+
+def test_suspects_of_what_is_no_classifier():
+    """No number is NaN, which JSON has not; a long list is cut."""
+    n, nothing = 600, np.full(600, np.nan)
+    some = np.arange(float(n))
+    suspects = ptif.Mislabelled(
+        np.arange(n), [0] * n, [None] * n, [None] * n, some, some, some, nothing, nothing, 0.1, "loss"
+    )
+    table = page_tables.suspects_table(suspects, some, Look())
+    assert len(table["rows"]) == 500
+    assert table["rows"][499] == [499, "0", None, None, 499, 499, None, 499]
+
+
+def test_whom_a_sample_harms_most():
+    entries = {str(k): {"label": label} for k, label in enumerate("abb")}
+    ends = {key: ([], [1]) for key in entries}
+    table = page_tables.harmful_table(entries, np.array([0.0, -1.0]), None, ends, Look())
+    assert table["rows"] == [[1, -1, 3, "b"], [0, 0, 0, None]]
+    assert table["choice"] is None
+
+
+@pytest.mark.parametrize("labels", [20, 21])
+def test_columns_of_many_test_labels(labels):
+    scores = np.arange(2.0 * labels).reshape(labels, 2) - 7
+    table = page_tables.groups_table(groups_of(scores, range(labels), ["x", "y"]), Look())
+    names = [column["name"] for column in table["columns"]]
+    assert names[6:] == ([f"on {k}" for k in range(20)] if labels == 20 else [])
+    assert all(column["largest"] == 7 for column in table["columns"][6:])
+    assert [len(row) for row in table["rows"]] == [len(names)] * 2
+    assert [row[3] / row[1] for row in table["rows"]] == pytest.approx([row[4] for row in table["rows"]], rel=0.01)
+
+
+def test_harm_is_over_the_size():
+    table = page_tables.groups_table(groups_of(-np.ones((2, 4)), [0, 1], ["x", "y", "y", "y"]), Look())
+    assert [row[:5] for row in table["rows"]] == [["y", 3, -3, -3, -1], ["x", 1, -1, -1, -1]]
 
 
 def test_groups(tmp_path):
@@ -218,6 +262,10 @@ def test_facts():
     assert named["Damping λ"] == "0.25"
     assert named["Relative residual"] == "0.01 in the median, 0.02 at most (tolerance 0.015)"
     assert named["Versions"] == "pytorch_influence_functions 9.8.7"
+    result.influences["2"]["relative_residual"] = 0.05
+    assert dict(facts(result.influences, META))["Relative residual"].startswith("0.01 in the median, 0.05 at most")
+    result.influences["0"]["relative_residual"] = float("nan")
+    assert dict(facts(result.influences, META))["Relative residual"].startswith("0.03 in the median, 0.05 at most")
     chosen = {"solver": "auto", "chosen": "exact", "damping": 0.0312, "damping_chosen": {"error": 0.231}}
     named = dict(facts(result.influences, {"solver": {**chosen, "smoothing": {"shifts": 4}}}))
     assert named["Solver"] == "auto: exact"
@@ -232,6 +280,7 @@ def test_facts():
         (META, [0.001, 0.002, 0.015], []),
         (META, [0.001, 0.002, 0.016], ["For 1 of 3 test samples.*tolerance of 0.015.*is 0.016"]),
         (META, [0.001, None, 0.002], ["residual of 1 test samples is not known"]),
+        (META, [0.001, None, 0.016], ["For 1 of 3 test samples.*is 0.016", "residual of 1 test samples is not known"]),
         ({**META, "config": {"tolerance": None}}, [0.1, 0.2, 0.3], []),
         ({**META, "finished": False}, [0.0, 0.0, 0.0], ["not finished"]),
         ({**META, "solver": {"scale_asked": 25, "scale": 460.0}}, [0.0, 0.0, 0.0], ["scale of 25.*460 was used"]),
@@ -291,6 +340,12 @@ def test_duplicates_are_looked_for_where_wanted(near, tmp_path):
     sets = TensorDataset(x[7:], torch.zeros(6)), TensorDataset(x, torch.zeros(13))
     table = Page(result.to_html(tmp_path / "page.html", *sets, near=near)).tables["Duplicates across train and test"]
     assert [row[:2] for row in table["rows"]] == ([[10, 3], [11, 4], [12, 5]] if near else [])
+    assert [row[3] for row in table["rows"]] == (["same", "different", "same"] if near else [])
+
+
+def test_a_long_list_of_duplicates_is_cut():
+    found = [Duplicate(k, 0, 0.0) for k in range(600)]
+    assert len(page_tables.duplicates_table(found, [0], dict.fromkeys(range(600), 0), True, Look())["rows"]) == 500
 
 
 def test_duplicates_of_images():
