@@ -353,13 +353,25 @@ def test_duplicates_of_images():
     train = [(x, 0) for x in rng.normal(size=(40, 8, 8)).astype(np.float32)]
     test = [(x, 0) for x in rng.normal(size=(9, 8, 8)).astype(np.float32)]
     test[4] = (train[33][0].copy(), 1)
-    test[7] = (train[2][0] + 0.05, 1)
-    found = duplicates(train, test, [1, 4, 7])
-    assert [(one.test, one.train) for one in found] == [(4, 33), (7, 2)]
+    test[7], test[2] = (train[2][0] + 0.05, 1), (train[9][0] + 0.2, 1)
+    found = duplicates(train, test, [1, 2, 4, 7])
+    assert [(one.test, one.train) for one in found] == [(4, 33), (7, 2)]  # the nearest first; at 0.14 it is none
     assert found[0].distance == 0
     true = np.linalg.norm(np.full((8, 8), 0.05)) / np.median([np.linalg.norm(a[0] - b[0]) for a in train for b in test])
     assert found[1].distance == pytest.approx(true, rel=0.1)
     assert duplicates(train, test, [0, 1, 2, 3]) == []
+    test[2] = (train[9][0] + 0.01, 1)
+    assert [one.test for one in duplicates(train, test, [2, 4, 7])] == [4, 2, 7]
+    assert duplicates(train, [(np.zeros((8, 9)), 0)], [0]) == []
+
+
+def test_duplicates_of_a_whole_set():
+    """The usual distance is not that of samples of the same index; a pixel that is NaN is one like others."""
+    rng = np.random.default_rng(0)
+    train = [(x, 0) for x in rng.normal(size=(40, 8, 8)).astype(np.float32)]
+    train[3][0][0, 0] = np.nan
+    test = [(x + np.float32(0.01), 0) for x, _ in train]
+    assert {(one.test, one.train) for one in duplicates(train, test, range(40))} == {(i, i) for i in range(40)}
 
 
 def test_duplicates_of_large_images_are_found_by_projections():
@@ -381,6 +393,8 @@ def test_duplicates_of_texts_and_tokens():
             {"text": "no word of this is in any other sentence, or so it seems", "label": 0}]  # fmt: skip
     found = duplicates(train, test, [0, 1])
     assert [(one.test, one.train, one.distance) for one in found] == [(0, 1, 0.0)]
+    twice = [{"text": f"{sentences[3]} {sentences[3]}", "label": 0}]
+    assert [one.train for one in duplicates(train, twice, [0])] == [3]
     tokens = [(torch.arange(k, k + 9), 0) for k in range(0, 90, 9)]
     found = duplicates(tokens, [(torch.arange(18, 28), 0), (torch.arange(100, 109), 0)], [0, 1])
     assert [(one.test, one.train) for one in found] == [(0, 2)]
