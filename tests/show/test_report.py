@@ -412,20 +412,20 @@ def test_other_inputs_have_no_duplicates(inputs):
 
 
 def test_pictures_fit(tmp_path):
-    train = TensorDataset(torch.rand(40, 3, 64, 64), torch.zeros(40))
+    train = TensorDataset(torch.rand(120, 3, 64, 64), torch.zeros(120))
     whole = Gallery(Look(), 50)
-    whole.add("train", train, range(40))
-    small = Gallery(Look(), 0.1)
-    small.add("train", train, range(40))
-    few = Gallery(Look(), 0.01)
-    few.add("train", train, range(40))
+    whole.add("train", train, range(120))
+    small = Gallery(Look(), 0.3)
+    small.add("train", train, range(120))
+    few = Gallery(Look(), 0.03)
+    few.add("train", train, range(120))
     sizes = [sum(map(len, g.images["train"].values())) for g in (whole, small, few)]
     assert sizes[0] > sizes[1] > sizes[2]
-    assert sizes[1] <= 1.05e5
-    assert sizes[2] <= 1.2e4
-    assert [len(g.images["train"]) for g in (whole, small)] == [40, 40]
+    assert sizes[1] <= 3.05e5
+    assert sizes[2] <= 3.2e4
+    assert [len(g.images["train"]) for g in (whole, small)] == [120, 120]
     assert sorted(few.images["train"]) == list(range(len(few.images["train"])))  # the first, most important ones
-    assert len(few.labels["train"]) == 40
+    assert len(few.labels["train"]) == 120
 
 
 def large(tests=1000, n=1797):
