@@ -365,8 +365,9 @@ def test_duplicates_of_images():
     assert duplicates(train, [(np.zeros((8, 9)), 0)], [0]) == []
 
 
-def test_duplicates_of_a_whole_set():
+def test_duplicates_of_a_whole_set(monkeypatch):
     """The usual distance is not that of samples of the same index; a pixel that is NaN is one like others."""
+    monkeypatch.setattr("pytorch_influence_functions.show.duplicates.BLOCK", 16)
     rng = np.random.default_rng(0)
     train = [(x, 0) for x in rng.normal(size=(40, 8, 8)).astype(np.float32)]
     train[3][0][0, 0] = np.nan
