@@ -3,7 +3,7 @@
 # The build CI checks with; a plain `torch` fetches gigabytes of CUDA on Linux.
 TORCH ?= torch==2.13.0
 
-.PHONY: venv install test lint types wheel ci example bench figures figures-of-code memory kills left-behind networks scaling conditions clean
+.PHONY: venv install test lint types wheel ci example bench figures figures-of-code memory kills left-behind networks scaling conditions docs clean
 
 venv:
 	python3 -m venv .venv
@@ -38,8 +38,14 @@ figures:
 	python examples/digits.py
 	python examples/text.py
 	python examples/flipped_labels.py
+	python examples/beyond_the_loss.py
 	python examples/leave_one_out.py
 	python examples/damping.py
+
+# The pages of docs/ with a reference of every function, from their docstrings; a warning is an error.
+docs:
+	python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo "build/docs/index.html"
 
 bench:
 	set -e; for script in benchmarks/[a-z]*.py; do python "$$script"; done

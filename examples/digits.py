@@ -64,6 +64,13 @@ def train(dataset, seed):
     return model.eval()
 
 
+def ready(seed=0):
+    """The trained model, and loaders of its training and test set."""
+    train_set, test_set, _ = load(seed)
+    loader = DataLoader(train_set, batch_size=50, shuffle=True)
+    return train(train_set, seed), loader, DataLoader(test_set, batch_size=50)
+
+
 def report(result, labels, true, count=4):
     """Print the top of the lists; a star marks a wrong label."""
 
@@ -97,30 +104,19 @@ def main():
         default=HERE / "figs" / "digits.png",
         help="file for the figure",
     )
-    parser.add_argument(
-        "--depth", type=int, default=600, help="steps of LiSSA at most"
-    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     mpl.use("Agg")
     begin = time.perf_counter()
     train_set, test_set, true = load(options.seed)
-    model = train(train_set, options.seed)
+    model, loader, test_loader = ready(options.seed)
     x, y = test_set.tensors
     accuracy = float((model(x).argmax(1) == y).float().mean())
     print(f"trained in {time.perf_counter() - begin:.0f} s: {accuracy:.1%} of the test digits are right, "
           f"though {FLIPPED:.0%} of the training labels are wrong")  # fmt: skip
 
-    config = {
-        "outdir": options.outdir,
-        "recursion_depth": options.depth,
-        "test_sample_num": 1,
-        "tolerance": 0.05,
-    }
-    loader = DataLoader(train_set, batch_size=50, shuffle=True)
-    result = ptif.calc_img_wise(
-        config, model, loader, DataLoader(test_set, batch_size=50)
-    )
+    config = {"outdir": options.outdir, "test_sample_num": 1}
+    result = ptif.calc_img_wise(config, model, loader, test_loader)
     labels = train_set.tensors[1]
     few = {key: result.influences[key] for key in list(result.influences)[:5]}
     report(

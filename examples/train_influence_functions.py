@@ -1,6 +1,6 @@
 """Train a small CNN on CIFAR-10, for `test_influence_functions.py`. Needs torchvision: pip install '.[vision]'.
 
-`--fake` takes torchvision's FakeData, which needs no download.
+`--fake` takes made-up images, which need neither a download nor torchvision.
 """
 
 import argparse
@@ -8,31 +8,34 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets, transforms
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-NORMALISE = transforms.Compose(
-    [
-        transforms.ToTensor(),
-        transforms.Normalize((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.262)),
-    ]
-)
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.262)
+MADE_UP = {True: 400, False: 100}
+"""Training and test images."""
 
 
-def load(train: bool, fake: bool, root: str, fake_size: int = 400) -> Dataset:
+def load(train: bool, fake: bool, root: str) -> Dataset:
     """CIFAR-10 without augmentation, or made-up images of its shape."""
-    if fake:
-        size = fake_size if train else fake_size // 4
-        return datasets.FakeData(
-            size,
-            (3, 32, 32),
-            10,
-            transform=NORMALISE,
-            random_offset=0 if train else 10**6,
-        )
-    return datasets.CIFAR10(
-        root, train=train, download=True, transform=NORMALISE
+    return made_up(train) if fake else cifar10(train, root)
+
+
+def cifar10(train: bool, root: str) -> Dataset:
+    from torchvision import datasets, transforms
+
+    normalised = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
     )
+    return datasets.CIFAR10(
+        root, train=train, download=True, transform=normalised
+    )
+
+
+def made_up(train: bool) -> Dataset:
+    generator = torch.Generator().manual_seed(int(train))
+    n = MADE_UP[train]
+    images = torch.randn(n, 3, 32, 32, generator=generator)
+    return TensorDataset(images, torch.randint(10, (n,), generator=generator))
 
 
 def make_model() -> nn.Module:

@@ -1,12 +1,13 @@
-"""The command line: `python -m pytorch_influence_functions report | top | mislabelled`.
+"""The command line: `python -m pytorch_influence_functions report | top | mislabelled | doctor | estimate`.
 
 Exit codes: 0 done; 1 the computation failed; 2 wrong use (an argument, a file or an entry that is not there); 3 more
-labels are flagged than `--most` allows.
+labels are flagged than `--most` allows, or `doctor` found something.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -17,11 +18,13 @@ from .arguments import NAME, parser
 from .calc_influence_function import calc_influences, version
 from .config import Config, known_key
 from .evaluation import Mislabelled, find_mislabelled
+from .run.doctor import doctor as findings
+from .run.estimate import estimate as estimated
 from .script import Entry, UsageError, entry_of
 from .show.results import InfluenceResult
 from .utils import as_json
 
-DONE, FAILED, WRONG_USE, TOO_MANY = 0, 1, 2, 3
+DONE, FAILED, WRONG_USE, FOUND = 0, 1, 2, 3
 
 # ---- the commands
 
@@ -126,7 +129,7 @@ def mislabelled(arguments: argparse.Namespace) -> int:
     too_many = arguments.most is not None and (
         len(table.flagged) > arguments.most
     )
-    return TOO_MANY if too_many else DONE
+    return FOUND if too_many else DONE
 
 
 def _print_table(
@@ -155,6 +158,44 @@ def _write_csv(
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print what is wrong, or not what it seems, with a model and its data."""
+    entry = entry_of(arguments.entry)
+    _needed(entry, "model", "train_loader")
+    found = findings(
+        _config(arguments, entry),
+        entry.model,
+        entry.train_loader,
+        entry.test_loader,
+    )
+    if arguments.json:
+        _say(as_json([one._asdict() for one in found]))
+    elif not found:
+        _say("nothing was found")
+    else:
+        for name, what, advice in found:
+            _say(f"{name}: {what}\n    {advice}")
+    return FOUND if found else DONE
+
+
+def estimate(arguments: argparse.Namespace) -> int:
+    """Print what a run takes."""
+    entry = entry_of(arguments.entry)
+    _needed(entry, "model", "train_loader", "test_loader")
+    found = estimated(
+        _config(arguments, entry),
+        entry.model,
+        entry.train_loader,
+        entry.test_loader,
+    )
+    if arguments.json:
+        numbers = dataclasses.asdict(found)
+        _say(as_json({**numbers, "seconds": found.seconds}))
+    else:
+        _say(str(found))
+    return DONE
 
 
 def _result(
@@ -211,7 +252,13 @@ def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-COMMANDS = {"report": report, "top": top, "mislabelled": mislabelled}
+COMMANDS = {
+    "report": report,
+    "top": top,
+    "mislabelled": mislabelled,
+    "doctor": doctor,
+    "estimate": estimate,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -19,8 +19,11 @@ EXAMPLES = f"""examples:
   {NAME} top outdir/influence_results_0_10.json --test 3 -k 5
   {NAME} report result.npz --entry my_script:make --output page.html
   {NAME} mislabelled --entry my_script:make --csv labels.csv
+  {NAME} doctor --entry my_script:make
+  {NAME} estimate --entry my_script:make --option solver=ekfac
 
-exit codes: 0 done, 1 the computation failed, 2 wrong use, 3 more labels are flagged than --most allows"""
+exit codes: 0 done, 1 the computation failed, 2 wrong use, 3 more labels are flagged than --most allows, or doctor
+found something"""
 
 
 def parser(
@@ -161,9 +164,16 @@ def _mislabelled_arguments(one: argparse.ArgumentParser) -> None:
     )
 
 
+def _entry_alone(one: argparse.ArgumentParser) -> None:
+    _entry_argument(one, required=True)
+    one.add_argument("--json", action="store_true", help="print JSON")
+
+
 ABOUT_EACH: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "report": ("write a page to look at", _report_arguments),
     "top": ("print the most helpful and harmful samples", _top_arguments),
     "mislabelled": ("print the most suspicious labels", _mislabelled_arguments),
+    "doctor": ("print what is wrong with a model and its data", _entry_alone),
+    "estimate": ("print what a run takes: time, memory, disk", _entry_alone),
 }
 """What each command does, and what adds its arguments."""

@@ -1,8 +1,9 @@
-"""Logging, progress, JSON files, and the global random state left as it was."""
+"""Logging, progress, JSON files, optional packages, and the global random state left as it was."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import logging
 import math
@@ -320,3 +321,27 @@ def _plain(value: Any) -> Any:
     if callable(value):
         return getattr(value, "__qualname__", type(value).__name__)
     raise TypeError(f"cannot write a {type(value).__name__} as JSON: {value!r}")
+
+
+def optional(
+    module: str,
+    extra: str,
+    need: str,
+) -> Any:
+    """A module of a package that only an extra of this one installs.
+
+    Args:
+        module: its full name.
+        extra: which brings it.
+        need: who needs what, for the message.
+
+    Raises:
+        ImportError: it is not installed; the message names the extra.
+    """
+    try:
+        importlib.import_module(module.split(".")[0])
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{need}: pip install '{_PACKAGE}[{extra}]'"
+        ) from error

@@ -127,6 +127,34 @@ def test_mislabelled(folder, capsys):
     assert main([*wanted, "--most", "40", "--level", "1.0"]) == 0
 
 
+def test_doctor(folder, capsys):
+    assert main(["doctor", "--entry", "my_script:make"]) == 3  # the tests are training samples
+    lines = capsys.readouterr().out.splitlines()
+    given = entry_of("my_script:make")
+    found = ptif.doctor(given.config, given.model, given.train_loader, given.test_loader)
+    assert lines[0::2] == [f"{one.name}: {one.what}" for one in found]
+    assert [line.strip() for line in lines[1::2]] == [one.advice for one in found]
+    assert "train and test" in [one.name for one in found]
+    assert main(["doctor", "--entry", "my_script:make", "--json"]) == 3
+    assert json.loads(capsys.readouterr().out) == [one._asdict() for one in found]
+
+
+def test_doctor_that_finds_nothing(folder, capsys, monkeypatch):
+    monkeypatch.setattr("pytorch_influence_functions.__main__.findings", lambda *_: [])
+    assert main(["doctor", "--entry", "my_script:pair"]) == 0
+    assert capsys.readouterr().out == "nothing was found\n"
+
+
+def test_estimate(folder, capsys):
+    assert main(["estimate", "--entry", "my_script:make", "--option", "solver=ekfac"]) == 0
+    assert "ekfac" in capsys.readouterr().out
+    assert main(["estimate", "--entry", "my_script:make", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["solver"], found["parameters"], found["n"], found["tests"]) == ("exact", 8, 40, 6)
+    assert found["seconds"] > 0
+    assert not (folder / "out").exists()
+
+
 def test_mislabelled_of_a_pair(folder, capsys):
     solver = ["--option", "solver=exact", "--option", "damping=0.1", "--option", "progress=false"]
     assert main(["mislabelled", "--entry", "my_script:pair", "-k", "1", *solver]) == 0
@@ -151,6 +179,7 @@ def test_mislabelled_of_a_pair(folder, capsys):
         (["top", "--entry", "my_script:make", "--option", "solver"], "expected key=value"),
         (["top", "--entry", "my_script:make", "--option", "sover=cg"], "did you mean 'solver'"),
         (["top", "--entry", "my_script:make", "--option", "solver=gd"], "'gd'"),
+        (["estimate", "--entry", "my_script:pair"], "has no test_loader, which this needs"),
         (["report", "result.npz", "--mislabelled"], "has no model, which this needs"),
     ],
 )
@@ -162,7 +191,10 @@ def test_wrong_use_says_what_to_do(result, arguments, said, capsys):
     assert out.out == ""
 
 
-@pytest.mark.parametrize("arguments", [[], ["nothing"], ["top"], ["report"], ["mislabelled"], ["top", "a", "-k", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["nothing"], ["top"], ["report"], ["mislabelled"], ["doctor"], ["estimate"], ["top", "a", "-k", "x"]],
+)
 def test_arguments_that_are_none(folder, arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         main(arguments)
@@ -175,7 +207,7 @@ def test_what_fails_while_computing(folder, capsys):
     assert "RuntimeError: no disk left" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [[], ["report"], ["top"], ["mislabelled"]])
+@pytest.mark.parametrize("command", [[], ["report"], ["top"], ["mislabelled"], ["doctor"], ["estimate"]])
 def test_help(command, capsys):
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
@@ -185,7 +217,7 @@ def test_help(command, capsys):
     assert all(len(line) <= 130 for line in text.splitlines())
     if not command:
         assert "exit codes: 0 done, 1" in text
-        assert all(name in text for name in ("report", "top", "mislabelled"))
+        assert all(name in text for name in ("report", "top", "mislabelled", "doctor", "estimate"))
 
 
 def test_as_a_module(folder):

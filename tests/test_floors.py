@@ -44,7 +44,6 @@ FILES = {
 EXTRAS = {
     "show/axes": {"matplotlib"},
     "show/plotting": {"matplotlib"},
-    "data/frame": {"pandas"},
 }
 MOST_LINES = 350
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ..utils import optional
+
 
 def frame(columns: Mapping[str, Any]) -> Any:
     """A DataFrame of these columns.
@@ -12,11 +14,9 @@ def frame(columns: Mapping[str, Any]) -> Any:
     Raises:
         ImportError: pandas is not installed; the message names the extra.
     """
-    try:
-        import pandas as pd  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise ImportError(
-            "tables need pandas: pip install 'pytorch_influence_functions[table]'; without it take .scores, .top or "
-            ".rows"
-        ) from error
-    return pd.DataFrame(dict(columns))
+    pandas = optional(
+        "pandas",
+        "table",
+        "tables need pandas (without it take .scores, .top or .rows)",
+    )
+    return pandas.DataFrame(dict(columns))

@@ -154,7 +154,8 @@ def retrain_on_subsets(
         model: start from a copy of this model; None gives `retrain` None, to start from scratch.
         resume_path: file of finished trainings; a later call with it does only what is missing, for any number of
             subsets and seeds. It does not see a change inside `retrain`: then take a new file.
-        config, **options: `seed`, `progress`, `loss_func` and `model_loss` count.
+        config: options, of which `seed`, `progress`, `loss_func` and `model_loss` count.
+        **options: single options on top of `config`.
 
     Raises:
         TypeError, ValueError: an argument cannot be used, or the file at `resume_path` is of another run.

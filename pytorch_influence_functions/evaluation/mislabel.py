@@ -120,7 +120,8 @@ def label_baselines(
     Args:
         model: the trained model; it comes back as it was.
         train_loader: DataLoader over the training set.
-        config, **options: as for `InfluenceFunction`.
+        config: options as for `InfluenceFunction`.
+        **options: single options on top of `config`.
     """
     problem = make_problem(
         model,

@@ -146,8 +146,8 @@ def find_mislabelled(
     and 1,400 digits with 5, 10 or 20 % of the labels flipped, five seeds each: the number is within 13 % of the truth,
     and of the flagged labels 4 to 17 % are right at the stated 10 %. With 500 and 700 samples it was 22 % too low to
     63 % too high, and for one of three looser trainings on 1,400 23 % too high. A network that gives every training
-    sample its label has no margins below zero, and nothing is flagged; the order still means
-    something.
+    sample its label has no margins below zero, and nothing is flagged; the order still means something, and
+    `label_issues` counts there, too.
 
     Args:
         model: the trained model, or several whose numbers are averaged; it comes back as it was.

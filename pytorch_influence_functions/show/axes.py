@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from ..utils import optional
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -21,13 +23,7 @@ def pyplot() -> Any:
     Raises:
         ImportError: it is not installed; the message names the extra.
     """
-    try:
-        from matplotlib import pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "pictures need matplotlib: pip install 'pytorch_influence_functions[plot]'"
-        ) from error
-    return plt
+    return optional("matplotlib.pyplot", "plot", "pictures need matplotlib")
 
 
 def axis_of(axis: Axes | None, size: tuple[float, float] = (4.8, 4.0)) -> Any:

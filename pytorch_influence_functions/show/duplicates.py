@@ -175,5 +175,5 @@ def _projected(
     for start in range(0, len(arrays), 256):
         part = [one.reshape(-1) for one in arrays[start : start + 256]]
         whole = np.nan_to_num(np.stack(part).astype(np.float32))
-        rows[start : start + 256] = whole @ turn / WIDTH**0.5
+        rows[start : start + 256] = whole @ turn
     return rows

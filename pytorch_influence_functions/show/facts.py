@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from .images import short_number
+from .lazy import row_of
 
 Entries = dict[str, dict[str, Any]]
 Fact = tuple[str, str]
@@ -107,12 +108,12 @@ def _residual(
 
 def _errors(influences: Entries) -> Fact | None:
     """Standard errors of the scores, beside their spread."""
-    rows = [one["stderr"] for one in influences.values() if "stderr" in one]
-    if not rows:
+    entries = influences.values()
+    errors = [row_of(one, "stderr") for one in entries if "stderr" in one]
+    if not errors:
         return None
-    error = np.median(np.asarray(rows, dtype=float))
-    scores = [one["influence"] for one in influences.values()]
-    spread = np.std(np.asarray(scores, dtype=float))
+    error = np.median(np.array(errors))
+    spread = np.std(np.array([row_of(one, "influence") for one in entries]))
     return (
         "Standard error",
         f"{error:.2g} in the median; the scores themselves spread by {spread:.2g}",

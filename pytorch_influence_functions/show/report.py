@@ -20,6 +20,7 @@ from .facts import facts, warnings_of
 from .gallery import Gallery
 from .groups import groups_of, labels_of
 from .images import Look
+from .lazy import row_of
 from .page_tables import (
     Ends,
     Entries,
@@ -41,13 +42,13 @@ def write_page(
     train_set: Any,
     test_set: Any,
     *,
-    title: str = "Influence of training samples",
-    predictions: Any = None,
-    suspects: Any = None,
-    groups: Sequence[Any] | None = None,
-    k: int = 10,
-    near: bool = True,
-    megabytes: float = 5.0,
+    title: str,
+    predictions: Any,
+    suspects: Any,
+    groups: Sequence[Any] | None,
+    k: int,
+    near: bool,
+    megabytes: float,
     look: Look,
 ) -> Path:
     """Write the page; see `InfluenceResult.to_html`."""
@@ -82,7 +83,7 @@ class _Page:
         self.influences, self.look = influences, look
         self.train_set, self.test_set = train_set, test_set
         self.scores = np.array(
-            [entry["influence"] for entry in influences.values()], dtype=float
+            [row_of(entry, "influence") for entry in influences.values()]
         )
         self.mean = self.scores.mean(0) if len(influences) else np.zeros(0)
         self.labels = None if train_set is None else labels_of(train_set)

@@ -124,7 +124,7 @@ def _like(
     subset = Subset(loader.dataset, kept.tolist())
     return DataLoader(
         subset,
-        batch_size=loader.batch_size or _batch_size(loader),
+        batch_size=_batch_size(loader),
         sampler=_sampler(loader, subset, kept),
         drop_last=_drop_last(loader),
         collate_fn=loader.collate_fn,
@@ -158,17 +158,24 @@ def _sampler(
     if isinstance(own, SequentialSampler):
         return SequentialSampler(subset)
     if isinstance(own, WeightedRandomSampler):
-        share = len(kept) / len(own.weights)
-        count = max(round(own.num_samples * share), 1)
         weights = own.weights[kept].tolist()
+        count = _fewer(own.num_samples, kept, len(own.weights))
         return WeightedRandomSampler(
             weights, count, own.replacement, own.generator
         )
     if isinstance(own, RandomSampler):
-        return RandomSampler(
-            subset, replacement=own.replacement, generator=own.generator
-        )
+        count = _fewer(own.num_samples, kept, len(own.data_source))
+        return RandomSampler(subset, own.replacement, count, own.generator)
     raise ValueError(
         f"train_loader: its sampler is a {type(own).__name__}, which has no counterpart for a part of the samples; "
         "give a loader with shuffle=True or False"
     )
+
+
+def _fewer(
+    drawn: int,
+    kept: NDArray[np.int64],
+    n: int,
+) -> int:
+    """Samples that are drawn of a part, where so many were drawn of n."""
+    return max(round(drawn * len(kept) / n), 1)

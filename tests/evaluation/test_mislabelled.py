@@ -1,9 +1,12 @@
 """Suspicious labels: the columns against their definitions, how many are wrong, and what dropping them does."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
 import torch
+from pytorch_influence_functions.evaluation import mislabelled
 from pytorch_influence_functions.evaluation.mixture import fit, probability_below
 from sklearn.datasets import load_digits
 from torch import nn
@@ -102,6 +105,22 @@ def test_as_a_table():
     assert len(frame) == 24 == len(table)
     assert frame.loc[0].to_dict() == {**table.rows(1)[0], "flagged": True}
     assert frame["flagged"].sum() == len(table.flagged)
+    some = dataclasses.replace(table, probability=np.array([0.9] * 7 + [0.0] * 17), level=0.1)
+    assert some.to_dataframe()["flagged"].tolist() == [True] * 7 + [False] * 17
+
+
+@pytest.mark.parametrize(("options", "used"), [({}, 0), ({"smoothing": None}, 0), ({"smoothing": 2}, 2)])
+def test_no_smoothing_without_a_word_about_it(options, used, monkeypatch):
+    seen = []
+    take = mislabelled.InfluenceFunction
+    monkeypatch.setattr(
+        mislabelled,
+        "InfluenceFunction",
+        lambda model, loader, config: seen.append(config.smoothing) or take(model, loader, config),
+    )
+    model, data = small()
+    ptif.find_mislabelled(model, DataLoader(data, 5), progress=False, **options)
+    assert seen == [used]
 
 
 # ---- what is no softmax over classes
@@ -190,6 +209,22 @@ def test_mixture_counts_a_group_below_zero(below, n):
     found = probability_below(s)
     assert found.sum() == pytest.approx(below, rel=0.1, abs=0.5)
     assert (found[:below] > 0.5).mean() > 0.95 if below else found.max() == 0
+
+
+def test_mixture_of_two_groups_below_zero():
+    rng = np.random.default_rng(0)
+    s = np.concatenate([rng.normal(-4, 0.8, 150), rng.normal(-0.3, 0.8, 500), rng.normal(6, 1, 300)])
+    found = probability_below(s)
+    assert found.sum() == pytest.approx(650, rel=0.02)
+    assert found[s < 0].min() > 0.999  # also of those between the two
+
+
+@pytest.mark.parametrize("above", [3.0, 0.0])
+def test_mixture_of_equal_numbers(above):
+    """Components do not get narrower and narrower; zero is not below zero."""
+    with np.errstate(over="raise", divide="raise", invalid="raise"):
+        found = probability_below(np.array([-1.0] * 30 + [above] * 70))
+    np.testing.assert_allclose(found, [1] * 30 + [0] * 70, atol=1e-6)
 
 
 def test_mixture_finds_the_most_likely_parameters():

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.show.duplicates import duplicates
+from pytorch_influence_functions.show import page_tables
+from pytorch_influence_functions.show.duplicates import Duplicate, duplicates
 from pytorch_influence_functions.show.entries import entry
 from pytorch_influence_functions.show.facts import facts, warnings_of
 from pytorch_influence_functions.show.gallery import Gallery
+from pytorch_influence_functions.show.groups import groups_of
 from pytorch_influence_functions.show.images import Look
+from pytorch_influence_functions.show.report import _part, _warnings, in_script
 from sklearn.datasets import load_digits
 from test_results import made
 from torch.utils.data import TensorDataset
@@ -95,6 +98,9 @@ def test_standard_errors_are_beside_the_scores(tmp_path):
     index, _, error = page.column("Test samples", "Most helpful")[1][0]
     assert error == pytest.approx(result.influences["1"]["stderr"][index], rel=6e-3)
     assert any("Standard error" in text for text in page.text)
+    errors, scores = (np.array([one[name] for one in result.influences.values()]) for name in ("stderr", "influence"))
+    said = f"{np.median(errors):.2g} in the median; the scores themselves spread by {scores.std():.2g}"
+    assert dict(facts(result.influences, META))["Standard error"] == said
 
 
 def test_every_sample_shown_has_its_picture(tmp_path):
@@ -106,9 +112,26 @@ def test_every_sample_shown_has_its_picture(tmp_path):
     assert data["texts"] == {"train": {}, "test": {}}
 
 
+def test_pictures_go_to_what_is_shown_most(tmp_path):
+    """Each sample that a table shows has its label, one that is helpful alone too; pictures are those of the first."""
+    result, scores = images(tests=5, n=1200)
+    scores[1:, 700] = scores[0, 5] = 9
+    for k, one in enumerate(result.influences.values()):
+        one["influence"] = scores[k].tolist()
+    page = Page(result.to_html(tmp_path / "page.html", k=1, megabytes=0.003))
+    helpful = {str(row.argmax()) for row in scores}
+    assert helpful == {"5", "700"}
+    assert "700" not in map(str, page.column("Harmful training samples", "Training sample"))
+    assert helpful <= set(page.data["labels"]["train"])
+    shown = page.data["images"]["train"]
+    assert next(iter(shown)) == "700"
+    assert len(shown) < len(page.data["labels"]["train"])
+
+
 def test_harmful_samples_where_no_labels_are_judged(tmp_path):
     result, scores = images()
     page = Page(result.to_html(tmp_path / "page.html", k=1, classes=["cat", "dog", "cow"]))
+    assert page.column("Test samples", "Label") == ["cat", "dog", "cat"]
     title = "Harmful training samples"
     order = np.argsort(scores.astype(float).mean(0))
     assert page.column(title, "Training sample") == order.tolist()
@@ -124,15 +147,53 @@ def test_suspects(tmp_path):
     result, scores = images()
     p = np.array([0.9, 0.8, 0.1, 0.1, 0.0, 0.0])
     order = np.array([5, 3, 0, 1, 2, 4])
-    suspects = ptif.Mislabelled(order, [0] * 6, [1] * 6, [1] * 6, p, p, p, -p, p, 0.2, "self_influence")
+    suspects = ptif.Mislabelled(order, [0] * 6, [1] * 6, [1] * 6, p, 2 * p, 3 * p, -p, p, 0.2, "self_influence")
     page = Page(result.to_html(tmp_path / "page.html", suspects=suspects, classes=["a", "b", "c"]))
     assert page.column("Suspicious labels", "Training sample") == order.tolist()
     assert page.column("Suspicious labels", "Suggested") == ["b"] * 6
+    for name, values in (("Probability", p), ("Self-influence", p), ("Loss", 2 * p), ("Margin", -p)):
+        assert page.column("Suspicious labels", name) == values.tolist()
     np.testing.assert_allclose(
         page.column("Suspicious labels", "Mean influence"), scores.astype(float).mean(0)[order], rtol=6e-3
     )
     text = page.tables["Suspicious labels"]["text"]
     assert text.startswith("6 training samples by self-influence; about 2 labels are wrong; 2 are flagged")
+
+
+def test_suspects_of_what_is_no_classifier():
+    """No number is NaN, which JSON has not; a long list is cut."""
+    n, nothing = 600, np.full(600, np.nan)
+    some = np.arange(float(n))
+    suspects = ptif.Mislabelled(
+        np.arange(n), [0] * n, [None] * n, [None] * n, some, some, some, nothing, nothing, 0.1, "loss"
+    )
+    table = page_tables.suspects_table(suspects, some, Look())
+    assert len(table["rows"]) == 500
+    assert table["rows"][499] == [499, "0", None, None, 499, 499, None, 499]
+
+
+def test_whom_a_sample_harms_most():
+    entries = {str(k): {"label": label} for k, label in enumerate("abb")}
+    ends = {key: ([], [1]) for key in entries}
+    table = page_tables.harmful_table(entries, np.array([0.0, -1.0]), None, ends, Look())
+    assert table["rows"] == [[1, -1, 3, "b"], [0, 0, 0, None]]
+    assert table["choice"] is None
+
+
+@pytest.mark.parametrize("labels", [20, 21])
+def test_columns_of_many_test_labels(labels):
+    scores = np.arange(2.0 * labels).reshape(labels, 2) - 7
+    table = page_tables.groups_table(groups_of(scores, range(labels), ["x", "y"]), Look())
+    names = [column["name"] for column in table["columns"]]
+    assert names[6:] == ([f"on {k}" for k in range(20)] if labels == 20 else [])
+    assert all(column["largest"] == 7 for column in table["columns"][6:])
+    assert [len(row) for row in table["rows"]] == [len(names)] * 2
+    assert [row[3] / row[1] for row in table["rows"]] == pytest.approx([row[4] for row in table["rows"]], rel=0.01)
+
+
+def test_harm_is_over_the_size():
+    table = page_tables.groups_table(groups_of(-np.ones((2, 4)), [0, 1], ["x", "y", "y", "y"]), Look())
+    assert [row[:5] for row in table["rows"]] == [["y", 3, -3, -3, -1], ["x", 1, -1, -1, -1]]
 
 
 def test_groups(tmp_path):
@@ -166,10 +227,13 @@ def test_user_text_is_text(tmp_path):
     assert page.source.count("<!--") == 0
 
 
+def test_what_is_escaped():
+    assert in_script('"<b>&"') == '"\\u003cb\\u003e\\u0026"'
+    assert "<script>" not in _warnings([EVIL])
+
+
 def test_the_script_makes_no_html():
     """It adds text nodes only."""
-    from pytorch_influence_functions.show.report import _part
-
     script = _part("page.js")
     for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "fetch(", "XMLHttp", "import("):
         assert word not in script
@@ -198,6 +262,10 @@ def test_facts():
     assert named["Damping λ"] == "0.25"
     assert named["Relative residual"] == "0.01 in the median, 0.02 at most (tolerance 0.015)"
     assert named["Versions"] == "pytorch_influence_functions 9.8.7"
+    result.influences["2"]["relative_residual"] = 0.05
+    assert dict(facts(result.influences, META))["Relative residual"].startswith("0.01 in the median, 0.05 at most")
+    result.influences["0"]["relative_residual"] = float("nan")
+    assert dict(facts(result.influences, META))["Relative residual"].startswith("0.03 in the median, 0.05 at most")
     chosen = {"solver": "auto", "chosen": "exact", "damping": 0.0312, "damping_chosen": {"error": 0.231}}
     named = dict(facts(result.influences, {"solver": {**chosen, "smoothing": {"shifts": 4}}}))
     assert named["Solver"] == "auto: exact"
@@ -212,6 +280,7 @@ def test_facts():
         (META, [0.001, 0.002, 0.015], []),
         (META, [0.001, 0.002, 0.016], ["For 1 of 3 test samples.*tolerance of 0.015.*is 0.016"]),
         (META, [0.001, None, 0.002], ["residual of 1 test samples is not known"]),
+        (META, [0.001, None, 0.016], ["For 1 of 3 test samples.*is 0.016", "residual of 1 test samples is not known"]),
         ({**META, "config": {"tolerance": None}}, [0.1, 0.2, 0.3], []),
         ({**META, "finished": False}, [0.0, 0.0, 0.0], ["not finished"]),
         ({**META, "solver": {"scale_asked": 25, "scale": 460.0}}, [0.0, 0.0, 0.0], ["scale of 25.*460 was used"]),
@@ -245,6 +314,8 @@ def test_without_data_sets(tmp_path):
     ("options", "error", "message"),
     [
         ({"k": 0}, ValueError, "k: expected a whole"),
+        ({"k": True}, ValueError, "k: expected a whole"),
+        ({"train_set": [(torch.zeros(1), 0)] * 7}, ValueError, "of 6 training samples, and it has 7"),
         ({"layout": "CWH"}, ValueError, "layout"),
         ({"x": 1}, TypeError, "x"),
     ],
@@ -254,7 +325,27 @@ def test_bad_input(options, error, message, tmp_path):
         images()[0].to_html(tmp_path / "page.html", **options)
 
 
+def test_home_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert images()[0].to_html("~/page.html", near=False) == tmp_path / "page.html"
+
+
 # ---- duplicates
+
+
+@pytest.mark.parametrize("near", [True, False])
+def test_duplicates_are_looked_for_where_wanted(near, tmp_path):
+    result, _ = images()
+    x = torch.rand(13, 1, 8, 8)
+    sets = TensorDataset(x[7:], torch.zeros(6)), TensorDataset(x, torch.zeros(13))
+    table = Page(result.to_html(tmp_path / "page.html", *sets, near=near)).tables["Duplicates across train and test"]
+    assert [row[:2] for row in table["rows"]] == ([[10, 3], [11, 4], [12, 5]] if near else [])
+    assert [row[3] for row in table["rows"]] == (["same", "different", "same"] if near else [])
+
+
+def test_a_long_list_of_duplicates_is_cut():
+    found = [Duplicate(k, 0, 0.0) for k in range(600)]
+    assert len(page_tables.duplicates_table(found, [0], dict.fromkeys(range(600), 0), True, Look())["rows"]) == 500
 
 
 def test_duplicates_of_images():
@@ -262,13 +353,26 @@ def test_duplicates_of_images():
     train = [(x, 0) for x in rng.normal(size=(40, 8, 8)).astype(np.float32)]
     test = [(x, 0) for x in rng.normal(size=(9, 8, 8)).astype(np.float32)]
     test[4] = (train[33][0].copy(), 1)
-    test[7] = (train[2][0] + 0.05, 1)
-    found = duplicates(train, test, [1, 4, 7])
-    assert [(one.test, one.train) for one in found] == [(4, 33), (7, 2)]
+    test[7], test[2] = (train[2][0] + 0.05, 1), (train[9][0] + 0.2, 1)
+    found = duplicates(train, test, [1, 2, 4, 7])
+    assert [(one.test, one.train) for one in found] == [(4, 33), (7, 2)]  # the nearest first; at 0.14 it is none
     assert found[0].distance == 0
     true = np.linalg.norm(np.full((8, 8), 0.05)) / np.median([np.linalg.norm(a[0] - b[0]) for a in train for b in test])
     assert found[1].distance == pytest.approx(true, rel=0.1)
     assert duplicates(train, test, [0, 1, 2, 3]) == []
+    test[2] = (train[9][0] + 0.01, 1)
+    assert [one.test for one in duplicates(train, test, [2, 4, 7])] == [4, 2, 7]
+    assert duplicates(train, [(np.zeros((8, 9)), 0)], [0]) == []
+
+
+def test_duplicates_of_a_whole_set(monkeypatch):
+    """The usual distance is not that of samples of the same index; a pixel that is NaN is one like others."""
+    monkeypatch.setattr("pytorch_influence_functions.show.duplicates.BLOCK", 16)
+    rng = np.random.default_rng(0)
+    train = [(x, 0) for x in rng.normal(size=(40, 8, 8)).astype(np.float32)]
+    train[3][0][0, 0] = np.nan
+    test = [(x + np.float32(0.01), 0) for x, _ in train]
+    assert {(one.test, one.train) for one in duplicates(train, test, range(40))} == {(i, i) for i in range(40)}
 
 
 def test_duplicates_of_large_images_are_found_by_projections():
@@ -290,6 +394,8 @@ def test_duplicates_of_texts_and_tokens():
             {"text": "no word of this is in any other sentence, or so it seems", "label": 0}]  # fmt: skip
     found = duplicates(train, test, [0, 1])
     assert [(one.test, one.train, one.distance) for one in found] == [(0, 1, 0.0)]
+    twice = [{"text": f"{sentences[3]} {sentences[3]}", "label": 0}]
+    assert [one.train for one in duplicates(train, twice, [0])] == [3]
     tokens = [(torch.arange(k, k + 9), 0) for k in range(0, 90, 9)]
     found = duplicates(tokens, [(torch.arange(18, 28), 0), (torch.arange(100, 109), 0)], [0, 1])
     assert [(one.test, one.train) for one in found] == [(0, 2)]
@@ -307,20 +413,20 @@ def test_other_inputs_have_no_duplicates(inputs):
 
 
 def test_pictures_fit(tmp_path):
-    train = TensorDataset(torch.rand(40, 3, 64, 64), torch.zeros(40))
+    train = TensorDataset(torch.rand(120, 3, 64, 64), torch.zeros(120))
     whole = Gallery(Look(), 50)
-    whole.add("train", train, range(40))
-    small = Gallery(Look(), 0.1)
-    small.add("train", train, range(40))
-    few = Gallery(Look(), 0.01)
-    few.add("train", train, range(40))
+    whole.add("train", train, range(120))
+    small = Gallery(Look(), 0.3)
+    small.add("train", train, range(120))
+    few = Gallery(Look(), 0.03)
+    few.add("train", train, range(120))
     sizes = [sum(map(len, g.images["train"].values())) for g in (whole, small, few)]
     assert sizes[0] > sizes[1] > sizes[2]
-    assert sizes[1] <= 1.05e5
-    assert sizes[2] <= 1.2e4
-    assert [len(g.images["train"]) for g in (whole, small)] == [40, 40]
+    assert sizes[1] <= 3.05e5
+    assert sizes[2] <= 3.2e4
+    assert [len(g.images["train"]) for g in (whole, small)] == [120, 120]
     assert sorted(few.images["train"]) == list(range(len(few.images["train"])))  # the first, most important ones
-    assert len(few.labels["train"]) == 40
+    assert len(few.labels["train"]) == 120
 
 
 def large(tests=1000, n=1797):
