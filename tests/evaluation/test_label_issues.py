@@ -16,12 +16,13 @@ from linear import DAMPING, linear_model, refit
 
 pytestmark = pytest.mark.usefixtures("double")
 COUNTED = {
-    "all right": ([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]], [0, 0, 1, 1], [[2, 0], [0, 2]]),
+    # thresholds 0.85 and 0.8
+    "all right, two are unsure": ([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]], [0, 0, 1, 1], [[1, 0], [0, 1]]),
     # thresholds 0.6 and 0.8: the second sample is sure of class 1, the fourth of none
     "one wrong, one unsure": (
         [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [0.1, 0.9], [0.0, 1.0]],
         [0, 0, 0, 1, 1, 1],
-        [[2, 1], [0, 3]],
+        [[2, 1], [0, 2]],
     ),
     "a class without samples": ([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]], [0, 1], [[1, 0, 0], [0, 1, 0], [0, 0, 0]]),
 }
@@ -135,6 +136,14 @@ def test_a_validation_set_and_an_ensemble():
     assert both["contradicted_by"].tolist() == one["contradicted_by"].tolist()
 
 
+def test_smoothing_is_not_asked_for():
+    """Its shifts cost a search of their own, and the leverage is that at the trained parameters."""
+    plain = issues_of("classes")[-1]
+    smoothed = issues_of("classes", smoothing=4)[-1]
+    for name in ("contradicted_by", "change_if_dropped"):
+        assert list(smoothed[name]) == list(plain[name])
+
+
 def test_without_pandas_it_is_a_dict_of_arrays(monkeypatch):
     real = builtins.__import__
 
@@ -178,6 +187,7 @@ def test_a_damping_by_the_evidence_is_the_fixed_point():
 def test_probabilities_for_cleanlab():
     """Twelve lines hand them on; see README."""
     cleanlab = pytest.importorskip("cleanlab")
+    pytest.importorskip("datasets")
     model, loader, loss, wrong = planted("classes")
     found = ptif.InfluenceFunction(model, loader, loss_func=loss, **OPTIONS).out_of_sample()
     lab = cleanlab.Datalab({"labels": loader.dataset.tensors[1].numpy()}, label_name="labels")
