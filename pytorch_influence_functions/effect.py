@@ -103,7 +103,8 @@ def _of_member(
             ]
         else:
             parts = [
-                _of_losses(leverage.outputs, batch, moves) for batch in batches
+                _of_losses(leverage.outputs, batch, moves, steps > 1)
+                for batch in batches
             ]
     return torch.cat([part.double().cpu() for part in parts], 2)
 
@@ -112,8 +113,12 @@ def _of_losses(
     outputs: Outputs,
     batch: Batch,
     moves: Tensor,
+    further: bool,
 ) -> Tensor:
-    r"""\ell(y + J \Delta) - \ell(y) of each test sample, to first order along g J \Delta; moves [3, S, P]."""
+    r"""\ell(y + J \Delta) - \ell(y) of each test sample, to first order along g J \Delta; moves [3, S, P].
+
+    The joint change is that at \theta + \Delta itself where steps were taken down the loss there.
+    """
     here = outputs.local(batch)
     J = outputs.jacobians(batch)
     dy = torch.einsum("bcp,osp->osbc", J, moves.to(J)).to(here.y)
@@ -123,7 +128,17 @@ def _of_losses(
         - here.losses
         for rows in dy[1:]
     )
+    if further:
+        joint = torch.stack([_moved(outputs, batch, d) for d in moves[2]])
+        joint = joint.to(here.losses) - here.losses
     return torch.stack([first, corrected, joint])
+
+
+def _moved(outputs: Outputs, batch: Batch, shift: Tensor) -> Tensor:
+    r"""Losses of a batch at \theta + a shift [P] -> [B]."""
+    objective = outputs.objective
+    with torch.no_grad():
+        return objective.losses(objective.theta + shift, batch)
 
 
 def _of_scalar(
