@@ -86,9 +86,11 @@ def changed(kind, one, y):
     return labels, weights, {"labels": labels[one]}
 
 
-def compare(predicted, actual):
-    slope = float((predicted * actual).sum() / (predicted**2).sum())
-    return f"r {np.corrcoef(predicted.ravel(), actual.ravel())[0, 1]:.3f}, slope {slope:.2f}"
+def compare(predicted, actual, stderr=None):
+    stderr = np.zeros_like(predicted) if stderr is None else stderr
+    found = ptif.calibration(predicted, stderr, actual)
+    text = f"r {found.correlation:.3f}, slope {found.slope:.2f}"
+    return text, f"twice the error covers {found.coverage:.0%}"
 
 
 def main():
@@ -123,19 +125,15 @@ def main():
             actual.append(losses(again, x[N:], y[N:]) - before)
             further.append(losses(on, x[N:], y[N:]) - before)
         actual = np.stack(actual)
+        first, on = joined(found[1], "first"), np.stack(further)
         print(
-            f"{kind}: first order {compare(joined(found[1], 'first'), actual)}; "
-            f"trained on {compare(np.stack(further), actual)}"
+            f"{kind}: first order {compare(first, actual)[0]}; trained on {compare(on, actual)[0]}"
         )
         for steps, effects in found.items():
-            joint, stderr = (
-                joined(effects, name) for name in ("joint", "stderr")
+            text = compare(
+                joined(effects, "joint"), actual, joined(effects, "stderr")
             )
-            covered = np.abs(actual - joint) <= 2 * stderr
-            print(
-                f"  joint, steps={steps}: {compare(joint, actual)}; twice the error covers {covered.mean():.0%}",
-                flush=True,
-            )
+            print(f"  joint, steps={steps}:", *text, sep=" ", flush=True)
 
 
 def joined(effects, name):
