@@ -17,6 +17,7 @@ from .calc_influence_function import (
 from .config import Config, get_default_config
 from .evaluation import (
     Mislabelled,
+    calibration,
     find_mislabelled,
     label_baselines,
     label_issues,
@@ -91,6 +92,7 @@ __all__ = [
     "linear_datamodeling_score",
     "mislabel_curve",
     "label_baselines",
+    "calibration",
     # from one training
     "label_issues",
     # what can go wrong

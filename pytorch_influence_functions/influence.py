@@ -195,8 +195,9 @@ class InfluenceFunction:
                 unless it has new labels.
             test_loss: (model, batch) -> another scalar than the loss, such as a margin or the gap between two groups;
                 one column for each batch of `tests`.
-            steps: Newton steps of the joint change. Those after the first cost two passes over the training set for
-                each set, and are worth it where a set is large beside what else holds the parameters.
+            steps: of the joint change. Those after the first go down the changed training loss itself and cost a pass
+                over the training set or more, and two solves, for each set: worth it where labels are changed, or
+                where a set is large beside what else holds the parameters.
 
         Returns:
             Changes [S, K] in the units of the loss, to first order, corrected and joint, with an error; positive: the

@@ -15,7 +15,12 @@ from .config import Config
 from .data.batch import Batch, as_batch
 from .data.samples import Samples
 from .model.door import check_mean
-from .model.gradients import gradient, require_finite
+from .model.gradients import (
+    gradient,
+    gradient_products,
+    per_sample_gradients,
+    require_finite,
+)
 from .scoring import Products, Scoring
 from .solve.errors import ScoreErrorWarning, ToleranceWarning
 from .solve.groups import Earlier, Group, Unmeasured, described, split
@@ -198,12 +203,23 @@ class Member(Scoring):
         return self.removals.leverage()
 
     def scores_between(self, indices: Sequence[int]) -> Tensor:
-        """Influence of each training sample on these others of them, as `leverage` solves -> [k, n]."""
+        """Influence of each training sample on these others of them, as `leverage` solves, not smoothed -> [k, n]."""
+        most, found = self.problem.budget.product, []
+
+        def block(batch: Batch, vectors: Tensor) -> Tensor:
+            return gradient_products(self.objective, batch, vectors, most)
+
         with self.problem.guard():
-            leverage, found = self.leverage(), []
+            leverage = self.leverage()
             for part in split(indices, self.group_size):
-                g = self.gradients_of(self.samples, part)
-                found.append(self._score(leverage.solved(g, len(indices))))
+                batches = self.samples.ordered(
+                    self.problem.gradient_batch, part
+                )
+                g = torch.cat(
+                    [per_sample_gradients(self.objective, b) for b in batches]
+                )
+                s = leverage.solved(g, len(indices))
+                found.append(self._score(s, block=block))
         return torch.cat(found)
 
     def describe(self) -> None:

@@ -1,5 +1,6 @@
 """Is it true? Retraining, and what predictions are worth beside it."""
 
+from .calibration import Calibration, calibration
 from .datamodeling import (
     DatamodelingScore,
     SubsetLosses,
@@ -18,6 +19,7 @@ from .mislabel import (
 from .mislabelled import Mislabelled, find_mislabelled
 
 __all__ = [
+    "Calibration",
     "Correlation",
     "DatamodelingScore",
     "LabelBaselines",
@@ -25,6 +27,7 @@ __all__ = [
     "MislabelCurve",
     "Mislabelled",
     "SubsetLosses",
+    "calibration",
     "find_mislabelled",
     "label_baselines",
     "label_issues",

@@ -17,7 +17,6 @@ Newton's method; of a removal that is one step.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,10 +24,10 @@ import torch
 from torch import Tensor
 
 from ..data.labels import with_labels
-from ..model.gradients import per_sample_gradients
 from ..model.local import Local
+from .descent import descend
 from .leverage import Leverage, times, without
-from .weighted import weighted_gradients
+from .weighted import summed_loss, weighted_loss
 
 STEPS = 20
 """Newton steps at most; labels that are far from the outputs take about five."""
@@ -127,25 +126,52 @@ def shifts(
     e = [_first(here), _each(here), _jointly(here)]
     rows = torch.stack([here.pulled(one) for one in e])
     found = -leverage.solved(rows, 3) / leverage.problem.samples.n
-    for _ in range(steps - 1):
-        found[2] = _again(here, change, found[2])
+    if steps > 1:
+        found[2] = _further(here, change, found[2], steps - 1)
     return found
 
 
-def _again(
+def _further(
     here: Set,
     change: Change,
     shift: Tensor,
+    steps: int,
 ) -> Tensor:
-    r"""\Delta after one more step on the changed training loss itself, if that lowers its gradient.
+    r"""\Delta after more steps down the changed training loss itself,
 
-    Its gradient is \nabla L_S(\theta + \Delta) - \nabla L(\theta) + \lambda \Delta; the curvature is that of the others
-    at \theta and of S where it has come to.
+    L_S(\theta + \Delta) - \nabla L(\theta) \Delta + \lambda |\Delta|^2 / 2: what has its minimum at \Delta = 0 where
+    nothing is changed. Its curvature is taken for that of the others at \theta and of S where it has come to.
     """
-    rest = _slope(here, change, shift)
-    better = shift - _inverse(here, here.pushed(shift), rest)
-    lower = _slope(here, change, better).norm() < rest.norm()
-    return better if bool(lower) else shift
+    damping = here.leverage.damping
+    problem = here.leverage.problem
+    weights = torch.ones(problem.samples.n, dtype=torch.float64)
+    _, g = weighted_loss(problem, torch.zeros_like(shift), weights)
+    chosen = torch.as_tensor(change.indices)
+    kept = here.w if change.labels is None else torch.zeros_like(here.w)
+    weights[chosen] = kept.cpu().double()
+
+    def loss(x: Tensor) -> tuple[float, Tensor]:
+        value, slope = weighted_loss(problem, x, weights)
+        if change.labels is not None:
+            own, own_slope = _relabelled(here, x)
+            value, slope = value + own, slope + own_slope
+        value += float(damping * (x @ x) / 2 - g @ x)
+        return value, slope - g + damping * x
+
+    def inverse(x: Tensor, v: Tensor) -> Tensor:
+        return _inverse(here, here.pushed(x), v)
+
+    return descend(loss, inverse, shift, steps)
+
+
+def _relabelled(
+    here: Set,
+    shift: Tensor,
+) -> tuple[float, Tensor]:
+    """The part of the samples with other labels in the changed training loss, and its gradient."""
+    problem = here.leverage.problem
+    parts = zip(here.altered, here._cut(here.w), strict=True)
+    return summed_loss(problem, shift, parts)
 
 
 def _inverse(
@@ -165,28 +191,6 @@ def _inverse(
     e = torch.linalg.solve(eye + D @ K, inside)
     pulled = here.pulled(e.view(m, C)).unsqueeze(0)
     return s - leverage.solved(pulled, 1)[0] / n
-
-
-def _slope(
-    here: Set,
-    change: Change,
-    shift: Tensor,
-) -> Tensor:
-    """Gradient of the changed training loss at a shift, less that of the training loss without one [P]."""
-    problem = here.leverage.problem
-    own, n = problem.objective, problem.samples.n
-    moved = dataclasses.replace(problem, objective=own.at(own.theta + shift))
-    weights = torch.ones(1, n, dtype=torch.float64)
-    before = weighted_gradients(problem, weights)[0]
-    kept = here.w if change.labels is None else torch.zeros_like(here.w)
-    weights[0, torch.as_tensor(change.indices)] = kept.cpu()
-    total = weighted_gradients(moved, weights)[0] - before
-    if change.labels is not None:
-        pairs = zip(here.altered, here._cut(here.w), strict=True)
-        for batch, w in pairs:
-            rows = per_sample_gradients(moved.objective, batch)
-            total += w.to(rows) @ rows / n
-    return total + here.leverage.damping * shift
 
 
 def _products(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -31,14 +33,43 @@ def weighted_gradients(problem: Problem, weights: Tensor) -> Tensor:
         dtype=objective.dtype,
         device=objective.device,
     )
-    fitting = problem.budget.product / (2 * len(weights) * problem.activations)
-    size = max(1, min(problem.scoring_batch, int(fitting)))
+    size = _at_once(problem, len(weights))
     if by_sample(problem):
         size = min(size, problem.gradient_batch)
     for batch in problem.samples.ordered(size, text="Sums of gradients"):
         own = weights[:, torch.as_tensor(batch.indices)].to(total)
         total += _of_batch(problem, batch, own)
     return total / problem.samples.n
+
+
+def _at_once(problem: Problem, count: int) -> int:
+    """Samples of whose losses so many sums are differentiated together."""
+    fitting = problem.budget.product / (2 * count * problem.activations)
+    return max(1, min(problem.scoring_batch, int(fitting)))
+
+
+def weighted_loss(
+    problem: Problem, shift: Tensor, weights: Tensor
+) -> tuple[float, Tensor]:
+    r"""(1/n) \sum_i w_i \ell_i at \theta + a shift [P], weights w [n], and its gradient [P]."""
+    batches = problem.samples.ordered(_at_once(problem, 1))
+    parts = ((one, weights[torch.as_tensor(one.indices)]) for one in batches)
+    return summed_loss(problem, shift, parts)
+
+
+def summed_loss(
+    problem: Problem, shift: Tensor, parts: Iterable[tuple[Batch, Tensor]]
+) -> tuple[float, Tensor]:
+    r"""(1/n) \sum_i w_i \ell_i at \theta + a shift [P] over batches and their weights [B], and its gradient [P]."""
+    objective, n = problem.objective, problem.samples.n
+    theta = (objective.theta + shift).detach().requires_grad_()
+    value, total = 0.0, torch.zeros_like(objective.theta)
+    for batch, w in parts:
+        losses = objective.losses(theta, batch)
+        loss = losses @ w.to(losses) / n
+        total += torch.autograd.grad(loss, theta)[0]
+        value += float(loss.detach())
+    return value, total
 
 
 def by_sample(problem: Problem) -> bool:

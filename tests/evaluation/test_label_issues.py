@@ -16,12 +16,13 @@ from linear import DAMPING, linear_model, refit
 
 pytestmark = pytest.mark.usefixtures("double")
 COUNTED = {
-    "all right": ([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]], [0, 0, 1, 1], [[2, 0], [0, 2]]),
+    # thresholds 0.85 and 0.8
+    "all right, two are unsure": ([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.1, 0.9]], [0, 0, 1, 1], [[1, 0], [0, 1]]),
     # thresholds 0.6 and 0.8: the second sample is sure of class 1, the fourth of none
     "one wrong, one unsure": (
         [[0.9, 0.1], [0.1, 0.9], [0.9, 0.1], [0.5, 0.5], [0.1, 0.9], [0.0, 1.0]],
         [0, 0, 0, 1, 1, 1],
-        [[2, 1], [0, 3]],
+        [[2, 1], [0, 2]],
     ),
     "a class without samples": ([[0.6, 0.3, 0.1], [0.2, 0.7, 0.1]], [0, 1], [[1, 0, 0], [0, 1, 0], [0, 0, 0]]),
 }
@@ -135,6 +136,14 @@ def test_a_validation_set_and_an_ensemble():
     assert both["contradicted_by"].tolist() == one["contradicted_by"].tolist()
 
 
+def test_smoothing_is_not_asked_for():
+    """Its shifts cost a search of their own, and the leverage is that at the trained parameters."""
+    plain = issues_of("classes")[-1]
+    smoothed = issues_of("classes", smoothing=4)[-1]
+    for name in ("contradicted_by", "change_if_dropped"):
+        assert list(smoothed[name]) == list(plain[name])
+
+
 def test_without_pandas_it_is_a_dict_of_arrays(monkeypatch):
     real = builtins.__import__
 
@@ -178,8 +187,40 @@ def test_a_damping_by_the_evidence_is_the_fixed_point():
 def test_probabilities_for_cleanlab():
     """Twelve lines hand them on; see README."""
     cleanlab = pytest.importorskip("cleanlab")
+    pytest.importorskip("datasets")
     model, loader, loss, wrong = planted("classes")
     found = ptif.InfluenceFunction(model, loader, loss_func=loss, **OPTIONS).out_of_sample()
     lab = cleanlab.Datalab({"labels": loader.dataset.tensors[1].numpy()}, label_name="labels")
     lab.find_issues(pred_probs=found.probabilities)
     assert lab.get_issues("label")["is_label_issue"].to_numpy()[wrong.numpy()].mean() > 0.6
+
+
+def test_the_spectrum_is_the_same_where_few_rows_fit(monkeypatch):
+    """Of some samples where there are many; their Gram matrix in blocks."""
+    from pytorch_influence_functions.model.budget import Budget
+    from pytorch_influence_functions.solve import evidence
+
+    model = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 2))
+    _, loader, loss, _ = planted("classes")
+    monkeypatch.setattr(evidence, "ROWS", 50)
+    influence = ptif.InfluenceFunction(model, loader, loss_func=loss, progress=False)
+    problem = influence._members[0].problem
+    with problem.guard():
+        expected = evidence.spectrum(problem)
+        monkeypatch.setattr(Budget, "held_ways", property(lambda self: 4 * 8 * 422 * 2 * 7.0))
+        found = evidence.spectrum(problem)
+        gram = evidence._gram(problem, list(range(25)), 2)
+    assert_close(gram, gram.T)
+    assert len(expected) == 50
+    assert_close(found, expected)
+    x = loader.dataset.tensors[0]
+    p = model(x).softmax(1)
+    J = torch.func.vmap(torch.func.jacrev(torch.func.functional_call, argnums=1), in_dims=(None, None, 0))(
+        model, dict(model.named_parameters()), x
+    )
+    J = torch.cat([part.flatten(2) for part in J.values()], 2)
+    R = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    generator = torch.Generator().manual_seed(problem.config.seed)
+    few = torch.randperm(len(x), generator=generator)[:25]
+    G = torch.einsum("ncp,ncd,ndq->pq", J[few], R[few], J[few]) / 25
+    assert_close(expected[-25:].detach(), torch.linalg.eigvalsh(G)[-25:].detach(), rtol=1e-6, atol=1e-12)

@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 from pytorch_influence_functions.model.budget import Budget
+from pytorch_influence_functions.solve.changes import Change, shifts
 from pytorch_influence_functions.solve.solvers import Solver
 from test_leverage import derivatives
 from torch.nn import functional as F
@@ -262,3 +263,44 @@ def test_wrong_sets(case):
     batch = loader.collate_fn([loader.dataset[0]])
     with pytest.raises(error, match=message):
         influence_of(model, loader, **options).effect(given.pop("what"), batch, **given)
+
+
+@pytest.mark.parametrize("kind", ["removed", "relabelled", "weighed"])
+def test_many_steps_of_a_network_come_to_the_minimum_of_the_changed_loss(kind):
+    """\\nabla L_S(theta + Delta) - \\nabla L(theta) + lambda Delta = 0, and test losses are those there."""
+    model, loader, options = make("mlp")
+    influence = influence_of(model, loader, **options, damping=0.3)
+    chosen, told = [1, 4, 5], {}
+    x, t = (torch.stack(column) for column in zip(*(loader.dataset[i] for i in range(N)), strict=True))
+    labels, weights = t.clone(), weights_of(N, chosen, 1.0)
+    if kind == "relabelled":
+        labels[chosen] = (t[chosen] + 1) % 3
+        told = {"labels": labels[chosen]}
+    else:
+        weights[chosen] = 3.0 if kind == "weighed" else 0.0
+        told = {"weights": 3.0} if kind == "weighed" else {}
+    theta = torch.nn.utils.parameters_to_vector(model.parameters()).detach()
+
+    def gradient_at(shift, labels, weights):
+        torch.nn.utils.vector_to_parameters(theta + shift, model.parameters())
+        loss = (weights * F.cross_entropy(model(x), labels, reduction="none")).sum() / N
+        g = torch.nn.utils.parameters_to_vector(torch.autograd.grad(loss, list(model.parameters())))
+        torch.nn.utils.vector_to_parameters(theta, model.parameters())
+        return g
+
+    member = influence._members[0]
+    change = Change(chosen, told.get("labels"), None if "weights" not in told else [3.0] * 3)
+    with member.problem.guard():
+        shift = shifts(member.leverage(), change, 40)[2]
+        start = shifts(member.leverage(), change, 1)[2]
+    g = gradient_at(torch.zeros_like(theta), t, torch.ones(N))
+    rest = gradient_at(shift, labels, weights) - g + 0.3 * shift
+    before = gradient_at(start, labels, weights) - g + 0.3 * start
+    assert before.norm() > 1e-3
+    assert rest.norm() < 1e-5 * before.norm()
+    found = influence.effect(chosen, [x[:2], t[:2]], steps=40, **told)
+    torch.nn.utils.vector_to_parameters(theta + shift, model.parameters())
+    there = F.cross_entropy(model(x[:2]), t[:2], reduction="none")
+    torch.nn.utils.vector_to_parameters(theta, model.parameters())
+    here = F.cross_entropy(model(x[:2]), t[:2], reduction="none")
+    assert_close(torch.from_numpy(found.joint[0]), (there - here).detach())
