@@ -141,37 +141,78 @@ def build(problem: Problem) -> Ekfac:
     return fit(Passes(problem))
 
 
-def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
-    """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
-    layers, n = passes.layers, passes.problem.samples.n
-    theta = passes.problem.objective.theta
-    max_bytes = passes.problem.budget.product
-    eigenvalues = torch.zeros_like(theta).unsqueeze(0)
-    A: dict[int, Tensor] = {}
-    S: dict[int, Tensor] = {}
-    for seen in passes.first_look():
-        eigenvalues[0, passes.outside] += seen.outside / n
-        for i, (x, g) in enumerate(
-            zip(seen.inputs, _kept(seen, keep), strict=True)
-        ):
-            if (i, "in") not in passes.axes:
-                _add(A, i, second_moment(x))
-            if (i, "out") not in passes.axes:
-                _add(S, i, second_moment(g.flatten(0, 1)))
-    # each factor is let go once its eigenvectors are there
-    blocks = [
-        Block(layer, _eigenvectors(A, i, n), _eigenvectors(S, i, n))
-        for i, layer in enumerate(layers)
-    ]
+Also = Callable[["Ekfac", Seen], None]
+"""What else is made of the pass of the eigenvalues, once the eigenvectors are there."""
+
+
+class Moments:
+    """Second moments of what the layers see, and of the gradients outside them, summed over the training set.
+
+    Args:
+        passes: the training set as the layers see it.
+        keep: the rows of the layers that count [draws, n]; None: all.
+    """
+
+    def __init__(self, passes: Passes, keep: Tensor | None = None) -> None:
+        self.passes, self.keep = passes, keep
+        self.A: dict[int, Tensor] = {}
+        self.S: dict[int, Tensor] = {}
+        self.outside: Tensor | float = 0.0
+
+    def add(self, seen: Seen) -> None:
+        """Of one more batch."""
+        axes = self.passes.axes
+        self.outside = self.outside + seen.outside
+        pairs = zip(seen.inputs, _kept(seen, self.keep), strict=True)
+        for i, (x, g) in enumerate(pairs):
+            if (i, "in") not in axes:
+                _add(self.A, i, second_moment(x))
+            if (i, "out") not in axes:
+                _add(self.S, i, second_moment(g.flatten(0, 1)))
+
+    def factors(self) -> Ekfac:
+        """The eigenvectors, each factor let go once they are there; eigenvalues outside the layers only."""
+        n, outside = self.passes.problem.samples.n, self.passes.outside
+        blocks = [
+            Block(layer, _eigenvectors(self.A, i, n), _eigenvectors(self.S, i, n))
+            for i, layer in enumerate(self.passes.layers)
+        ]
+        eigenvalues = torch.zeros_like(self.passes.problem.objective.theta)
+        eigenvalues[outside] += self.outside / n
+        return Ekfac(blocks, eigenvalues, outside)
+
+
+def fit(
+    passes: Passes,
+    keep: Tensor | None = None,
+    moments: Moments | None = None,
+    also: Also | None = None,
+) -> Ekfac:
+    """EKFAC of the training set.
+
+    Args:
+        passes: the training set as the layers see it.
+        keep: the rows of the layers it is of [draws, n] (outside them it is of all); None: all.
+        moments: what the eigenvectors are made from; None: those of these rows, in a pass of their own.
+        also: what else the pass of the eigenvalues is for.
+    """
+    if moments is None:
+        moments = Moments(passes, keep)
+        for seen in passes.first_look():
+            moments.add(seen)
+    factors = moments.factors()
     squares: dict[int, Tensor] = {}
+    max_bytes = passes.problem.budget.product
     for seen in passes:
-        for i, (x, g) in enumerate(
-            zip(seen.inputs, _kept(seen, keep), strict=True)
-        ):
-            _add(squares, i, blocks[i].squares(g, x, max_bytes))
-    for i, layer in enumerate(layers):
+        pairs = zip(seen.inputs, _kept(seen, keep), strict=True)
+        for i, (x, g) in enumerate(pairs):
+            _add(squares, i, factors.blocks[i].squares(g, x, max_bytes))
+        if also is not None:
+            also(factors, seen)
+    n, eigenvalues = passes.problem.samples.n, factors.eigenvalues.unsqueeze(0)
+    for i, layer in enumerate(passes.layers):
         scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
-    return Ekfac(blocks, eigenvalues[0], passes.outside)
+    return factors
 
 
 def _add(sums: dict[int, Tensor], i: int, part: Tensor) -> None:

@@ -21,7 +21,7 @@ from .damping import HALVES
 from .directions import directions
 from .ekfac import DAMPING_TARGET
 from .errors import NegativeCurvatureError
-from .factors import Ekfac, eigenbasis_rows, fit
+from .factors import Ekfac, Moments, eigenbasis_rows, fit
 from .paired import choose_damping, error_curve
 from .passes import Passes, Seen
 from .problem import Problem
@@ -122,22 +122,23 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     """Find the largest `rows` rows of G, and fit EKFAC to the others."""
     dear = problem.product_work > DEAR
     passes = Passes(problem, FEW_DIRECTIONS if dear else DIRECTIONS)
-    norms = torch.cat(
-        [_norms(seen) for seen in passes], 1
-    )  # samples come in order
+    norms, moments = _first_pass(passes)
     weights, candidates = norms.sum(0), norms[: _exact(passes)]
     taken = torch.zeros_like(norms, dtype=torch.bool)
     if candidates.numel() and rows:
         taken.view(-1)[
             candidates.flatten().topk(min(rows, candidates.numel())).indices
         ] = True
-    factors = fit(passes, ~taken)
-    J = torch.cat(
-        [
-            *_rows(passes, factors, taken),
-            problem.objective.theta.new_zeros(0, problem.objective.P),
-        ]
+    parts = [
+        problem.objective.theta.new_zeros(0, problem.objective.P),
+    ]
+    factors = fit(
+        passes,
+        ~taken,
+        moments,
+        lambda found, seen: parts.extend(_rows(passes, found, taken, seen)),
     )
+    J = torch.cat(parts)
     J /= problem.samples.n**0.5
     J = J[J.square().sum(1).argsort(descending=True)]
     outside = factors.outside
@@ -147,6 +148,17 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     if bool(taken.all()):
         factors.eigenvalues.zero_()  # no row is left, only rounding, and noise outside the layers
     return LowRank(factors, J, weights)
+
+
+def _first_pass(passes: Passes) -> tuple[Tensor, Moments | None]:
+    r"""\|g_ik\|^2 of all rows [D, n]; where a pass is expensive the factors come from the same one, of all rows."""
+    moments = Moments(passes) if passes.expensive else None
+    norms = []
+    for seen in passes:  # samples come in order
+        norms.append(_norms(seen))
+        if moments is not None:
+            moments.add(passes.some(seen))
+    return torch.cat(norms, 1), moments
 
 
 def _exact(passes: Passes) -> int:
@@ -181,23 +193,21 @@ def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
     return (g.mT @ a).square().sum((1, 2, 3))
 
 
-def _rows(passes: Passes, factors: Ekfac, taken: Tensor) -> Iterator[Tensor]:
-    """The rows that are taken, in the eigenbasis [., P]."""
+def _rows(
+    passes: Passes, factors: Ekfac, taken: Tensor, seen: Seen
+) -> Iterator[Tensor]:
+    """The rows of a batch that are taken, in the eigenbasis [., P]."""
     objective = passes.problem.objective
-    for seen in passes:
-        draws, places = taken[
-            :, torch.as_tensor(seen.batch.indices, device=taken.device)
-        ].nonzero(as_tuple=True)
-        row = 8 * (
-            objective.P * objective.theta.element_size()
-            + activation_bytes(objective, seen.batch)
-        )
-        size = max(1, int(passes.problem.budget.product / row))
-        for k, i in (
-            zip(draws.split(size), places.split(size), strict=True)
-            if len(draws)
-            else ()
-        ):
+    draws, places = taken[
+        :, torch.as_tensor(seen.batch.indices, device=taken.device)
+    ].nonzero(as_tuple=True)
+    row = 8 * (
+        objective.P * objective.theta.element_size()
+        + activation_bytes(objective, seen.batch)
+    )
+    size = max(1, int(passes.problem.budget.product / row))
+    if len(draws):
+        for k, i in zip(draws.split(size), places.split(size), strict=True):
             yield eigenbasis_rows(objective, factors, seen, k, i)
 
 
