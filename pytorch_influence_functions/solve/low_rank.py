@@ -34,7 +34,7 @@ a product takes more floating-point operations than that: each is a backward pas
 
 ROWS_FOR_DAMPING = 200
 """Rows that are exact in what preconditions the choice of the damping; twice as many where no product follows."""
-INVERSE_WORK = 6e9
+INVERSE_WORK = 2e9
 """Floating-point operations of one inverse with exact rows in the choice of the damping, which takes up to a dozen."""
 EKFAC_STEPS, PLAIN_STEPS = 4, 20
 """Conjugate gradients for the choice of the damping without a low-rank form: EKFAC alone preconditions less well than
@@ -56,6 +56,7 @@ class LowRank:
 
     def __init__(self, factors: Ekfac, J: Tensor, weights: Tensor) -> None:
         self.factors, self.J, self.weights = factors, J, weights
+        self._diagonals: dict[int, Tensor] = {}
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -82,8 +83,14 @@ class LowRank:
     def inverse(self, damping: float, rows: int | None = None) -> Woodbury:
         """(G + damping I)^-1 with the `rows` largest rows exact (None: all), the others on the diagonal."""
         J = self.J[:rows]
-        d = self.factors.eigenvalues + self.J[len(J) :].square().sum(0)
-        return Woodbury(self.factors, d + damping, J)
+        return Woodbury(self.factors, self._diagonal(len(J)) + damping, J)
+
+    def _diagonal(self, rows: int) -> Tensor:
+        """That of all but the `rows` largest rows [P], kept for the next damping."""
+        if rows not in self._diagonals:
+            rest = self.J[rows:].square().sum(0)
+            self._diagonals[rows] = self.factors.eigenvalues + rest
+        return self._diagonals[rows]
 
 
 @dataclasses.dataclass
