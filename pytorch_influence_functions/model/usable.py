@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..data.batch import Batch
-from .gradients import agrees
+from .gradients import SMALL_BYTES, agrees
 from .layer_rules import parts_of
 from .layers import LAYOUTS, Layer, forward, gather
 from .objective import Objective
@@ -44,6 +45,24 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
             str(error).splitlines()[0],
         )
         return []
+
+
+def covering_layers(objective: Objective, batch: Batch) -> list[Layer]:
+    """Layers whose rules give the whole gradient of each sample of a batch; none where they do not, or not faster.
+
+    Without a convolution per-sample gradients by `vmap` are outer products as well, and cost no more; nor do small ones.
+    """
+    modules, paths = objective.model.modules(), objective.paths
+    convolutions = any(isinstance(module, _ConvNd) for module in modules)
+    large = objective.theta.nbytes > SMALL_BYTES
+    if not (convolutions and large and paths.batched and paths.outputs):
+        return []
+    layers = usable_layers(objective, batch)
+    if any(layer.alone or layer.classes is not None for layer in layers):
+        return []
+    places = [place for layer in layers for place in layer.places]
+    covered = sum(place.stop - place.start for place in places)
+    return layers if covered == objective.P else []
 
 
 def _true(

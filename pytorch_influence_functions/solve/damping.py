@@ -246,7 +246,9 @@ class _Rule:
         if not (self.dear and fits):
             return None
         rows = [
-            per_sample_gradients(problem.objective, batch, problem.budget.product)
+            per_sample_gradients(
+                problem.objective, batch, problem.budget.product
+            )
             for batch in self.batches
         ]
         return torch.cat(rows)

@@ -174,7 +174,9 @@ class Moments:
         """The eigenvectors, each factor let go once they are there; eigenvalues outside the layers only."""
         n, outside = self.passes.problem.samples.n, self.passes.outside
         blocks = [
-            Block(layer, _eigenvectors(self.A, i, n), _eigenvectors(self.S, i, n))
+            Block(
+                layer, _eigenvectors(self.A, i, n), _eigenvectors(self.S, i, n)
+            )
             for i, layer in enumerate(self.passes.layers)
         ]
         eigenvalues = torch.zeros_like(self.passes.problem.objective.theta)

@@ -27,7 +27,7 @@ from .passes import Passes, Seen
 from .problem import Problem
 from .solution import Damping
 
-DIRECTIONS, FEW_DIRECTIONS, DEAR = 9, 2, 3e10
+DIRECTIONS, FEW_DIRECTIONS, DEAR = 9, 1, 3e10
 """Eigenvectors of the loss's Hessian in a sample's outputs that may become rows (the rest is drawn), and how many where
 a product takes more floating-point operations than that: each is a backward pass in each of three sweeps."""
 
