@@ -38,6 +38,8 @@ class Products(NamedTuple):
     """The output gradient as the bias sees it, where that is something else; the bias is a block of its own then."""
     some: Callable[[Tensor, Tensor], Tensor] | None = None
     """The inputs at some positions [B, S] of each sample alone [B, S, groups, d], where that saves work."""
+    unfolded: tuple[int, int] | None = None
+    """Channels and taps of a convolution, as the weight holds them; in what is unfolded the taps come first."""
     classes: int | None = None
     """Of one-hot inputs, which are the place of their one instead (an integer, d = 1; -1: there is none)."""
 
@@ -102,7 +104,14 @@ def _convolution(conv: _ConvNd) -> Products:
 
     outputs = functools.partial(_pixels, groups=conv.groups)
     out = conv.out_channels // conv.groups
-    return Products(conv.groups, out, inputs, outputs, some=inputs)
+    return Products(
+        conv.groups,
+        out,
+        inputs,
+        outputs,
+        some=inputs,
+        unfolded=(conv.in_channels // conv.groups, math.prod(conv.kernel_size)),
+    )
 
 
 def _transposed(conv: _ConvNd) -> Products:
@@ -118,9 +127,18 @@ def _transposed(conv: _ConvNd) -> Products:
             conv.stride,
         )
 
-    out = conv.out_channels // conv.groups * math.prod(conv.kernel_size)
+    channels, taps = (
+        conv.out_channels // conv.groups,
+        math.prod(conv.kernel_size),
+    )
     return Products(
-        conv.groups, out, pixels, outputs, inputs_first=True, shift=pixels
+        conv.groups,
+        channels * taps,
+        pixels,
+        outputs,
+        inputs_first=True,
+        shift=pixels,
+        unfolded=(channels, taps),
     )
 
 
@@ -138,23 +156,23 @@ def _patches(
     stride: Sequence[int],
     places: Tensor | None = None,
 ) -> Tensor:
-    """What each output pixel of a convolution sees, [B, groups in, pixels...] -> [B, T, groups, in * taps].
+    """What each output pixel of a convolution sees, [B, groups in, pixels...] -> [B, T, groups, taps * in].
 
     `places` [B, S] are those pixels of each sample that are wanted; None: all.
     """
+    dims = len(kernel)
+    # channels last, so that a copy takes them in one go: a tenth of `F.unfold`
+    x = x.movedim(1, -1).contiguous()
     for i, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
         span = d * (k - 1) + 1
-        x = x.unfold(2 + i, span, s)[..., ::d]
-    dims = len(kernel)
-    if places is None:
-        # a copy of whole rows of pixels, which takes a fifth of `F.unfold`
-        pixels_last = x.movedim((*range(2, 2 + dims),), (*range(-dims, 0),))
-        columns = pixels_last.flatten(-dims).flatten(1, -2)
-        return columns.mT.unflatten(-1, (groups, -1))
-    x = x.movedim(1, 1 + dims)  # [B, pixels..., groups in, kernel...]
-    samples = torch.arange(len(x), device=x.device).unsqueeze(1)
-    pixels = torch.unravel_index(places, x.shape[1 : 1 + dims])
-    return x[(samples, *pixels)].unflatten(2, (groups, -1)).flatten(3)
+        x = x.unfold(1 + i, span, s)[..., ::d]
+    # [B, pixels..., groups in, kernel...]
+    if places is not None:
+        samples = torch.arange(len(x), device=x.device).unsqueeze(1)
+        pixels = torch.unravel_index(places, x.shape[1 : 1 + dims])
+        x, dims = x[(samples, *pixels)], 1
+    x = x.unflatten(1 + dims, (groups, -1)).movedim(2 + dims, -1)
+    return x.flatten(2 + dims).flatten(1, dims)
 
 
 def _padded(conv: _ConvNd, x: Tensor) -> Tensor:

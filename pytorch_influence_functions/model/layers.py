@@ -291,6 +291,8 @@ def gather(layer: Layer, v: Tensor) -> Tensor:
     if isinstance(rule, Sums):
         return joined(parts, 1)[:, None, :, None]
     W = parts[0]
+    if rule.unfolded:
+        W = W.unflatten(1, (-1, *rule.unfolded)).mT.flatten(1)
     if rule.inputs_first:
         W = W.reshape(len(v), rule.groups, -1, rule.out).mT
     else:
@@ -311,5 +313,8 @@ def scatter(layer: Layer, W: Tensor, v: Tensor) -> None:
         parts = (W[..., :-1], W[..., -1])
     if isinstance(layer.rule, Products) and layer.rule.inputs_first:
         parts = (parts[0].mT, *parts[1:])
+    if isinstance(layer.rule, Products) and layer.rule.unfolded:
+        channels, taps = layer.rule.unfolded
+        parts = (parts[0].unflatten(-1, (taps, channels)).mT, *parts[1:])
     for place, part in zip(layer.places, parts, strict=True):
         v[:, place] = part.reshape(len(v), -1)

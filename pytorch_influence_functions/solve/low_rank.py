@@ -27,7 +27,7 @@ from .passes import Passes, Seen
 from .problem import Problem
 from .solution import Damping
 
-DIRECTIONS, FEW_DIRECTIONS, DEAR = 9, 1, 3e10
+DIRECTIONS, FEW_DIRECTIONS, DEAR = 9, 2, 3e10
 """Eigenvectors of the loss's Hessian in a sample's outputs that may become rows (the rest is drawn), and how many where
 a product takes more floating-point operations than that: each is a backward pass in each of three sweeps."""
 
@@ -63,7 +63,7 @@ class LowRank:
         """tr(G) / P."""
         return (
             self.factors.mean_eigenvalue
-            + float(self.J.square().sum()) / self.J.shape[1]
+            + float(self.J.norm()) ** 2 / self.J.shape[1]
         )
 
     def heaviest(self, share: float) -> list[int]:
@@ -88,8 +88,10 @@ class LowRank:
     def _diagonal(self, rows: int) -> Tensor:
         """That of all but the `rows` largest rows [P], kept for the next damping."""
         if rows not in self._diagonals:
-            rest = self.J[rows:].square().sum(0)
-            self._diagonals[rows] = self.factors.eigenvalues + rest
+            total = self.factors.eigenvalues.clone()
+            for row in self.J[rows:]:
+                total.addcmul_(row, row)
+            self._diagonals[rows] = total
         return self._diagonals[rows]
 
 
@@ -147,7 +149,7 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     )
     J = torch.cat(parts)
     J /= problem.samples.n**0.5
-    J = J[J.square().sum(1).argsort(descending=True)]
+    J = J[J.norm(dim=1).argsort(descending=True)]
     outside = factors.outside
     factors.eigenvalues[outside] = (
         factors.eigenvalues[outside] - J[:, outside].square().sum(0)
@@ -197,7 +199,8 @@ def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
         return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
     if a.shape[2] ** 2 < a.shape[3] * g.shape[3]:
         return ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3))
-    return (g.mT @ a).square().sum((1, 2, 3))
+    W = g.mT @ a
+    return (W * W).sum((1, 2, 3))
 
 
 def _rows(

@@ -48,7 +48,10 @@ def search(
             high = point
         tried_all = len(path) >= MOST
         if low is None or high is None:
-            before, damping = damping, _next_step(point, target, len(path))
+            sure = len(path) < 3 and roughly == 1
+            longest = math.log(FACTOR if sure else FACTOR**2)
+            before = damping
+            damping = _next_step(point, target, len(path), longest)
             within = BOUNDS[0] <= damping / start <= BOUNDS[1]
             if tried_all or not within:
                 return before, path
@@ -58,12 +61,13 @@ def search(
             damping = _between(low, high, target)
 
 
-def _next_step(point: Point, target: float, tried: int) -> float:
+def _next_step(
+    point: Point, target: float, tried: int, longest: float
+) -> float:
     """The next lambda on the way to the target: errors fall about with the root of lambda."""
     damping, value = point
     value = min(max(value, SMALLEST), 1 / SMALLEST)
     step = 2 * math.log(value / target)
-    longest = math.log(FACTOR if tried < 3 else FACTOR**2)
     shortest = min(SHORTEST * 2 ** (tried - 1), longest)
     size = min(max(abs(step), shortest), longest)
     return float(damping * math.exp(math.copysign(size, step)))
