@@ -131,8 +131,8 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     """Find the largest `rows` rows of G, and fit EKFAC to the others."""
     dear = problem.product_work > DEAR
     passes = Passes(problem, FEW_DIRECTIONS if dear else DIRECTIONS)
-    norms, moments = _first_pass(passes)
-    weights, candidates = norms.sum(0), norms[: _exact(passes)]
+    norms, exact, moments = _first_pass(passes)
+    weights, candidates = norms.sum(0), norms[:exact]
     taken = torch.zeros_like(norms, dtype=torch.bool)
     if candidates.numel() and rows:
         taken.view(-1)[
@@ -159,22 +159,20 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     return LowRank(factors, J, weights)
 
 
-def _first_pass(passes: Passes) -> tuple[Tensor, Moments | None]:
-    r"""\|g_ik\|^2 of all rows [D, n]; where a pass is expensive the factors come from the same one, of all rows."""
+def _first_pass(passes: Passes) -> tuple[Tensor, int, Moments | None]:
+    r"""\|g_ik\|^2 of all rows [D, n], and how many of the D draws are eigenvectors, which come first.
+
+    Where a pass is expensive what the factors are made from comes from the same one, of all rows.
+    """
     moments = Moments(passes) if passes.expensive else None
-    norms = []
+    norms, exact = [], 0
     for seen in passes:  # samples come in order
         norms.append(_norms(seen))
+        outputs = sum(part[0, 0].numel() for part in seen.cotangents)
+        exact = directions(outputs, passes.top or 0)
         if moments is not None:
             moments.add(passes.some(seen))
-    return torch.cat(norms, 1), moments
-
-
-def _exact(passes: Passes) -> int:
-    """How many of the draws are eigenvectors, which come first."""
-    seen = next(iter(passes))
-    count = sum(part[0, 0].numel() for part in seen.cotangents)
-    return directions(count, passes.top or 0)
+    return torch.cat(norms, 1), exact, moments
 
 
 def _norms(seen: Seen) -> Tensor:

@@ -91,7 +91,10 @@ class Passes:
 
     def __init__(self, problem: Problem, top: int | None = None) -> None:
         self.problem, self.top, objective = problem, top, problem.objective
-        self.layers = usable_layers(objective, _tried(problem))
+        # those that were tried already for the scores are all there are
+        self.layers = [*objective.paths.layers] or usable_layers(
+            objective, _tried(problem)
+        )
         self.axes = axes_of(problem, self.layers)
         outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:

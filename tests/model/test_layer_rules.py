@@ -7,6 +7,7 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
+from pytorch_influence_functions.model import gradients, usable
 from pytorch_influence_functions.model.layer_rules import parts_of
 from pytorch_influence_functions.model.layers import backward, forward, gather, layer_inputs, scatter
 from pytorch_influence_functions.model.objective import Objective
@@ -155,6 +156,43 @@ def add_gradients(objective, layers, batch, rows):
 
 
 WITH_BIAS = [name for name, (make, _) in LAYERS.items() if getattr(make(), "bias", None) is not None]
+
+
+CONVOLUTIONS = [name for name, (make, _) in LAYERS.items() if "Conv" in type(make()).__name__]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_products_by_layers_are_those_of_each_samples_gradient(name, monkeypatch):
+    """Of a convolutional model whose gradients are large, for many vectors, in blocks of samples."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    x, model = torch.randn(N, *shape), Then(make(), shape)
+    monkeypatch.setattr(usable, "SMALL_BYTES", 0)
+    objective, samples, loader = ready(model, x)
+    assert len(objective.paths.layers) >= 2
+    batch, vectors = samples.take(range(N)), torch.randn(5, objective.P)
+    expected = vectors @ slow_gradients(model, loader, range(N), {}).T
+    with objective.active():
+        monkeypatch.setattr(gradients, "per_sample_gradients", None)  # it is not asked
+        for max_bytes in (1e12, 1.0):
+            found = gradients.gradient_products(objective, batch, vectors, max_bytes)
+            assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_models_that_have_no_products_by_layers(monkeypatch):
+    """A parameter without a rule, no convolution, and gradients that are small."""
+    torch.manual_seed(0)
+    x = torch.randn(N, *IMAGE)
+    with_more = Then(nn.Conv2d(4, 3, 3), IMAGE)
+    assert not ready(with_more, x)[0].paths.layers  # small
+    monkeypatch.setattr(usable, "SMALL_BYTES", 0)
+    assert ready(with_more, x)[0].paths.layers
+    with_more.layer.bias = None
+    with_more.scale = nn.Parameter(torch.tensor(2.0))
+    monkeypatch.setattr(Then, "forward", lambda m, x: m.scale * m.out(torch.tanh(m.layer(x)).flatten(1)))
+    assert not ready(with_more, x)[0].paths.layers
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(120, 3))
+    assert not ready(plain, x)[0].paths.layers
 
 
 @pytest.mark.parametrize(
