@@ -50,7 +50,8 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
 def covering_layers(objective: Objective, batch: Batch) -> list[Layer]:
     """Layers whose rules give the whole gradient of each sample of a batch; none where they do not, or not faster.
 
-    Without a convolution per-sample gradients by `vmap` are outer products as well, and cost no more; nor do small ones.
+    Without a convolution per-sample gradients by `vmap` are outer products as well, and cost no more, nor do small
+    ones.
     """
     modules, paths = objective.model.modules(), objective.paths
     convolutions = any(isinstance(module, _ConvNd) for module in modules)
