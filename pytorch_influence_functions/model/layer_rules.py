@@ -83,7 +83,12 @@ def _products(rule: Callable[[Any], Products]) -> Rule:
 
 
 def _linear(linear: nn.Linear) -> Products:
-    return Products(1, linear.out_features, _one_group, _one_group)
+    return plain_linear(linear.out_features)
+
+
+def plain_linear(outputs: int) -> Products:
+    """The rule of `F.linear` with a weight [outputs, inputs]."""
+    return Products(1, outputs, _one_group, _one_group)
 
 
 def _one_group(x: Tensor) -> Tensor:

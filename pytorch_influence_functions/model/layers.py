@@ -6,12 +6,14 @@ sequence or image positions.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..data.batch import Batch
 from .layer_rules import Products, Sums
@@ -74,6 +76,8 @@ class Layer(NamedTuple):
     """Whether the model gets a copy of its output, which it changes in place."""
     shared: bool = False
     """Whether all samples share its input, as they do their positions; the model gets its output once for each."""
+    inside: bool = False
+    """Whether it is no module that is called: `F.linear` is, with its weight, in a module (`nn.MultiheadAttention`)."""
     alone: bool = False
     """Whether its samples are found in it one at a time only: an expert sees those that are sent to it."""
 
@@ -169,34 +173,81 @@ def forward(
     raw: list[list[Tensor]] = [[] for _ in layers]
     outs: list[list[Tensor]] = [[] for _ in layers]
 
-    def hook(i: int) -> Callable[..., Tensor]:
-        def keep(
+    def keep(i: int, x: Tensor, output: Tensor) -> Tensor:
+        if layers[i].shared:
+            x = _repeated(x, batch.size)
+            output = _repeated(output, batch.size)
+        raw[i].append(x.detach())
+        outs[i].append(output)
+        return output.clone() if layers[i].copied else output
+
+    theta = objective.theta.detach().requires_grad_()
+    with watched(layers, theta, keep):
+        y, rebuild = numbers_of(objective.batch_outputs(theta, batch))
+    return Forward(raw, outs, attached(y, theta), rebuild, theta)
+
+
+Keep = Callable[[int, Tensor, Any], Any]
+"""Place of a layer, its input, its output -> what the model gets for its output."""
+
+
+@contextlib.contextmanager
+def watched(
+    layers: Sequence[Layer], theta: Tensor, keep: Keep
+) -> Iterator[None]:
+    """Inside: `keep` sees each call of the layers of a model at theta [P], and gives what the model goes on with."""
+
+    def hook(i: int) -> Callable[..., Any]:
+        def seen(
             _: nn.Module,
             args: tuple[Tensor, ...],
             kwargs: dict[str, Tensor],
-            output: Tensor,
-        ) -> Tensor:
+            output: Any,
+        ) -> Any:
             x = args[0] if args else next(iter(kwargs.values()))
-            if layers[i].shared:
-                x = _repeated(x, batch.size)
-                output = _repeated(output, batch.size)
-            raw[i].append(x.detach())
-            outs[i].append(output)
-            return output.clone() if layers[i].copied else output
+            return keep(i, x, output)
 
-        return keep
+        return seen
 
+    numbered = list(enumerate(layers))
     handles = [
         layer.module.register_forward_hook(hook(i), with_kwargs=True)
-        for i, layer in enumerate(layers)
+        for i, layer in numbered
+        if not layer.inside
     ]
+    weights = {
+        (theta[layer.weight].data_ptr(), theta[layer.weight].numel()): i
+        for i, layer in numbered
+        if layer.inside and layer.weight is not None
+    }
+    plain = F.linear
     try:
-        theta = objective.theta.detach().requires_grad_()
-        y, rebuild = numbers_of(objective.batch_outputs(theta, batch))
+        if weights:
+            vars(F)["linear"] = _watched_linear(plain, weights, keep)
+        yield
     finally:
+        vars(F)["linear"] = plain
         for handle in handles:
             handle.remove()
-    return Forward(raw, outs, attached(y, theta), rebuild, theta)
+
+
+def _watched_linear(
+    plain: Callable[..., Tensor],
+    weights: dict[tuple[int, int], int],
+    keep: Keep,
+) -> Callable[..., Tensor]:
+    """`F.linear` that shows its calls with some weights, by their places in memory and sizes."""
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        output = plain(x, weight, bias)
+        try:
+            i = weights.get((weight.data_ptr(), weight.numel()))
+        except RuntimeError:  # inside a transform of the model's own
+            return output
+        shown: Tensor = output if i is None else keep(i, x, output)
+        return shown
+
+    return linear
 
 
 def _repeated(x: Tensor, size: int) -> Tensor:
