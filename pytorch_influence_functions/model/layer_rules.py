@@ -91,6 +91,15 @@ def plain_linear(outputs: int) -> Products:
     return Products(1, outputs, _one_group, _one_group)
 
 
+def _transposed_linear(layer: nn.Module) -> Products:
+    """x W + b: a linear layer whose weight holds [inputs, outputs], as that of GPT-2 in transformers."""
+    weight = layer.get_parameter("weight")
+    if weight.dim() != 2:
+        raise NotImplementedError("its weight is no matrix")
+    outputs = weight.shape[1]
+    return plain_linear(outputs)._replace(inputs_first=True)
+
+
 def _one_group(x: Tensor) -> Tensor:
     """[..., d] -> [..., 1, d]."""
     return x.unsqueeze(-2)
@@ -332,6 +341,10 @@ RULES: dict[type[nn.Module], Rule] = {
 """The rule of each kind of layer, which raises `NotImplementedError` for what it does not cover."""
 
 
+BY_NAME: dict[str, Rule] = {"Conv1D": _products(_transposed_linear)}
+"""The rule of layers of packages that need not be there; like every rule it is tried in value first."""
+
+
 def parts_of(module: nn.Module, weight: bool, bias: bool) -> list[Part]:
     """The rules of a layer's weight and bias, those that are trained; none for a layer of another kind."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) or not (
@@ -341,4 +354,5 @@ def parts_of(module: nn.Module, weight: bool, bias: bool) -> list[Part]:
     for kind, rule in RULES.items():
         if isinstance(module, kind):
             return rule(module, weight, bias)
-    return []
+    rule_by_name = BY_NAME.get(type(module).__name__)
+    return rule_by_name(module, weight, bias) if rule_by_name else []

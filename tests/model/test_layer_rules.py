@@ -532,6 +532,27 @@ class Scaled(Encoder):
         return self.out(self.across(h, before, before)[0].mean(1))
 
 
+class Conv1D(nn.Module):
+    """As in transformers: the weight holds [inputs, outputs]."""
+
+    def __init__(self, inputs, outputs, weight=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) if weight is None else weight)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return x @ (self.weight if self.weight.dim() == 2 else self.weight[0]) + self.bias
+
+
+def test_layers_of_other_packages():
+    torch.manual_seed(0)
+    x = torch.randn(N, 3, 4)
+    layers = check_gradients(nn.Sequential(Conv1D(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)), x)
+    assert [layer.name for layer in layers] == ["0", "3"]
+    other = nn.Sequential(Conv1D(4, 5, torch.randn(1, 4, 5)), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3))
+    assert [layer.name for layer in check_gradients(other, x, outside=["0.weight", "0.bias"])] == ["3"]
+
+
 def test_what_is_outside_is_named(caplog):
     """Attention to another sequence takes parts of its weight; to itself all of it, as one linear map."""
     torch.manual_seed(0)
