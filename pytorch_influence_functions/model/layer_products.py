@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from .layers import Layer, backward, forward, gather, layer_inputs
+from .layer_passes import backward, forward, layer_inputs
+from .layers import Layer, gather
 from .objective import Objective
 from .outer_products import outer_products
 

@@ -9,58 +9,14 @@ whose weight is frozen.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 
-Rows = Callable[[Tensor], Tensor]
-"""A layer's input or output gradient -> [positions with samples among them..., groups, d]."""
-
-
-class Products(NamedTuple):
-    """A weight, and often a bias, whose gradient is a sum of outer products."""
-
-    groups: int
-    out: int
-    """Outputs of one group."""
-    inputs: Rows
-    """What the weight is multiplied with, d inputs of a group; without the one of the bias."""
-    outputs: Rows
-    inputs_first: bool = False
-    """Whether the weight holds [groups, inputs, outputs]."""
-    shift: Rows | None = None
-    """The output gradient as the bias sees it, where that is something else; the bias is a block of its own then."""
-    some: Callable[[Tensor, Tensor], Tensor] | None = None
-    """The inputs at some positions [B, S] of each sample alone [B, S, groups, d], where that saves work."""
-    unfolded: tuple[int, int] | None = None
-    """Channels and taps of a convolution, as the weight holds them; in what is unfolded the taps come first."""
-    classes: int | None = None
-    """Of one-hot inputs, which are the place of their one instead (an integer, d = 1; -1: there is none)."""
-
-
-class Sums(NamedTuple):
-    """Parameters whose gradient is a sum over positions: outputs of a single input that is always one."""
-
-    gradients: Callable[[Tensor, Tensor], list[Tensor]]
-    """Output gradient and input -> the gradient at each position of each parameter [..., 1, its size]."""
-
-
-class Part(NamedTuple):
-    """Which of a layer's parameters a rule covers."""
-
-    rule: Products | Sums
-    weight: bool
-    bias: bool
-
-
-Rule = Callable[[Any, bool, bool], list[Part]]
-"""A layer and whether its weight and its bias are trained -> the rules of these."""
+from .convolutions import convolution, transposed
+from .layer_kinds import Part, Products, Rule, Sums, one_group, plain_linear
 
 
 def _products(rule: Callable[[Any], Products]) -> Rule:
@@ -79,16 +35,11 @@ def _products(rule: Callable[[Any], Products]) -> Rule:
     return parts
 
 
-# ---- linear and convolutions
+# ---- linear maps
 
 
 def _linear(linear: nn.Linear) -> Products:
     return plain_linear(linear.out_features)
-
-
-def plain_linear(outputs: int) -> Products:
-    """The rule of `F.linear` with a weight [outputs, inputs]."""
-    return Products(1, outputs, _one_group, _one_group)
 
 
 def _transposed_linear(layer: nn.Module) -> Products:
@@ -98,133 +49,6 @@ def _transposed_linear(layer: nn.Module) -> Products:
         raise NotImplementedError("its weight is no matrix")
     outputs = weight.shape[1]
     return plain_linear(outputs)._replace(inputs_first=True)
-
-
-def _one_group(x: Tensor) -> Tensor:
-    """[..., d] -> [..., 1, d]."""
-    return x.unsqueeze(-2)
-
-
-def _convolution(conv: _ConvNd) -> Products:
-    def inputs(x: Tensor, places: Tensor | None = None) -> Tensor:
-        return _patches(
-            _padded(conv, x),
-            conv.groups,
-            conv.kernel_size,
-            conv.dilation,
-            conv.stride,
-            places,
-        )
-
-    outputs = functools.partial(_pixels, groups=conv.groups)
-    out = conv.out_channels // conv.groups
-    return Products(
-        conv.groups,
-        out,
-        inputs,
-        outputs,
-        some=inputs,
-        unfolded=(conv.in_channels // conv.groups, math.prod(conv.kernel_size)),
-    )
-
-
-def _transposed(conv: _ConvNd) -> Products:
-    """A convolution of the output gradient, whose pixels are what the input is multiplied with."""
-    pixels = functools.partial(_pixels, groups=conv.groups)
-
-    def outputs(g: Tensor) -> Tensor:
-        return _patches(
-            _cut(conv, g),
-            conv.groups,
-            conv.kernel_size,
-            conv.dilation,
-            conv.stride,
-        )
-
-    channels, taps = (
-        conv.out_channels // conv.groups,
-        math.prod(conv.kernel_size),
-    )
-    return Products(
-        conv.groups,
-        channels * taps,
-        pixels,
-        outputs,
-        inputs_first=True,
-        shift=pixels,
-        unfolded=(channels, taps),
-    )
-
-
-def _pixels(g: Tensor, groups: int) -> Tensor:
-    """Channels second [B, groups d, pixels...] -> [B, T, groups, d]."""
-    pixels: Tensor = g.flatten(2).mT.unflatten(-1, (groups, -1))
-    return pixels
-
-
-def _patches(
-    x: Tensor,
-    groups: int,
-    kernel: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    places: Tensor | None = None,
-) -> Tensor:
-    """What each output pixel of a convolution sees, [B, groups in, pixels...] -> [B, T, groups, taps * in].
-
-    `places` [B, S] are those pixels of each sample that are wanted; None: all.
-    """
-    dims = len(kernel)
-    # channels last, so that a copy takes them in one go: a tenth of `F.unfold`
-    x = x.movedim(1, -1).contiguous()
-    for i, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
-        span = d * (k - 1) + 1
-        x = x.unfold(1 + i, span, s)[..., ::d]
-    # [B, pixels..., groups in, kernel...]
-    if places is not None:
-        samples = torch.arange(len(x), device=x.device).unsqueeze(1)
-        pixels = torch.unravel_index(places, x.shape[1 : 1 + dims])
-        x, dims = x[(samples, *pixels)], 1
-    x = x.unflatten(1 + dims, (groups, -1)).movedim(2 + dims, -1)
-    return x.flatten(2 + dims).flatten(1, dims)
-
-
-def _padded(conv: _ConvNd, x: Tensor) -> Tensor:
-    """The input with its margin."""
-    sides = list(_margins(conv))
-    if not any(map(any, sides)):
-        return x
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, _last_first(sides), mode=mode)
-
-
-def _margins(conv: _ConvNd) -> Sequence[tuple[int, int]]:
-    """Pixels before and after each dimension; of an odd number "same" has one more after."""
-    if not isinstance(conv.padding, str):
-        return [(p, p) for p in conv.padding]
-    if conv.padding == "valid":
-        return [(0, 0) for _ in conv.kernel_size]
-    totals = [
-        d * (k - 1)
-        for k, d in zip(conv.kernel_size, conv.dilation, strict=True)
-    ]
-    return [(total // 2, total - total // 2) for total in totals]
-
-
-def _last_first(sides: Sequence[tuple[int, int]]) -> list[int]:
-    """In the order of `F.pad`."""
-    return [pixels for side in reversed(sides) for pixels in side]
-
-
-def _cut(conv: _ConvNd, g: Tensor) -> Tensor:
-    """The output gradient with the margin that the output has not, and without the pixels that no input reaches."""
-    sides = [
-        (p, p - more)
-        for (p, _), more in zip(
-            _margins(conv), conv.output_padding, strict=True
-        )
-    ]
-    return F.pad(g, _last_first(sides))
 
 
 # ---- embeddings
@@ -249,7 +73,7 @@ def _embedding(embedding: nn.Embedding) -> Products:
         1,
         embedding.embedding_dim,
         inputs,
-        _one_group,
+        one_group,
         inputs_first=True,
         classes=embedding.num_embeddings,
     )
@@ -320,12 +144,12 @@ def _statistics(
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: _products(_linear),
-    nn.Conv1d: _products(_convolution),
-    nn.Conv2d: _products(_convolution),
-    nn.Conv3d: _products(_convolution),
-    nn.ConvTranspose1d: _products(_transposed),
-    nn.ConvTranspose2d: _products(_transposed),
-    nn.ConvTranspose3d: _products(_transposed),
+    nn.Conv1d: _products(convolution),
+    nn.Conv2d: _products(convolution),
+    nn.Conv3d: _products(convolution),
+    nn.ConvTranspose1d: _products(transposed),
+    nn.ConvTranspose2d: _products(transposed),
+    nn.ConvTranspose3d: _products(transposed),
     nn.Embedding: _products(_embedding),
     nn.LayerNorm: _scaled(_layer_norm, _last),
     nn.RMSNorm: _scaled(_rms_norm, _last),

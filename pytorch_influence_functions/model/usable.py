@@ -13,8 +13,10 @@ from torch.nn.modules.conv import _ConvNd
 
 from ..data.batch import Batch
 from .gradients import SMALL_BYTES, agrees
-from .layer_rules import parts_of, plain_linear
-from .layers import LAYOUTS, Layer, forward, gather, watched
+from .layer_kinds import plain_linear
+from .layer_passes import forward, watched
+from .layer_rules import parts_of
+from .layers import LAYOUTS, Layer, gather
 from .objective import Objective
 from .outer_products import outer_products
 from .outputs import attached, numbers_of

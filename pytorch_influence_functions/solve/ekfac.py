@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.gradients import per_sample_gradients
+from ..model.layer_passes import by_parts
 from ..model.layer_products import seen_of_loss
-from ..model.layers import by_parts, gather
+from ..model.layers import gather
 from ..model.objective import Objective
 from ..model.outer_products import (
     is_one_hot,

@@ -17,13 +17,8 @@ from torch.func import vjp, vmap
 
 from ..data.batch import Batch
 from ..model.budget import DIAGONAL_BLOCK
-from ..model.layers import (
-    Layer,
-    backward,
-    by_parts,
-    forward,
-    layer_inputs,
-)
+from ..model.layer_passes import backward, by_parts, forward, layer_inputs
+from ..model.layers import Layer
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
 from ..model.usable import parameter_places, usable_layers

@@ -8,8 +8,9 @@ import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model import gradients, usable
+from pytorch_influence_functions.model.layer_passes import backward, forward, layer_inputs
 from pytorch_influence_functions.model.layer_rules import parts_of
-from pytorch_influence_functions.model.layers import backward, forward, gather, layer_inputs, scatter
+from pytorch_influence_functions.model.layers import gather, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outer_products import one_hot_norms, outer_products
 from pytorch_influence_functions.model.probe import probe
