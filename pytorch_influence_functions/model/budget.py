@@ -196,6 +196,11 @@ def gradient_block(
     return -(-count // parts)
 
 
+def layer_block(activations: float, max_bytes: float) -> int:
+    """Samples at a time in products by layer rules: what a layer sees, unfolded, is about as large as all it keeps."""
+    return max(1, int(min(max_bytes, 4 * CACHE["cpu"]) / (6 * activations)))
+
+
 def outer_block(gradient: float, max_bytes: float) -> int:
     """Samples whose gradients of one layer, of so many bytes, are built at a time: one copy of them is squared."""
     return max(1, int(min(max_bytes / 2, 2 * CACHE["cpu"]) / gradient))

@@ -11,8 +11,14 @@ from torch import Tensor
 from torch.func import jvp
 
 from ..data.batch import Batch, flatten_tree
-from .gradients import forward_products, gradient, vmap_gradients
+from .gradients import (
+    by_layers,
+    forward_products,
+    gradient,
+    vmap_gradients,
+)
 from .trial import Trial, Way
+from .usable import covering_layers
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +40,7 @@ class FastPaths:
         self._require_gradient()
         self._attempt("forward", products_in_forward_mode)
         self._attempt("stacked", stacked_products)
+        self._try_layers()
 
     def _try_outputs(self) -> None:
         """One call of the model for all samples, and the loss of each from its row of the outputs."""
@@ -54,6 +61,14 @@ class FastPaths:
                 return
         self._set(outputs=False, loss=False)
         self._attempt("loss", losses_of_outputs)
+
+    def _try_layers(self) -> None:
+        """Per-sample gradients by the rules of layers, which pays for a convolution."""
+        before = self.objective.paths
+        layers = covering_layers(self.objective, self.trial.batch)
+        self._set(layers=tuple(layers))
+        if layers and not self.trial.holds(products_by_layers):
+            self.objective.paths = before
 
     def _require_gradient(self) -> None:
         """Give up what has the true losses and not their gradient."""
@@ -163,6 +178,18 @@ def stacked_products(trial: Trial) -> tuple[Callable[[], Tensor], Tensor]:
         return forward_products(trial.objective, trial.batch, two)
 
     return found, torch.stack([expected, 2 * expected])
+
+
+def products_by_layers(
+    trial: Trial,
+) -> tuple[Callable[[], Tensor], Tensor]:
+    """The same by the rules of the layers [B]."""
+    v = trial.truth.sum(0, keepdim=True)
+
+    def found() -> Tensor:
+        return by_layers(trial.objective, trial.batch, v)[0]
+
+    return found, _products(trial)
 
 
 def _products(trial: Trial) -> Tensor:

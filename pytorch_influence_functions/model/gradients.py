@@ -1,8 +1,8 @@
 r"""Per-sample gradients, and products of them with vectors that never build them.
 
-The products g_i . s_k of B samples with K vectors come by one of three ways, all equal in value:
-forward mode (one Jacobian-vector product of the B losses per vector), per-sample gradients of a block of samples times
-all vectors, or one sample at a time where the model allows neither.
+The products g_i . s_k of B samples with K vectors come by one of four ways, all equal in value:
+forward mode (one Jacobian-vector product of the B losses per vector), the rules of the layers of a convolutional model,
+per-sample gradients of a block of samples times all vectors, or one sample at a time where the model allows none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.batch import UNCUT, Batch
-from .budget import forward_stack, gradient_block
+from .budget import forward_stack, gradient_block, layer_block
+from .layer_products import layer_products
 from .objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -92,12 +93,33 @@ def gradient_products(
         len(vectors) < few(objective, batch) or not paths.vmap
     ):
         return forward_products(objective, batch, vectors, max_bytes)
+    if paths.layers:
+        return by_layers(objective, batch, vectors, max_bytes)
     return torch.cat(
         [
             vectors @ per_sample_gradients(objective, block).T
             for block in gradient_blocks(objective, batch, max_bytes)
         ],
         dim=1,
+    )
+
+
+def by_layers(
+    objective: Objective,
+    batch: Batch,
+    vectors: Tensor,
+    max_bytes: float = math.inf,
+) -> Tensor:
+    """The same by the rules of the layers, [K, P] -> [K, B]."""
+    size = layer_block(activation_bytes(objective, batch), max_bytes)
+    starts = range(0, batch.size, size)
+    blocks = [batch.rows(i, min(i + size, batch.size)) for i in starts]
+    return torch.cat(
+        [
+            layer_products(objective, objective.paths.layers, one, vectors)
+            for one in blocks
+        ],
+        1,
     )
 
 

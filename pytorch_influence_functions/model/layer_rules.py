@@ -9,56 +9,14 @@ whose weight is frozen.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.conv import _ConvNd
 
-Rows = Callable[[Tensor], Tensor]
-"""A layer's input or output gradient -> [positions with samples among them..., groups, d]."""
-
-
-class Products(NamedTuple):
-    """A weight, and often a bias, whose gradient is a sum of outer products."""
-
-    groups: int
-    out: int
-    """Outputs of one group."""
-    inputs: Rows
-    """What the weight is multiplied with, d inputs of a group; without the one of the bias."""
-    outputs: Rows
-    inputs_first: bool = False
-    """Whether the weight holds [groups, inputs, outputs]."""
-    shift: Rows | None = None
-    """The output gradient as the bias sees it, where that is something else; the bias is a block of its own then."""
-    some: Callable[[Tensor, Tensor], Tensor] | None = None
-    """The inputs at some positions [B, S] of each sample alone [B, S, groups, d], where that saves work."""
-    classes: int | None = None
-    """Of one-hot inputs, which are the place of their one instead (an integer, d = 1; -1: there is none)."""
-
-
-class Sums(NamedTuple):
-    """Parameters whose gradient is a sum over positions: outputs of a single input that is always one."""
-
-    gradients: Callable[[Tensor, Tensor], list[Tensor]]
-    """Output gradient and input -> the gradient at each position of each parameter [..., 1, its size]."""
-
-
-class Part(NamedTuple):
-    """Which of a layer's parameters a rule covers."""
-
-    rule: Products | Sums
-    weight: bool
-    bias: bool
-
-
-Rule = Callable[[Any, bool, bool], list[Part]]
-"""A layer and whether its weight and its bias are trained -> the rules of these."""
+from .convolutions import convolution, transposed
+from .layer_kinds import Part, Products, Rule, Sums, one_group, plain_linear
 
 
 def _products(rule: Callable[[Any], Products]) -> Rule:
@@ -77,126 +35,20 @@ def _products(rule: Callable[[Any], Products]) -> Rule:
     return parts
 
 
-# ---- linear and convolutions
+# ---- linear maps
 
 
 def _linear(linear: nn.Linear) -> Products:
-    return Products(1, linear.out_features, _one_group, _one_group)
+    return plain_linear(linear.out_features)
 
 
-def _one_group(x: Tensor) -> Tensor:
-    """[..., d] -> [..., 1, d]."""
-    return x.unsqueeze(-2)
-
-
-def _convolution(conv: _ConvNd) -> Products:
-    def inputs(x: Tensor, places: Tensor | None = None) -> Tensor:
-        return _patches(
-            _padded(conv, x),
-            conv.groups,
-            conv.kernel_size,
-            conv.dilation,
-            conv.stride,
-            places,
-        )
-
-    outputs = functools.partial(_pixels, groups=conv.groups)
-    out = conv.out_channels // conv.groups
-    return Products(conv.groups, out, inputs, outputs, some=inputs)
-
-
-def _transposed(conv: _ConvNd) -> Products:
-    """A convolution of the output gradient, whose pixels are what the input is multiplied with."""
-    pixels = functools.partial(_pixels, groups=conv.groups)
-
-    def outputs(g: Tensor) -> Tensor:
-        return _patches(
-            _cut(conv, g),
-            conv.groups,
-            conv.kernel_size,
-            conv.dilation,
-            conv.stride,
-        )
-
-    out = conv.out_channels // conv.groups * math.prod(conv.kernel_size)
-    return Products(
-        conv.groups, out, pixels, outputs, inputs_first=True, shift=pixels
-    )
-
-
-def _pixels(g: Tensor, groups: int) -> Tensor:
-    """Channels second [B, groups d, pixels...] -> [B, T, groups, d]."""
-    pixels: Tensor = g.flatten(2).mT.unflatten(-1, (groups, -1))
-    return pixels
-
-
-def _patches(
-    x: Tensor,
-    groups: int,
-    kernel: Sequence[int],
-    dilation: Sequence[int],
-    stride: Sequence[int],
-    places: Tensor | None = None,
-) -> Tensor:
-    """What each output pixel of a convolution sees, [B, groups in, pixels...] -> [B, T, groups, in * taps].
-
-    `places` [B, S] are those pixels of each sample that are wanted; None: all.
-    """
-    if len(kernel) == 2 and places is None:
-        columns: Tensor = F.unfold(
-            x, tuple(kernel), tuple(dilation), stride=tuple(stride)
-        )
-        rows: Tensor = columns.mT.unflatten(-1, (groups, -1))
-        return rows
-    for i, (k, d, s) in enumerate(zip(kernel, dilation, stride, strict=True)):
-        span = d * (k - 1) + 1
-        x = x.unfold(2 + i, span, s)[..., ::d]
-    dims = len(kernel)
-    x = x.movedim(1, 1 + dims)  # [B, pixels..., groups in, kernel...]
-    if places is not None:
-        samples = torch.arange(len(x), device=x.device).unsqueeze(1)
-        pixels = torch.unravel_index(places, x.shape[1 : 1 + dims])
-        x, dims = x[(samples, *pixels)], 1
-    x = x.unflatten(1 + dims, (groups, -1))
-    return x.flatten(2 + dims).flatten(1, dims)
-
-
-def _padded(conv: _ConvNd, x: Tensor) -> Tensor:
-    """The input with its margin."""
-    sides = list(_margins(conv))
-    if not any(map(any, sides)):
-        return x
-    mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-    return F.pad(x, _last_first(sides), mode=mode)
-
-
-def _margins(conv: _ConvNd) -> Sequence[tuple[int, int]]:
-    """Pixels before and after each dimension; of an odd number "same" has one more after."""
-    if not isinstance(conv.padding, str):
-        return [(p, p) for p in conv.padding]
-    if conv.padding == "valid":
-        return [(0, 0) for _ in conv.kernel_size]
-    totals = [
-        d * (k - 1)
-        for k, d in zip(conv.kernel_size, conv.dilation, strict=True)
-    ]
-    return [(total // 2, total - total // 2) for total in totals]
-
-
-def _last_first(sides: Sequence[tuple[int, int]]) -> list[int]:
-    """In the order of `F.pad`."""
-    return [pixels for side in reversed(sides) for pixels in side]
-
-
-def _cut(conv: _ConvNd, g: Tensor) -> Tensor:
-    """The output gradient with the margin that the output has not, and without the pixels that no input reaches."""
-    sides = [
-        (p, p - more)
-        for (p, _), more in zip(
-            _margins(conv), conv.output_padding, strict=True
-        )
-    ]
-    return F.pad(g, _last_first(sides))
+def _transposed_linear(layer: nn.Module) -> Products:
+    """x W + b: a linear layer whose weight holds [inputs, outputs], as that of GPT-2 in transformers."""
+    weight = layer.get_parameter("weight")
+    if weight.dim() != 2:
+        raise NotImplementedError("its weight is no matrix")
+    outputs = weight.shape[1]
+    return plain_linear(outputs)._replace(inputs_first=True)
 
 
 # ---- embeddings
@@ -212,7 +64,7 @@ def _embedding(embedding: nn.Embedding) -> Products:
         1,
         embedding.embedding_dim,
         inputs,
-        _one_group,
+        one_group,
         inputs_first=True,
         classes=embedding.num_embeddings,
     )
@@ -283,12 +135,12 @@ def _statistics(
 
 RULES: dict[type[nn.Module], Rule] = {
     nn.Linear: _products(_linear),
-    nn.Conv1d: _products(_convolution),
-    nn.Conv2d: _products(_convolution),
-    nn.Conv3d: _products(_convolution),
-    nn.ConvTranspose1d: _products(_transposed),
-    nn.ConvTranspose2d: _products(_transposed),
-    nn.ConvTranspose3d: _products(_transposed),
+    nn.Conv1d: _products(convolution),
+    nn.Conv2d: _products(convolution),
+    nn.Conv3d: _products(convolution),
+    nn.ConvTranspose1d: _products(transposed),
+    nn.ConvTranspose2d: _products(transposed),
+    nn.ConvTranspose3d: _products(transposed),
     nn.Embedding: _products(_embedding),
     nn.LayerNorm: _scaled(_layer_norm, _last),
     nn.RMSNorm: _scaled(_rms_norm, _last),
@@ -304,6 +156,10 @@ RULES: dict[type[nn.Module], Rule] = {
 """The rule of each kind of layer, which raises `NotImplementedError` for what it does not cover."""
 
 
+BY_NAME: dict[str, Rule] = {"Conv1D": _products(_transposed_linear)}
+"""The rule of layers of packages that need not be there; like every rule it is tried in value first."""
+
+
 def parts_of(module: nn.Module, weight: bool, bias: bool) -> list[Part]:
     """The rules of a layer's weight and bias, those that are trained; none for a layer of another kind."""
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) or not (
@@ -313,4 +169,5 @@ def parts_of(module: nn.Module, weight: bool, bias: bool) -> list[Part]:
     for kind, rule in RULES.items():
         if isinstance(module, kind):
             return rule(module, weight, bias)
-    return []
+    rule_by_name = BY_NAME.get(type(module).__name__)
+    return rule_by_name(module, weight, bias) if rule_by_name else []

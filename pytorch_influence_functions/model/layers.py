@@ -6,19 +6,14 @@ sequence or image positions.
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batch import Batch
-from .layer_rules import Products, Sums
-from .objective import Objective
-from .outputs import attached, numbers_of
+from .layer_kinds import Products, Sums
 
-logger = logging.getLogger(__name__)
 Layout = Callable[[Tensor, int], Tensor]
 """[..., groups, d], number of samples B -> [B, T, groups, d]."""
 
@@ -74,6 +69,8 @@ class Layer(NamedTuple):
     """Whether the model gets a copy of its output, which it changes in place."""
     shared: bool = False
     """Whether all samples share its input, as they do their positions; the model gets its output once for each."""
+    inside: bool = False
+    """Whether it is no module that is called: `F.linear` is, with its weight, in a module (`nn.MultiheadAttention`)."""
     alone: bool = False
     """Whether its samples are found in it one at a time only: an expert sees those that are sent to it."""
 
@@ -146,142 +143,6 @@ def joined(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
-# ---- one batch
-
-
-class Forward(NamedTuple):
-    """One pass of the model: what its layers got and gave."""
-
-    raw: list[list[Tensor]]
-    """Of each layer its inputs, one for each time it was called."""
-    outs: list[list[Tensor]]
-    """Of each layer its outputs, with their graph."""
-    y: list[Tensor]
-    """What the model returned, [B, ...] each."""
-    rebuild: Callable[[Sequence[Tensor]], Any]
-    theta: Tensor
-
-
-def forward(
-    objective: Objective, layers: Sequence[Layer], batch: Batch
-) -> Forward:
-    """Call the model once and keep what each layer sees."""
-    raw: list[list[Tensor]] = [[] for _ in layers]
-    outs: list[list[Tensor]] = [[] for _ in layers]
-
-    def hook(i: int) -> Callable[..., Tensor]:
-        def keep(
-            _: nn.Module,
-            args: tuple[Tensor, ...],
-            kwargs: dict[str, Tensor],
-            output: Tensor,
-        ) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
-            if layers[i].shared:
-                x = _repeated(x, batch.size)
-                output = _repeated(output, batch.size)
-            raw[i].append(x.detach())
-            outs[i].append(output)
-            return output.clone() if layers[i].copied else output
-
-        return keep
-
-    handles = [
-        layer.module.register_forward_hook(hook(i), with_kwargs=True)
-        for i, layer in enumerate(layers)
-    ]
-    try:
-        theta = objective.theta.detach().requires_grad_()
-        y, rebuild = numbers_of(objective.batch_outputs(theta, batch))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return Forward(raw, outs, attached(y, theta), rebuild, theta)
-
-
-def _repeated(x: Tensor, size: int) -> Tensor:
-    """[T, ...] or [1, T, ...] -> [B, T, ...]."""
-    x = x if x.shape[:1] == (1,) else x.unsqueeze(0)
-    return x.expand(size, *x.shape[1:])
-
-
-def layer_inputs(
-    layers: Sequence[Layer], seen: Forward, size: int
-) -> list[Tensor]:
-    """Inputs of each layer [B, T, groups, in], all of its calls one after the other, in the precision of theta."""
-    return [
-        _inputs(layer, [_precise(x, seen.theta) for x in xs], seen.theta, size)
-        for layer, xs in zip(layers, seen.raw, strict=True)
-    ]
-
-
-def _inputs(
-    layer: Layer, xs: Sequence[Tensor], theta: Tensor, size: int
-) -> Tensor:
-    if xs:
-        return joined([layer.inputs(x, size) for x in xs], 1)
-    kind = theta.dtype if layer.classes is None else torch.long
-    width = layer.fan_in if layer.classes is None else 1
-    return theta.new_zeros(size, 0, layer.groups, width, dtype=kind)
-
-
-def _precise(x: Tensor, theta: Tensor) -> Tensor:
-    """In the precision of theta; the places of one-hot inputs as they are."""
-    return x.to(theta) if x.is_floating_point() else x
-
-
-def backward(
-    layers: Sequence[Layer],
-    seen: Forward,
-    e: list[Tensor],
-    size: int,
-    whole: bool = False,
-) -> tuple[list[Tensor], Tensor | None]:
-    """Output gradients of each layer [B, T, groups, out] for output gradients e; the parameters' [P] where `whole`."""
-    flat = [out for parts in seen.outs for out in parts]
-    targets = [*flat, seen.theta] if whole else flat
-    if not targets:
-        return [], None
-    grads = torch.autograd.grad(
-        seen.y,
-        targets,
-        e,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-    each = iter(grads)
-    g = []
-    for layer, xs in zip(layers, seen.raw, strict=True):
-        calls = [
-            layer.outputs(
-                next(each).to(seen.theta), _precise(x, seen.theta), size
-            )
-            for x in xs
-        ]
-        none = seen.theta.new_zeros(size, 0, layer.groups, layer.fan_out)
-        g.append(joined(calls, 1) if calls else none)
-    return g, next(each, None)
-
-
-Found = TypeVar("Found")
-
-
-def by_parts(batch: Batch, way: Callable[[Batch], Found]) -> Iterator[Found]:
-    """What `way` finds in a batch, or in each sample alone where a layer does not see all (experts, branches)."""
-    for one in batch.parts or (batch,):
-        try:
-            found = way(one)
-        except LayoutError as error:
-            if one.size == 1:
-                raise
-            logger.debug("%s; they go one at a time", error)
-        else:
-            yield found
-            continue
-        yield from map(way, one.singles())
-
-
 # ---- how a layer's parameters lie in theta
 
 
@@ -291,6 +152,8 @@ def gather(layer: Layer, v: Tensor) -> Tensor:
     if isinstance(rule, Sums):
         return joined(parts, 1)[:, None, :, None]
     W = parts[0]
+    if rule.unfolded:
+        W = W.unflatten(1, (-1, *rule.unfolded)).mT.flatten(1)
     if rule.inputs_first:
         W = W.reshape(len(v), rule.groups, -1, rule.out).mT
     else:
@@ -311,5 +174,8 @@ def scatter(layer: Layer, W: Tensor, v: Tensor) -> None:
         parts = (W[..., :-1], W[..., -1])
     if isinstance(layer.rule, Products) and layer.rule.inputs_first:
         parts = (parts[0].mT, *parts[1:])
+    if isinstance(layer.rule, Products) and layer.rule.unfolded:
+        channels, taps = layer.rule.unfolded
+        parts = (parts[0].unflatten(-1, (taps, channels)).mT, *parts[1:])
     for place, part in zip(layer.places, parts, strict=True):
         v[:, place] = part.reshape(len(v), -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Paths(NamedTuple):
@@ -24,6 +24,8 @@ class Paths(NamedTuple):
     """Forward-mode derivatives of the losses."""
     stacked: bool = False
     """`vmap` over forward-mode derivatives."""
+    layers: tuple[Any, ...] = ()
+    """Layers whose rules give the whole gradient of each sample; none where `vmap` gives it at no more cost."""
     tangent: str | None = None
     """The way to derivatives of the outputs along a vector; None is not tried yet."""
     curved: bool = True

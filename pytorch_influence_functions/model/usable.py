@@ -9,11 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..data.batch import Batch
-from .gradients import agrees
+from .gradients import SMALL_BYTES, agrees
+from .layer_kinds import plain_linear
+from .layer_passes import forward, watched
 from .layer_rules import parts_of
-from .layers import LAYOUTS, Layer, forward, gather
+from .layers import LAYOUTS, Layer, gather
 from .objective import Objective
 from .outer_products import outer_products
 from .outputs import attached, numbers_of
@@ -31,7 +34,10 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
     layers = [
         layer
         for name, module in named
-        for layer in _layers(name, module, places)
+        for layer in (
+            *_layers(name, module, places),
+            *_inside(name, module, places),
+        )
     ]
     layers = _seen(objective, layers, batch)
     if not layers:
@@ -44,6 +50,25 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
             str(error).splitlines()[0],
         )
         return []
+
+
+def covering_layers(objective: Objective, batch: Batch) -> list[Layer]:
+    """Layers whose rules give the whole gradient of each sample of a batch; none where they do not, or not faster.
+
+    Without a convolution per-sample gradients by `vmap` are outer products as well, and cost no more, nor do small
+    ones.
+    """
+    modules, paths = objective.model.modules(), objective.paths
+    convolutions = any(isinstance(module, _ConvNd) for module in modules)
+    large = objective.theta.nbytes > SMALL_BYTES
+    if not (convolutions and large and paths.batched and paths.outputs):
+        return []
+    layers = usable_layers(objective, batch)
+    if any(layer.alone or layer.classes is not None for layer in layers):
+        return []
+    places = [place for layer in layers for place in layer.places]
+    covered = sum(place.stop - place.start for place in places)
+    return layers if covered == objective.P else []
 
 
 def _true(
@@ -188,33 +213,42 @@ def _layers(
     return layers
 
 
+def _inside(
+    name: str, module: nn.Module, places: dict[str, slice]
+) -> list[Layer]:
+    """Linear maps that attention takes the parameters of, without calling a module."""
+    if not isinstance(module, nn.MultiheadAttention):
+        return []
+    width = module.embed_dim
+    maps = (("in_proj_", 3 * width), ("out_proj.", width))
+    layers = []
+    for part, outputs in maps:
+        own = f"{name}.{part}" if name else part
+        weight, bias = places.get(f"{own}weight"), places.get(f"{own}bias")
+        if weight is not None:
+            rule = plain_linear(outputs)
+            layers.append(
+                Layer(own[:-1], module, weight, bias, rule, inside=True)
+            )
+    return layers
+
+
 def _seen(
     objective: Objective, layers: Sequence[Layer], batch: Batch
 ) -> list[Layer]:
     """The layers that the model calls, and whether it changes what they return in place."""
-    outputs: dict[str, list[tuple[Any, int]]] = {
-        layer.name: [] for layer in layers
-    }
+    outputs: list[list[tuple[Any, int]]] = [[] for _ in layers]
 
-    def keep(name: str, output: Any) -> None:
-        outputs[name].append((output, getattr(output, "_version", 0)))
+    def keep(i: int, _: Tensor, output: Any) -> Any:
+        outputs[i].append((output, getattr(output, "_version", 0)))
+        return output
 
-    handles = [
-        layer.module.register_forward_hook(
-            lambda _m, _i, output, name=layer.name: keep(name, output)
-        )
-        for layer in layers
-    ]
     theta = objective.theta.detach().requires_grad_()
-    try:
+    with watched(layers, theta, keep):
         for one in batch.singles():  # each may take a way of its own
             objective.batch_outputs(theta, one)
-    finally:
-        for handle in handles:
-            handle.remove()
     result = []
-    for layer in layers:
-        calls = outputs[layer.name]
+    for layer, calls in zip(layers, outputs, strict=True):
         if not all(
             isinstance(output, Tensor) and output.requires_grad
             for output, _ in calls

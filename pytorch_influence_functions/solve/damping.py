@@ -22,13 +22,13 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..model.gradients import gradient_products
+from ..model.gradients import gradient_products, per_sample_gradients
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from .problem import Problem
-from .search import Point, search
+from .search import ROUGHLY, Point, search
 from .solution import Damping
-from .weighted import weighted_gradients
+from .weighted import block_gradients, weighted_gradients
 
 logger = logging.getLogger(__name__)
 TARGET = 0.23
@@ -38,6 +38,13 @@ HALVES, SAMPLES = 16, 200
 FEWER_HALVES, FEWER_SAMPLES, TRY_WORK = 8, 50, 1e11
 """The same where the forward passes for one value of lambda would take more floating-point operations than that, some
 seconds on one core."""
+BLOCKS = 16
+"""A half is made of so many random blocks then, of which one backward pass each gives the gradients: those of single
+samples take three times as long, in a ResNet-18 a fifth of the whole choice. A half of random blocks is as random."""
+ROUGH_HALVES = 2
+"""Of them the search begins with, until it is near: the start may be thousands of times too small."""
+ROWS_HELD = 4
+"""So many times the gradients of all samples j have to fit: as they come, joined, and what else there is."""
 START = 4.0
 """Where the search begins, in units of G's mean eigenvalue."""
 
@@ -122,7 +129,9 @@ class _Rule:
     ) -> None:
         self.problem, self.shift, n = problem, shift, problem.samples.n
         count, most = _sizes(problem)
+        self.dear = count < HALVES
         generator = torch.Generator().manual_seed(problem.config.seed)
+        self.blocks: list[list[int]] = []
         self.halves = self._halves(count, generator)
         chosen: list[int] = (
             torch.randperm(n, generator=generator)[:most].sort().values.tolist()
@@ -136,13 +145,18 @@ class _Rule:
     def _halves(self, count: int, generator: torch.Generator) -> Tensor:
         """The weight of each training sample in each half [count, n]."""
         n = self.problem.samples.n
-        halves = [
-            torch.randperm(n, generator=generator)[: max(1, n // 2)]
-            for _ in range(count)
-        ]
-        return torch.stack(
-            [torch.zeros(n).index_fill(0, half, 1) for half in halves]
-        )
+        if self.dear and n >= BLOCKS:
+            order = torch.randperm(n, generator=generator)
+            self.blocks = [
+                part.sort().values.tolist() for part in order.chunk(BLOCKS)
+            ]
+        units = self.blocks or [[i] for i in range(n)]
+        halves = torch.zeros(count, n)
+        for half in halves:
+            chosen = torch.randperm(len(units), generator=generator)
+            for k in chosen[: max(1, len(units) // 2)].tolist():
+                half[units[k]] = 1
+        return halves
 
     def _precise(self, own: Objective) -> tuple[Losses, Tensor]:
         """Losses in double precision at parameters [P], and those at theta; where it runs in no other, in its own.
@@ -151,7 +165,7 @@ class _Rule:
         the outputs of a sample that is fitted well reaches its loss times a slope that is as small.
         """
         ways: list[Losses] = [functools.partial(_losses_at, own.double())]
-        if _sizes(self.problem)[0] < HALVES and own.paths.outputs:
+        if self.dear and own.paths.outputs:
             ways.insert(0, functools.partial(_losses_of_outputs_at, own))
         for way in ways:
             try:
@@ -163,6 +177,18 @@ class _Rule:
                 )
         way = functools.partial(_losses_at, own)
         return way, self._losses(way)
+
+    def begin(self, start: float, target: float) -> float:
+        """Where the search for a target begins: near the end of one by a few of the halves, if all are expensive."""
+        if not self.dear or len(self._parts) > 1:
+            return start
+        return search(self._rough_error, start, target, ROUGHLY)[0]
+
+    def _rough_error(self, damping: float) -> float:
+        """`error` by a few halves."""
+        shifts = self.shift(self._gradients[:ROUGH_HALVES], damping)
+        actual = self._changes(shifts)
+        return prediction_error(actual, self._predicted(shifts).to(actual))
 
     def error(self, damping: float) -> float:
         """The prediction error at this damping; as many halves at a time as the memory holds."""
@@ -184,7 +210,11 @@ class _Rule:
     @functools.cached_property
     def _gradients(self) -> Tensor:
         """The sum of the gradients of each half [halves, P], kept where all of them fit."""
-        return weighted_gradients(self.problem, self.halves)
+        if not self.blocks:
+            return weighted_gradients(self.problem, self.halves)
+        sums = block_gradients(self.problem, self.blocks)
+        weights = self.halves[:, [block[0] for block in self.blocks]]
+        return weights.to(sums) @ sums
 
     def _changes(self, shifts: Tensor) -> Tensor:
         """Actual changes of the samples' losses at the parameters plus each shift [h, P] -> [h, samples]."""
@@ -195,6 +225,8 @@ class _Rule:
 
     def _predicted(self, shifts: Tensor, at: Objective | None = None) -> Tensor:
         """The same to first order, by the gradients at theta or those of another objective [h, samples]."""
+        if at is None and self._rows is not None:
+            return shifts @ self._rows.T
         objective = self.problem.objective if at is None else at
         max_bytes = self.problem.budget.product
         return torch.cat(
@@ -204,6 +236,22 @@ class _Rule:
             ],
             1,
         )
+
+    @functools.cached_property
+    def _rows(self) -> Tensor | None:
+        """The gradients at theta of the samples [samples, P], where they are expensive and fit."""
+        problem = self.problem
+        count = sum(batch.size for batch in self.batches)
+        fits = problem.budget.vectors >= ROWS_HELD * count * problem.row
+        if not (self.dear and fits):
+            return None
+        rows = [
+            per_sample_gradients(
+                problem.objective, batch, problem.budget.product
+            )
+            for batch in self.batches
+        ]
+        return torch.cat(rows)
 
     def _losses(self, way: Losses, shift: Tensor | float = 0.0) -> Tensor:
         """Loss of each of the samples at the parameters, shifted by `shift` [P]."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model import draws
-from ..model.layers import Forward
+from ..model.layer_passes import Forward
 from ..model.likelihoods import (
     DENSE_OUTPUTS,
     Categorical,

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model.gradients import per_sample_gradients
-from ..model.layers import backward, by_parts, forward, gather, layer_inputs
+from ..model.layer_passes import by_parts
+from ..model.layer_products import seen_of_loss
+from ..model.layers import gather
 from ..model.objective import Objective
 from ..model.outer_products import (
     is_one_hot,
@@ -111,19 +113,9 @@ def _quadratic_by_layers(
 ) -> Tensor:
     """The quadratic form with `weights` [1, P] in the eigenbasis of each sample's gradient -> [B]."""
     layers = [block.layer for block in factors.blocks]
-    seen = forward(objective, layers, batch)
-    y = [part.detach().requires_grad_() for part in seen.y]
-    losses = objective.output_losses(seen.rebuild(y), batch).sum()
-    e = list(
-        torch.autograd.grad(
-            losses, y, materialize_grads=True, allow_unused=True
-        )
-    )
-    g, _ = backward(layers, seen, e, batch.size)
+    inputs, gradients = seen_of_loss(objective, layers, batch)
     total = objective.theta.new_zeros(batch.size)
-    for block, x, d in zip(
-        factors.blocks, layer_inputs(layers, seen, batch.size), g, strict=True
-    ):
+    for block, x, d in zip(factors.blocks, inputs, gradients, strict=True):
         left, right = block.rotated(d, x)
         total = total + _weighted_squares(
             left, right, gather(block.layer, weights)[0], max_bytes

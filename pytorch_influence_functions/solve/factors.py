@@ -58,15 +58,27 @@ class Block(NamedTuple):
         What the layer sees is turned into the eigenbasis, or the gradients are: for many positions of a small layer
         there are fewer of these.
         """
-        draws, _, T, _, outputs = g.shape
-        inputs = a.shape[-1]
-        turned = T * (inputs**2 + draws * outputs**2)
-        turned_later = draws * outputs * inputs * (outputs + inputs)
-        if turned <= turned_later or self.layer.classes is not None:
+        if self._turns_first(g, a, len(g)):
             left, right = self.rotated(g, a)
             return _squares(left, right, self.layer.classes, max_bytes)
         left, right = rotated(g, None), rotated(a, None)
         return _squares(left, right, None, max_bytes, self.to_eigenbasis)
+
+    def products(self, g: Tensor, a: Tensor) -> Tensor:
+        """Gradients of samples in the eigenbasis; [R, T, groups, out], [R, T, groups, in] -> [R, groups, out, in]."""
+        if self._turns_first(g, a, 1):
+            left, right = self.rotated(g, a)
+            return outer_products(left, right, self.layer.classes)
+        left, right = rotated(g, None), rotated(a, None)
+        return self.to_eigenbasis(outer_products(left, right))
+
+    def _turns_first(self, g: Tensor, a: Tensor, draws: int) -> bool:
+        """Whether it is less work to turn what the layer sees than the gradients, of so many draws."""
+        if self.layer.classes is not None:
+            return True
+        T, outputs, inputs = g.shape[-3], g.shape[-1], a.shape[-1]
+        seen = T * (inputs**2 + draws * outputs**2)
+        return seen <= draws * outputs * inputs * (outputs + inputs)
 
 
 class Ekfac:
@@ -141,37 +153,80 @@ def build(problem: Problem) -> Ekfac:
     return fit(Passes(problem))
 
 
-def fit(passes: Passes, keep: Tensor | None = None) -> Ekfac:
-    """EKFAC of the training set; `keep` [draws, n]: of these rows of the layers only (outside them it is of all)."""
-    layers, n = passes.layers, passes.problem.samples.n
-    theta = passes.problem.objective.theta
-    max_bytes = passes.problem.budget.product
-    eigenvalues = torch.zeros_like(theta).unsqueeze(0)
-    A: dict[int, Tensor] = {}
-    S: dict[int, Tensor] = {}
-    for seen in passes.first_look():
-        eigenvalues[0, passes.outside] += seen.outside / n
-        for i, (x, g) in enumerate(
-            zip(seen.inputs, _kept(seen, keep), strict=True)
-        ):
-            if (i, "in") not in passes.axes:
-                _add(A, i, second_moment(x))
-            if (i, "out") not in passes.axes:
-                _add(S, i, second_moment(g.flatten(0, 1)))
-    # each factor is let go once its eigenvectors are there
-    blocks = [
-        Block(layer, _eigenvectors(A, i, n), _eigenvectors(S, i, n))
-        for i, layer in enumerate(layers)
-    ]
+Also = Callable[["Ekfac", Seen], None]
+"""What else is made of the pass of the eigenvalues, once the eigenvectors are there."""
+
+
+class Moments:
+    """Second moments of what the layers see, and of the gradients outside them, summed over the training set.
+
+    Args:
+        passes: the training set as the layers see it.
+        keep: the rows of the layers that count [draws, n]; None: all.
+    """
+
+    def __init__(self, passes: Passes, keep: Tensor | None = None) -> None:
+        self.passes, self.keep = passes, keep
+        self.A: dict[int, Tensor] = {}
+        self.S: dict[int, Tensor] = {}
+        self.outside: Tensor | float = 0.0
+
+    def add(self, seen: Seen) -> None:
+        """Of one more batch."""
+        axes = self.passes.axes
+        self.outside = self.outside + seen.outside
+        pairs = zip(seen.inputs, _kept(seen, self.keep), strict=True)
+        for i, (x, g) in enumerate(pairs):
+            if (i, "in") not in axes:
+                _add(self.A, i, second_moment(x))
+            if (i, "out") not in axes:
+                _add(self.S, i, second_moment(g.flatten(0, 1)))
+
+    def factors(self) -> Ekfac:
+        """The eigenvectors, each factor let go once they are there; eigenvalues outside the layers only."""
+        n, outside = self.passes.problem.samples.n, self.passes.outside
+        blocks = [
+            Block(
+                layer, _eigenvectors(self.A, i, n), _eigenvectors(self.S, i, n)
+            )
+            for i, layer in enumerate(self.passes.layers)
+        ]
+        eigenvalues = torch.zeros_like(self.passes.problem.objective.theta)
+        eigenvalues[outside] += self.outside / n
+        return Ekfac(blocks, eigenvalues, outside)
+
+
+def fit(
+    passes: Passes,
+    keep: Tensor | None = None,
+    moments: Moments | None = None,
+    also: Also | None = None,
+) -> Ekfac:
+    """EKFAC of the training set.
+
+    Args:
+        passes: the training set as the layers see it.
+        keep: the rows of the layers it is of [draws, n] (outside them it is of all); None: all.
+        moments: what the eigenvectors are made from; None: those of these rows, in a pass of their own.
+        also: what else the pass of the eigenvalues is for.
+    """
+    if moments is None:
+        moments = Moments(passes, keep)
+        for seen in passes.first_look():
+            moments.add(seen)
+    factors = moments.factors()
     squares: dict[int, Tensor] = {}
+    max_bytes = passes.problem.budget.product
     for seen in passes:
-        for i, (x, g) in enumerate(
-            zip(seen.inputs, _kept(seen, keep), strict=True)
-        ):
-            _add(squares, i, blocks[i].squares(g, x, max_bytes))
-    for i, layer in enumerate(layers):
+        pairs = zip(seen.inputs, _kept(seen, keep), strict=True)
+        for i, (x, g) in enumerate(pairs):
+            _add(squares, i, factors.blocks[i].squares(g, x, max_bytes))
+        if also is not None:
+            also(factors, seen)
+    n, eigenvalues = passes.problem.samples.n, factors.eigenvalues.unsqueeze(0)
+    for i, layer in enumerate(passes.layers):
         scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
-    return Ekfac(blocks, eigenvalues[0], passes.outside)
+    return factors
 
 
 def _add(sums: dict[int, Tensor], i: int, part: Tensor) -> None:
@@ -213,7 +268,8 @@ def _squares(
     total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
     for draw in g:
         for x, y in zip(draw.split(size), a.split(size), strict=True):
-            total += turn(x.mT @ y).square().sum(0)
+            W = turn(x.mT @ y)
+            total += (W * W).sum(0)  # `square` takes twice as long
     return total
 
 
@@ -238,10 +294,7 @@ def eigenbasis_rows(
     for block, x, g in zip(
         factors.blocks, seen.inputs, seen.gradients, strict=True
     ):
-        left, right = block.rotated(g[draws, places], x[places])
-        scatter(
-            block.layer, outer_products(left, right, block.layer.classes), rows
-        )
+        scatter(block.layer, block.products(g[draws, places], x[places]), rows)
     if len(factors.outside):
         batch = seen.batch
         e = [part[draws, places] for part in seen.cotangents]

@@ -21,7 +21,7 @@ from .damping import HALVES
 from .directions import directions
 from .ekfac import DAMPING_TARGET
 from .errors import NegativeCurvatureError
-from .factors import Ekfac, eigenbasis_rows, fit
+from .factors import Ekfac, Moments, eigenbasis_rows, fit
 from .paired import choose_damping, error_curve
 from .passes import Passes, Seen
 from .problem import Problem
@@ -34,7 +34,7 @@ a product takes more floating-point operations than that: each is a backward pas
 
 ROWS_FOR_DAMPING = 200
 """Rows that are exact in what preconditions the choice of the damping; twice as many where no product follows."""
-INVERSE_WORK = 6e9
+INVERSE_WORK = 2e9
 """Floating-point operations of one inverse with exact rows in the choice of the damping, which takes up to a dozen."""
 EKFAC_STEPS, PLAIN_STEPS = 4, 20
 """Conjugate gradients for the choice of the damping without a low-rank form: EKFAC alone preconditions less well than
@@ -56,13 +56,14 @@ class LowRank:
 
     def __init__(self, factors: Ekfac, J: Tensor, weights: Tensor) -> None:
         self.factors, self.J, self.weights = factors, J, weights
+        self._diagonals: dict[int, Tensor] = {}
 
     @property
     def mean_eigenvalue(self) -> float:
         """tr(G) / P."""
         return (
             self.factors.mean_eigenvalue
-            + float(self.J.square().sum()) / self.J.shape[1]
+            + float(self.J.norm()) ** 2 / self.J.shape[1]
         )
 
     def heaviest(self, share: float) -> list[int]:
@@ -82,8 +83,16 @@ class LowRank:
     def inverse(self, damping: float, rows: int | None = None) -> Woodbury:
         """(G + damping I)^-1 with the `rows` largest rows exact (None: all), the others on the diagonal."""
         J = self.J[:rows]
-        d = self.factors.eigenvalues + self.J[len(J) :].square().sum(0)
-        return Woodbury(self.factors, d + damping, J)
+        return Woodbury(self.factors, self._diagonal(len(J)) + damping, J)
+
+    def _diagonal(self, rows: int) -> Tensor:
+        """That of all but the `rows` largest rows [P], kept for the next damping."""
+        if rows not in self._diagonals:
+            total = self.factors.eigenvalues.clone()
+            for row in self.J[rows:]:
+                total.addcmul_(row, row)
+            self._diagonals[rows] = total
+        return self._diagonals[rows]
 
 
 @dataclasses.dataclass
@@ -122,23 +131,25 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     """Find the largest `rows` rows of G, and fit EKFAC to the others."""
     dear = problem.product_work > DEAR
     passes = Passes(problem, FEW_DIRECTIONS if dear else DIRECTIONS)
-    # samples come in order
-    norms = torch.cat([_norms(seen) for seen in passes], 1)
-    weights, candidates = norms.sum(0), norms[: _exact(passes)]
+    norms, exact, moments = _first_pass(passes)
+    weights, candidates = norms.sum(0), norms[:exact]
     taken = torch.zeros_like(norms, dtype=torch.bool)
     if candidates.numel() and rows:
         taken.view(-1)[
             candidates.flatten().topk(min(rows, candidates.numel())).indices
         ] = True
-    factors = fit(passes, ~taken)
-    J = torch.cat(
-        [
-            *_rows(passes, factors, taken),
-            problem.objective.theta.new_zeros(0, problem.objective.P),
-        ]
+    parts = [
+        problem.objective.theta.new_zeros(0, problem.objective.P),
+    ]
+    factors = fit(
+        passes,
+        ~taken,
+        moments,
+        lambda found, seen: parts.extend(_rows(passes, found, taken, seen)),
     )
+    J = torch.cat(parts)
     J /= problem.samples.n**0.5
-    J = J[J.square().sum(1).argsort(descending=True)]
+    J = J[J.norm(dim=1).argsort(descending=True)]
     outside = factors.outside
     factors.eigenvalues[outside] = (
         factors.eigenvalues[outside] - J[:, outside].square().sum(0)
@@ -148,11 +159,20 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     return LowRank(factors, J, weights)
 
 
-def _exact(passes: Passes) -> int:
-    """How many of the draws are eigenvectors, which come first."""
-    seen = next(iter(passes))
-    count = sum(part[0, 0].numel() for part in seen.cotangents)
-    return directions(count, passes.top or 0)
+def _first_pass(passes: Passes) -> tuple[Tensor, int, Moments | None]:
+    r"""\|g_ik\|^2 of all rows [D, n], and how many of the D draws are eigenvectors, which come first.
+
+    Where a pass is expensive what the factors are made from comes from the same one, of all rows.
+    """
+    moments = Moments(passes) if passes.expensive else None
+    norms, exact = [], 0
+    for seen in passes:  # samples come in order
+        norms.append(_norms(seen))
+        outputs = sum(part[0, 0].numel() for part in seen.cotangents)
+        exact = directions(outputs, passes.top or 0)
+        if moments is not None:
+            moments.add(passes.some(seen))
+    return torch.cat(norms, 1), exact, moments
 
 
 def _norms(seen: Seen) -> Tensor:
@@ -177,26 +197,25 @@ def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
         return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
     if a.shape[2] ** 2 < a.shape[3] * g.shape[3]:
         return ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3))
-    return (g.mT @ a).square().sum((1, 2, 3))
+    W = g.mT @ a
+    return (W * W).sum((1, 2, 3))
 
 
-def _rows(passes: Passes, factors: Ekfac, taken: Tensor) -> Iterator[Tensor]:
-    """The rows that are taken, in the eigenbasis [., P]."""
+def _rows(
+    passes: Passes, factors: Ekfac, taken: Tensor, seen: Seen
+) -> Iterator[Tensor]:
+    """The rows of a batch that are taken, in the eigenbasis [., P]."""
     objective = passes.problem.objective
-    for seen in passes:
-        draws, places = taken[
-            :, torch.as_tensor(seen.batch.indices, device=taken.device)
-        ].nonzero(as_tuple=True)
-        row = 8 * (
-            objective.P * objective.theta.element_size()
-            + activation_bytes(objective, seen.batch)
-        )
-        size = max(1, int(passes.problem.budget.product / row))
-        for k, i in (
-            zip(draws.split(size), places.split(size), strict=True)
-            if len(draws)
-            else ()
-        ):
+    draws, places = taken[
+        :, torch.as_tensor(seen.batch.indices, device=taken.device)
+    ].nonzero(as_tuple=True)
+    row = 8 * (
+        objective.P * objective.theta.element_size()
+        + activation_bytes(objective, seen.batch)
+    )
+    size = max(1, int(passes.problem.budget.product / row))
+    if len(draws):
+        for k, i in zip(draws.split(size), places.split(size), strict=True):
             yield eigenbasis_rows(objective, factors, seen, k, i)
 
 

@@ -107,7 +107,10 @@ def choose_damping(
         target: the error of plain gradients to stay below; that of smoothed ones is as much smaller as `TARGET` is.
     """
     start = first_damping(mean_eigenvalue)
-    plain = smallest_damping(PlainRule(problem, shift).error, start, target)
+    plain_rule = PlainRule(problem, shift)
+    plain = smallest_damping(
+        plain_rule.error, plain_rule.begin(start, target), target
+    )
     if not problem.shifts:
         return plain
     rule = PairedRule(problem, shift)

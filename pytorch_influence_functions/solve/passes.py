@@ -17,13 +17,8 @@ from torch.func import vjp, vmap
 
 from ..data.batch import Batch
 from ..model.budget import DIAGONAL_BLOCK
-from ..model.layers import (
-    Layer,
-    backward,
-    by_parts,
-    forward,
-    layer_inputs,
-)
+from ..model.layer_passes import backward, by_parts, forward, layer_inputs
+from ..model.layers import Layer
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
 from ..model.usable import parameter_places, usable_layers
@@ -86,11 +81,15 @@ class Passes:
         layers: those that can be seen.
         axes: their factors that are not built, as (place of the layer, "in" or "out").
         outside: places in theta of the parameters outside the layers.
+        expensive: whether a pass costs so much that factors are made from a part of the positions.
     """
 
     def __init__(self, problem: Problem, top: int | None = None) -> None:
         self.problem, self.top, objective = problem, top, problem.objective
-        self.layers = usable_layers(objective, _tried(problem))
+        # those that were tried already for the scores are all there are
+        self.layers = [*objective.paths.layers] or usable_layers(
+            objective, _tried(problem)
+        )
         self.axes = axes_of(problem, self.layers)
         outside = torch.ones(objective.P, dtype=torch.bool)
         for layer in self.layers:
@@ -98,7 +97,7 @@ class Passes:
                 outside[place] = False
         self.outside = outside.nonzero().squeeze(1).to(objective.device)
         self._kept: list[Seen] | None = None
-        self._expensive = problem.product_work > EXPENSIVE
+        self.expensive = problem.product_work > EXPENSIVE
         _tell(objective, outside)
 
     def __iter__(self) -> Iterator[Seen]:
@@ -106,7 +105,7 @@ class Passes:
         if self._kept is not None:
             yield from self._kept
             return
-        if self._expensive and self.top is None:
+        if self.expensive and self.top is None:
             yield from self._read(look)  # it is the last time
             return
         kept: list[Seen] | None = []
@@ -123,7 +122,7 @@ class Passes:
 
     def first_look(self) -> Iterator[Seen]:
         """What the factors are made from: where a pass is expensive a part of the positions, and one draw."""
-        if not self._expensive:
+        if not self.expensive:
             yield from self
             return
         if self._kept is None:
@@ -131,14 +130,19 @@ class Passes:
             many = DRAWS if len(self.outside) else 1
             yield from self._read(Look(self.top, many, some=True))
             return
+        yield from map(self.some, self._kept)
+
+    def some(self, seen: Seen) -> Seen:
+        """With the inputs at a random part of their positions, where a pass is expensive."""
+        if not self.expensive:
+            return seen
         positions = positions_of(self.problem)
-        for seen in self._kept:
-            pairs = enumerate(zip(self.layers, seen.inputs, strict=True))
-            inputs = [
-                positions.some_of(layer, i, x, seen.batch)
-                for i, (layer, x) in pairs
-            ]
-            yield seen._replace(inputs=inputs)
+        pairs = enumerate(zip(self.layers, seen.inputs, strict=True))
+        inputs = [
+            positions.some_of(layer, i, x, seen.batch)
+            for i, (layer, x) in pairs
+        ]
+        return seen._replace(inputs=inputs)
 
     def _read(self, look: Look) -> Iterator[Seen]:
         size, block = self._sizes

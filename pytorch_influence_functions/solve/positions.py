@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from ..model import draws
-from ..model.layer_rules import Sums
-from ..model.layers import Forward, Layer, layer_inputs
+from ..model.layer_kinds import Sums
+from ..model.layer_passes import Forward, layer_inputs
+from ..model.layers import Layer
 
 ROWS_PER_INPUT, LEAST_POSITIONS = 32, 8
 """How many positions are taken for each input of the layer, over all training samples, and at least of each sample.

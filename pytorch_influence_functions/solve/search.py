@@ -13,6 +13,8 @@ SHORTEST = 0.15
 CLOSE, APART = 0.04, 0.15
 """An error is as good as the target within this fraction, a bracket as good as a point within this logarithm: the
 scores change by less than the choice of the halves changes lambda."""
+ROUGHLY = 8.0
+"""So many times both where only a place to begin from is looked for."""
 SMALLEST, MOST_ERROR = 1e-9, 1e6
 """Errors are cut off there before their logarithm is taken: 0 and infinity have none."""
 Point = tuple[float, float]
@@ -20,13 +22,16 @@ Point = tuple[float, float]
 
 
 def search(
-    error: Callable[[float], float], start: float, target: float
+    error: Callable[[float], float],
+    start: float,
+    target: float,
+    roughly: float = 1.0,
 ) -> tuple[float, list[Point]]:
     """The lambda at which a falling `error` reaches `target`, and every (lambda, error) that was tried.
 
     Steps from `start` until two values bracket the target, then regula falsi in the logarithms until they are close
     together or the error is close to the target. A target that is never met (or never missed) gives the end of the
-    bounds.
+    bounds. `roughly` is how many times further off than `CLOSE` and `APART` is close enough.
     """
     path: list[Point] = []
     low: Point | None = None  # error above the target
@@ -35,7 +40,7 @@ def search(
     while True:
         point = (damping, error(damping))
         path.append(point)
-        if _is_close(point, target):
+        if abs(point[1] / target - 1) < roughly * CLOSE:
             return damping, path
         if point[1] > target:
             low = point
@@ -43,26 +48,26 @@ def search(
             high = point
         tried_all = len(path) >= MOST
         if low is None or high is None:
-            before, damping = damping, _next_step(point, target, len(path))
+            sure = len(path) < 3 and roughly == 1
+            longest = math.log(FACTOR if sure else FACTOR**2)
+            before = damping
+            damping = _next_step(point, target, len(path), longest)
             within = BOUNDS[0] <= damping / start <= BOUNDS[1]
             if tried_all or not within:
                 return before, path
-        elif tried_all or math.log(high[0] / low[0]) <= APART:
+        elif tried_all or math.log(high[0] / low[0]) <= roughly * APART:
             return high[0], path
         else:
             damping = _between(low, high, target)
 
 
-def _is_close(point: Point, target: float) -> bool:
-    return abs(point[1] / target - 1) < CLOSE
-
-
-def _next_step(point: Point, target: float, tried: int) -> float:
+def _next_step(
+    point: Point, target: float, tried: int, longest: float
+) -> float:
     """The next lambda on the way to the target: errors fall about with the root of lambda."""
     damping, value = point
     value = min(max(value, SMALLEST), 1 / SMALLEST)
     step = 2 * math.log(value / target)
-    longest = math.log(FACTOR if tried < 3 else FACTOR**2)
     shortest = min(SHORTEST * 2 ** (tried - 1), longest)
     size = min(max(abs(step), shortest), longest)
     return float(damping * math.exp(math.copysign(size, step)))

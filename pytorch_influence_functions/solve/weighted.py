@@ -8,7 +8,12 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..model.gradients import REUSED, per_sample_gradients, reuse
+from ..model.gradients import (
+    REUSED,
+    gradient,
+    per_sample_gradients,
+    reuse,
+)
 from .problem import Problem
 
 SEED = 3
@@ -70,6 +75,22 @@ def summed_loss(
         total += torch.autograd.grad(loss, theta)[0]
         value += float(loss.detach())
     return value, total
+
+
+def block_gradients(problem: Problem, blocks: list[list[int]]) -> Tensor:
+    r"""(1/n) \sum_{i in block} \nabla \ell_i of each block, in one pass -> [blocks, P]."""
+    rows = []
+    for block in blocks:
+        batches = problem.samples.ordered(problem.scoring_batch, block)
+        rows.append(
+            torch.stack(
+                [
+                    gradient(problem.objective, batch) * batch.size
+                    for batch in batches
+                ]
+            ).sum(0)
+        )
+    return torch.stack(rows) / problem.samples.n
 
 
 def by_sample(problem: Problem) -> bool:

@@ -7,7 +7,9 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.model.layers import backward, forward, gather, layer_inputs, scatter
+from pytorch_influence_functions.model import gradients, usable
+from pytorch_influence_functions.model.layer_passes import backward, forward, layer_inputs
+from pytorch_influence_functions.model.layers import gather, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outer_products import one_hot_norms, outer_products
 from pytorch_influence_functions.model.probe import probe
@@ -154,6 +156,43 @@ def add_gradients(objective, layers, batch, rows):
 
 
 WITH_BIAS = [name for name, (make, _) in LAYERS.items() if getattr(make(), "bias", None) is not None]
+
+
+CONVOLUTIONS = [name for name, (make, _) in LAYERS.items() if "Conv" in type(make()).__name__]
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_products_by_layers_are_those_of_each_samples_gradient(name, monkeypatch):
+    """Of a convolutional model whose gradients are large, for many vectors, in blocks of samples."""
+    torch.manual_seed(0)
+    make, shape = LAYERS[name]
+    x, model = torch.randn(N, *shape), Then(make(), shape)
+    monkeypatch.setattr(usable, "SMALL_BYTES", 0)
+    objective, samples, loader = ready(model, x)
+    assert len(objective.paths.layers) >= 2
+    batch, vectors = samples.take(range(N)), torch.randn(5, objective.P)
+    expected = vectors @ slow_gradients(model, loader, range(N), {}).T
+    with objective.active():
+        monkeypatch.setattr(gradients, "per_sample_gradients", None)  # it is not asked
+        for max_bytes in (1e12, 1.0):
+            found = gradients.gradient_products(objective, batch, vectors, max_bytes)
+            assert_close(found, expected, rtol=1e-8, atol=1e-12)
+
+
+def test_models_that_have_no_products_by_layers(monkeypatch):
+    """A parameter without a rule, no convolution, and gradients that are small."""
+    torch.manual_seed(0)
+    x = torch.randn(N, *IMAGE)
+    with_more = Then(nn.Conv2d(4, 3, 3), IMAGE)
+    assert not ready(with_more, x)[0].paths.layers  # small
+    monkeypatch.setattr(usable, "SMALL_BYTES", 0)
+    assert ready(with_more, x)[0].paths.layers
+    with_more.layer.bias = None
+    with_more.scale = nn.Parameter(torch.tensor(2.0))
+    monkeypatch.setattr(Then, "forward", lambda m, x: m.scale * m.out(torch.tanh(m.layer(x)).flatten(1)))
+    assert not ready(with_more, x)[0].paths.layers
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(120, 3))
+    assert not ready(plain, x)[0].paths.layers
 
 
 @pytest.mark.parametrize(
@@ -423,6 +462,33 @@ class Encoder(nn.Module):
         return self.out(self.layer(self.embedding(x)).mean(1))
 
 
+class Attention(nn.Module):
+    """What nn.MultiheadAttention computes for one sequence, by linear layers that are called."""
+
+    batch_first = False  # so that the encoder layer does not look for its fused weights
+
+    def __init__(self, fused):
+        super().__init__()
+        width = fused.embed_dim
+        self.heads, self.in_proj, self.out_proj = fused.num_heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.in_proj.weight, self.in_proj.bias = fused.in_proj_weight, fused.in_proj_bias
+        self.out_proj.weight, self.out_proj.bias = fused.out_proj.weight, fused.out_proj.bias
+
+    def forward(self, x, *_, **__):
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.in_proj(x).chunk(3, -1))
+        h = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        return (self.out_proj(h.transpose(1, 2).flatten(-2)),)
+
+
+def unfused(model):
+    """The model with attention that calls layers, and the same parameters in the same order."""
+    if not hasattr(model, "layer"):
+        return model
+    model = copy.deepcopy(model)
+    model.layer.self_attn = Attention(model.layer.self_attn)
+    return model
+
+
 MODELS = {
     "encoder": (Encoder, lambda: TOKENS),
     "positions": (Positions, lambda: TOKENS),
@@ -444,13 +510,12 @@ def prepared(name, **options):
 def test_ekfac_is_its_definition(name, largest, monkeypatch):
     monkeypatch.setattr(sides, "LARGEST_FACTOR", largest)
     monkeypatch.setattr(passes, "DIAGONAL_BLOCK", 1)  # then no draw is in the diagonal outside the layers
-    if name != "encoder":
-        monkeypatch.setattr(passes, "batch_size", lambda *_: 4)
+    monkeypatch.setattr(passes, "batch_size", lambda *_: 4)
     model, loader, influence = prepared(name, solver="ekfac")
-    truth, G = by_definition(model, loader, lambda size: size > largest)
+    truth, G = by_definition(unfused(model), loader, lambda size: size > largest)
     with influence.problem.guard():
         factors = ekfac.build(influence.problem)
-    assert len(factors.outside) == (80 if name == "encoder" else 0)
+    assert len(factors.outside) == 0
     eye = torch.eye(len(G))
     inverse = torch.linalg.inv(truth + 0.1 * eye)
     assert_close(factors(eye), truth)
@@ -472,7 +537,7 @@ def test_rows_of_every_layer_make_the_low_rank_form_exact(name, monkeypatch):
     assert influence.report["chosen"] == "low rank plus EKFAC"
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "encoder"])
+@pytest.mark.parametrize("name", MODELS)
 def test_every_layer_counts_in_the_share_of_a_sample(name):
     model, loader, influence = prepared(name, solver="ekfac")
     with influence.problem.guard():
@@ -480,21 +545,84 @@ def test_every_layer_counts_in_the_share_of_a_sample(name):
     assert_close(weights, torch.stack([dense_gauss_newton(model, loader, [i], {}).trace() for i in range(N)]))
 
 
-def test_what_is_outside_is_named(caplog):
+class Scaled(Encoder):
+    """A parameter that is no layer's, and attention of the encodings to what comes before them."""
+
+    def __init__(self):
+        super().__init__()
+        self.across, self.scale = nn.MultiheadAttention(4, 2, batch_first=True), nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        before = self.embedding(x)
+        h = self.scale * self.layer(before)
+        return self.out(self.across(h, before, before)[0].mean(1))
+
+
+class Conv1D(nn.Module):
+    """As in transformers: the weight holds [inputs, outputs]."""
+
+    def __init__(self, inputs, outputs, weight=None):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) if weight is None else weight)
+        self.bias = nn.Parameter(torch.randn(outputs))
+
+    def forward(self, x):
+        return x @ (self.weight if self.weight.dim() == 2 else self.weight[0]) + self.bias
+
+
+def test_layers_of_other_packages():
     torch.manual_seed(0)
-    attention = [
-        f"layer.self_attn.{key}" for key in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias")
-    ]
-    layers = check_gradients(Encoder(), TOKENS, outside=attention)
-    assert [layer.name.split(".")[-1] for layer in layers] == [
-        "embedding", "out", "linear1", "linear2", "norm1", "norm2"
+    x = torch.randn(N, 3, 4)
+    layers = check_gradients(nn.Sequential(Conv1D(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3)), x)
+    assert [layer.name for layer in layers] == ["0", "3"]
+    other = nn.Sequential(Conv1D(4, 5, torch.randn(1, 4, 5)), nn.Tanh(), nn.Flatten(), nn.Linear(15, 3))
+    assert [layer.name for layer in check_gradients(other, x, outside=["0.weight", "0.bias"])] == ["3"]
+
+
+def test_what_is_outside_is_named(caplog):
+    """Attention to another sequence takes parts of its weight; to itself all of it, as one linear map."""
+    torch.manual_seed(0)
+    outside = ["scale", "across.in_proj_weight", "across.in_proj_bias"]
+    layers = check_gradients(Scaled(), TOKENS, outside=outside)
+    assert [layer.name for layer in layers] == [
+        "embedding", "out", "layer.self_attn.in_proj", "layer.self_attn.out_proj", "layer.linear1", "layer.linear2",
+        "layer.norm1", "layer.norm2", "across.out_proj",
     ]  # fmt: skip
     with caplog.at_level("INFO", logger="pytorch_influence_functions"):
-        influence = ptif.InfluenceFunction(Encoder(), loader_of(TOKENS), solver="ekfac", damping=0.1, progress=False)
+        influence = ptif.InfluenceFunction(Scaled(), loader_of(TOKENS), solver="ekfac", damping=0.1, progress=False)
         with influence.problem.guard():
-            outside = passes.Passes(influence.problem).outside
-    assert len(outside) == 12 * 4 + 12 + 16 + 4
-    assert f"EKFAC: a diagonal block is used for {', '.join(attention)}" in caplog.messages
+            found = passes.Passes(influence.problem).outside
+    assert len(found) == 4 + 12 * 4 + 12
+    assert f"EKFAC: a diagonal block is used for {', '.join(outside)}" in caplog.messages
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_attention_to_itself(batch_first, bias):
+    """Time first or batch first, with a mask, frozen parts: each sample's gradient; and `F.linear` comes back."""
+    plain = F.linear
+
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.out = nn.Embedding(5, 4), nn.Linear(4, 3)
+            self.attention = nn.MultiheadAttention(4, 2, bias=bias, batch_first=batch_first)
+
+        def forward(self, x):
+            h = self.embedding(x if batch_first else x.T)
+            mask = nn.Transformer.generate_square_subsequent_mask(4)
+            h = self.attention(h, h, h, attn_mask=mask, need_weights=False)[0]
+            return self.out(h.mean(1 if batch_first else 0))
+
+    torch.manual_seed(0)
+    names = ["embedding", "out", "attention.in_proj", "attention.out_proj"]
+    assert [layer.name for layer in check_gradients(Masked(), TOKENS)] == names
+    model = Masked()
+    model.attention.in_proj_weight.requires_grad_(False)
+    outside = ["attention.in_proj_bias"] if bias else []
+    layers = check_gradients(model, TOKENS, outside=outside)
+    assert [layer.name for layer in layers] == [name for name in names if "in_proj" not in name]
+    assert F.linear is plain
 
 
 class Largest(TorchDispatchMode):

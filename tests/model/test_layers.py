@@ -4,7 +4,8 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.model.layers import LAYOUTS, backward, forward, gather, layer_inputs, scatter
+from pytorch_influence_functions.model.layer_passes import backward, forward, layer_inputs
+from pytorch_influence_functions.model.layers import LAYOUTS, gather, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.probe import probe
 from pytorch_influence_functions.model.usable import usable_layers

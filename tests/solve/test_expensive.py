@@ -263,3 +263,62 @@ def test_the_damping_of_fewer_halves_is_about_that_of_all(expensive, monkeypatch
     whole.scores(tuple(part[:2] for part in data()))
     ratios = [one.report["damping"] / whole.report["damping"] for one in found]
     assert all(1 / 2 < ratio < 2 for ratio in ratios), ratios
+
+
+def damping_rule(problem):
+    return damping._Rule(problem, lambda v, value: v / (value + 1))
+
+
+def test_halves_of_blocks_are_halves_and_their_sums_come_from_one_pass(expensive):
+    problem = influence().problem
+    with problem.guard():
+        rule = damping_rule(problem)
+        found = rule._gradients
+        assert_close(found, weighted_gradients(problem, rule.halves))
+    assert sorted(i for block in rule.blocks for i in block) == list(range(N))
+    assert [len(block) for block in rule.blocks] == [3] * 13 + [1]
+    assert len({tuple(half.tolist()) for half in rule.halves}) == damping.FEWER_HALVES
+    for half in rule.halves:
+        whole = [{float(half[i]) for i in block} for block in rule.blocks]
+        assert all(len(values) == 1 for values in whole)
+        assert sum(1.0 in values for values in whole) == len(rule.blocks) // 2
+
+
+def test_gradients_that_are_kept_predict_the_same(expensive, monkeypatch):
+    problem = influence().problem
+    shifts = torch.randn(3, problem.objective.P, generator=torch.Generator().manual_seed(4))
+    with problem.guard():
+        rule = damping_rule(problem)
+        kept = rule._predicted(shifts)
+        assert rule._rows is not None
+        monkeypatch.setattr(damping, "ROWS_HELD", 1e30)
+        other = damping_rule(problem)
+        assert_close(other._predicted(shifts), kept)
+        assert other._rows is None
+
+
+def test_the_search_begins_near_the_end_by_a_few_halves(expensive):
+    problem = influence().problem
+    with problem.guard():
+        rule, shifts = damping_rule(problem), []
+        rule.shift = lambda v, value: shifts.append(len(v)) or v / value
+        begin = rule.begin(1e-4, 0.23)
+        assert set(shifts) == {damping.ROUGH_HALVES}
+        end = damping.smallest_damping(rule.error, begin, 0.23).value
+        far = damping.smallest_damping(rule.error, 1e-4, 0.23)
+    assert 1 / 3 < begin / end < 3
+    assert abs(end / far.value - 1) < 0.2
+    assert begin > 100 * 1e-4
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_rows_and_factors_come_from_two_passes(expensive, monkeypatch, kept):
+    reads = []
+    if not kept:
+        monkeypatch.setattr(passes.Seen, "bytes", 1e30)
+    read = passes.Passes._read
+    monkeypatch.setattr(passes.Passes, "_read", lambda self, look: reads.append(look) or read(self, look))
+    problem = influence().problem
+    with problem.guard():
+        low_rank.low_rank(problem, 10)
+    assert len(reads) == (1 if kept else 2)

@@ -1,0 +1,48 @@
+r"""Products of per-sample gradients with many vectors by layer rules.
+
+Of a layer with inputs a_t and output gradients g_t the gradient of a sample is M = \sum_t g_t a_t^T, and its product
+with the layer's part W of a vector <M, W>: one forward pass, one backward pass to the layers' outputs, and for each
+layer one more product, whatever the number of vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..data.batch import Batch
+from .layer_passes import backward, forward, layer_inputs
+from .layers import Layer, gather
+from .objective import Objective
+from .outer_products import outer_products
+
+
+def layer_products(
+    objective: Objective,
+    layers: Sequence[Layer],
+    batch: Batch,
+    vectors: Tensor,
+) -> Tensor:
+    """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of a batch -> [K, B]."""
+    total = vectors.new_zeros(len(vectors), batch.size)
+    inputs, gradients = seen_of_loss(objective, layers, batch)
+    for layer, a, g in zip(layers, inputs, gradients, strict=True):
+        M = outer_products(g.transpose(1, 2), a.transpose(1, 2))
+        total += gather(layer, vectors).flatten(1) @ M.flatten(1).mT
+    return total
+
+
+def seen_of_loss(
+    objective: Objective, layers: Sequence[Layer], batch: Batch
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Inputs of each layer [B, T, groups, in], and the gradient of each sample's loss in its outputs."""
+    seen = forward(objective, layers, batch)
+    y = [part.detach().requires_grad_() for part in seen.y]
+    losses = objective.output_losses(seen.rebuild(y), batch).sum()
+    e = torch.autograd.grad(
+        losses, y, materialize_grads=True, allow_unused=True
+    )
+    g, _ = backward(layers, seen, list(e), batch.size)
+    return layer_inputs(layers, seen, batch.size), g
