@@ -86,7 +86,7 @@ def calc_grad_z(
         )
     ]
     return [
-        influence.objective.unflatten(row) for block in rows for row in block
+        influence.objective.structured(row) for block in rows for row in block
     ], save_pth
 
 
@@ -135,7 +135,7 @@ def calc_s_test(
         ], save
     solved = [group.vectors for group in influence.solutions(tests, indices)]
     return [
-        influence.objective.unflatten(row) for block in solved for row in block
+        influence.objective.structured(row) for block in solved for row in block
     ], save
 
 
@@ -161,7 +161,7 @@ def calc_s_test_single(
         r=r,
     )
     influence = InfluenceFunction(model, train_loader, given)
-    return influence.objective.unflatten(
+    return influence.objective.structured(
         influence.s_test_of_mean((z_test, t_test))
     )
 

@@ -17,7 +17,7 @@ from .rules import (
     PRECONDITIONERS,
     SOLVER_NAMES,
     TEXT,
-    are_names,
+    are_chosen,
     at_least,
     check,
     documented,
@@ -160,9 +160,9 @@ class Config:
         "a callable (model, batch) -> mean loss (of a class an instance of it), or None",
         "(model, batch) -> mean loss, for batches that are not (input, target).",
     ))
-    parameters: str | Sequence[str] | None = field(default=None, metadata=row(
-        TEXT, either(None, are_names), "a name or pattern, a list of them, or None",
-        'names or patterns (`"fc*"`) of the parameters to use; None is all with `requires_grad`.',
+    parameters: str | Sequence[str] | Callable[..., bool] | None = field(default=None, metadata=row(
+        TEXT, either(None, are_chosen), "a name or pattern, a list of them, (name, parameter) -> bool, or None",
+        'names or patterns (`"fc*"`) of the parameters to use, or a predicate; None is all with `requires_grad`.',
     ))
     smoothing: int | str | None = field(default=None, metadata=row(
         NUMBER, either(None, either("auto", is_even)),

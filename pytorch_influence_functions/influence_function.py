@@ -41,7 +41,7 @@ def grad_z(
         check_mean(objective, batch, "(z, t)")
         g = gradient(objective, batch)
     require_finite(g.unsqueeze(0), batch.indices, "grad_z", "gradient")
-    return objective.unflatten(g)
+    return objective.structured(g)
 
 
 def hvp(y: Tensor, w: Sequence[Tensor], v: Sequence[Tensor]) -> list[Tensor]:
@@ -124,4 +124,4 @@ def s_test(
         v = gradient(objective, batch)
         require_finite(v.unsqueeze(0), batch.indices, "z_test", "gradient")
         solution = Solver(problem)(v.unsqueeze(0), 1)
-        return objective.unflatten(solution.vectors[0])
+        return objective.structured(solution.vectors[0])

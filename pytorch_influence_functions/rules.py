@@ -45,9 +45,9 @@ def is_path(value: Any) -> bool:
     )
 
 
-def are_names(value: Any) -> bool:
-    """A name, or a sequence of some."""
-    if isinstance(value, str):
+def are_chosen(value: Any) -> bool:
+    """A name, a sequence of some, or a predicate."""
+    if isinstance(value, str) or is_function(value):
         return True
     return (
         isinstance(value, Sequence)
@@ -128,9 +128,8 @@ def plain(value: Any) -> Any:
 
 def check(option: dataclasses.Field[Any], value: Any) -> None:
     """Raise TypeError or ValueError for a value that breaks the rule of its row."""
-    array = hasattr(
-        value, "__array__"
-    )  # its comparison with a name has no truth value
+    # its comparison with a name has no truth value
+    array = hasattr(value, "__array__")
     if not array and option.metadata["rule"](value):
         return
     right = isinstance(value, option.metadata["right"]) and not isinstance(

@@ -244,7 +244,8 @@ def as_json(value: Any) -> str:
     except (
         TypeError,
         ValueError,
-    ):  # a number without a value, or a key that is a number of NumPy
+    ):
+        # a number without a value, or a key that is a number of NumPy
         return json.dumps(_with_null(value), allow_nan=False)
 
 

@@ -30,10 +30,20 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=lambda item: (modules[item.module], order.random()))
 
 
+def _default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
 @pytest.fixture
 def double():
     """Double precision by default while the test runs."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+    yield from _default(torch.float64)
+
+
+@pytest.fixture
+def single():
+    """Single precision by default: of rounding, and of scripts whose data are in it."""
+    yield from _default(torch.float32)

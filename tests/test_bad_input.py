@@ -66,6 +66,8 @@ CONFIGS = [
     ({"progress": 1}, TypeError, "config['progress']: expected True or False"),
     ({"loss_func": 3}, TypeError, "config['loss_func']: expected a callable"),
     ({"loss_func": F.mse_loss, "model_loss": print}, ValueError, "both 'loss_func' and 'model_loss' are given"),
+    ({"parameters": lambda name, p: p.dim() > 2}, ValueError, "true of no trainable parameter; there are weight, bias"),
+    ({"parameters": nn.Linear}, TypeError, "config['parameters']: expected a name or pattern, a list of them, (name"),
     ({"parameters": ["bias", "wight"]}, ValueError, "'wight' matches no trainable parameter; there are weight, bias"),
     ({"gpu": -2}, ValueError, "config['gpu']: expected a CUDA device id"),
     ({"preconditioner": "ekfac", "solver": "exact"}, ValueError, "is for lissa and cg, not for 'exact'"),

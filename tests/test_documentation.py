@@ -260,6 +260,7 @@ def test_beyond_the_loss_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "figure.png").exists()
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_text_runs(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")

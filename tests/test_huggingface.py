@@ -112,7 +112,9 @@ def truth(name):
 READ = [(solver, way) for solver in SOLVERS for way in ("loss", "attribute")] + [("cg", "key"), ("cg", "position")]
 
 
-@pytest.mark.parametrize(("solver", "way"), READ)
+@pytest.mark.parametrize(
+    ("solver", "way"), [pytest.param(*read, marks=pytest.mark.long) if "lissa" in read else read for read in READ]
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_scores(name, solver, way):
     reference, model = truth(name), MODELS[name][0]()
@@ -168,7 +170,7 @@ class ByHand(torch.nn.Module):
         return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-@pytest.mark.parametrize("way", ["loss", "attribute"])
+@pytest.mark.parametrize("way", ["loss", pytest.param("attribute", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", MODELS)
 def test_it_costs_no_more_than_a_model_by_hand(name, way, tmp_path):
     """Calls of the model in the default run, at most three times those of (input, target) batches."""

@@ -11,6 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.data import DataLoader
 
+from marks import briefly
+
 transformers = pytest.importorskip("transformers")
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -102,7 +104,6 @@ def images():
     return [{"pixel_values": pixels[i], "labels": torch.tensor(i % 3)} for i in range(N)]
 
 
-LONGER = [pytest.param(solver, marks=pytest.mark.long) for solver in ("cg", "exact", "ekfac")]
 MODELS = {
     "llama": (llama, lambda: text("next")),
     "t5": (t5, lambda: text("other")),
@@ -161,9 +162,7 @@ class Truth:
         return torch.block_diag(*blocks)
 
 
-@pytest.mark.parametrize(
-    "solver", ["auto", *(pytest.param(s, marks=pytest.mark.long) for s in ("cg", "exact", "ekfac"))]
-)
+@pytest.mark.parametrize("solver", briefly(("auto", "cg", "exact", "ekfac"), ("auto",)))
 @pytest.mark.parametrize("name", MODELS)
 def test_scores(name, solver):
     reference, (model, data) = Truth(name), built(name)

@@ -405,7 +405,131 @@ def long_images():
 
 
 positive = nn.BCEWithLogitsLoss(pos_weight=torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
+
+
+class Spectral(nn.Module):
+    """Complex weights of frequencies, as in a Fourier neural operator."""
+
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(1, 2), nn.Linear(2, 3)
+        self.weight = nn.Parameter(0.5 * torch.randn(2, 2, 3, dtype=torch.cdouble))
+
+    def forward(self, x):
+        h = self.into(x.unsqueeze(-1)).transpose(1, 2)
+        turned = torch.einsum("bif,iof->bof", torch.fft.rfft(h), self.weight)
+        return self.out((h + torch.fft.irfft(turned, n=4)).tanh().mean(2))
+
+
+class Prototypes(nn.Module):
+    """Distances to a support set; PyTorch's Jacobians of `cdist` by `vmap` are wrong without a word."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("support", torch.randn(3, 4))
+
+    def forward(self, x):
+        return -torch.cdist(self.net(x), self.net(self.support))
+
+
+class Translator(nn.Module):
+    """Encoder and decoder, with a causal mask."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.out = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.net = nn.Transformer(4, 2, 1, 1, 6, dropout=0.1, batch_first=True)
+
+    def forward(self, source, target):
+        mask = nn.Transformer.generate_square_subsequent_mask(target.shape[1], dtype=torch.float64)
+        h = self.net(self.embedding(source), self.embedding(target), tgt_mask=mask, tgt_is_causal=True)
+        return self.out(h).transpose(1, 2)
+
+
+class RowByRow(nn.Module):
+    """A branch of plain Python for each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return torch.stack([self.first(row) if row.sum() > 0 else self.second(row).tanh() for row in x])
+
+
+class Solves(nn.Module):
+    """Linear systems and eigenvalues."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.out = nn.Linear(4, 9), nn.Linear(3, 3)
+
+    def forward(self, x):
+        root = self.matrix(x).view(-1, 3, 3).tanh()
+        S = root @ root.mT + torch.eye(3)
+        return self.out(torch.linalg.solve(S, x[:, :3].unsqueeze(-1)).squeeze(-1) + torch.linalg.eigvalsh(S))
+
+
+class Unpooled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.out = nn.Conv2d(1, 2, 3, padding=1), nn.Linear(32, 3)
+        self.pool, self.back = nn.MaxPool2d(2, return_indices=True), nn.MaxUnpool2d(2)
+
+    def forward(self, x):
+        return self.out(self.back(*self.pool(self.convolution(x))).flatten(1))
+
+
+class Words(nn.Module):
+    """A sparse matrix of counts, and a sparse buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+        self.register_buffer("neighbours", (torch.eye(4) + torch.diag(torch.ones(3), 1)).to_sparse())
+
+    def forward(self, x):
+        spread = torch.sparse.mm(self.neighbours, x.to_dense().T).T
+        return self.net[2](torch.sparse.mm(x, self.net[0].weight.T).tanh()) + self.net[0](spread)
+
+
+def sparse(layout):
+    def collate(samples):
+        return torch.stack([x for x, _ in samples]).to_sparse(layout=layout), torch.stack([t for _, t in samples])
+
+    return collate
+
+
+def of_lengths(samples):
+    """A nested tensor."""
+    return torch.nested.nested_tensor([x for x, _ in samples]), torch.stack([t for _, t in samples])
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x):
+        return torch.stack([self.net(one).mean(0) for one in x.unbind()])
+
+
+def pairs_of_tokens():
+    return [(torch.randint(0, 5, (3,)), torch.randint(0, 5, (4,))) for _ in range(N)]
+
+
 NETWORKS: dict[str, Kind] = {
+    "sparse rows": simple(Words, collate=sparse(torch.sparse_coo)),
+    "sparse columns": simple(Words, collate=sparse(torch.sparse_csr)),
+    "nested lengths": simple(Mean, ragged, collate=of_lengths),
+    "complex weights": simple(Spectral),
+    "prototypes": simple(Prototypes),
+    "translator": called(
+        Translator, pairs_of_tokens, lambda m, b: m(b[0], b[1][:, :-1]), lambda y, b: F.cross_entropy(y, b[1][:, 1:])),
+    "row by row": simple(RowByRow),
+    "systems": simple(Solves),
+    "unpooled": simple(Unpooled, images),
     # networks
     "encoder": simple(Encoder, sequences),
     "encoder, time first": simple(lambda: Encoder(batch_first=False), sequences, collate=time_first),

@@ -145,21 +145,44 @@ UNBATCHED = (
 def flatten_tree(
     tree: Any,
 ) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """Tensors of a nested mapping, sequence, named tuple or dataclass in a fixed order, and the inverse."""
+    """Tensors of a nested mapping, sequence, named tuple or dataclass in a fixed order, and the inverse.
+
+    A sparse tensor is dense among them, so that it can be cut, and sparse again in the inverse. One of another layout
+    (nested), or too large for that, is none of them and stays where it is.
+    """
     leaves: list[Tensor] = []
 
-    def keep(t: Tensor) -> _Slot:
-        leaves.append(t)
-        return _Slot(len(leaves) - 1)
+    def keep(t: Tensor) -> Any:
+        sparse = SPARSE.get(t.layout) if t.numel() <= MOST_DENSE else None
+        if t.is_nested or (t.layout != torch.strided and sparse is None):
+            return t
+        leaves.append(t if sparse is None else t.to_dense())
+        return _Slot(len(leaves) - 1, sparse)
+
+    def put(slot: Any, new: Sequence[Tensor]) -> Any:
+        if not isinstance(slot, _Slot):
+            return slot
+        t = new[slot.place]
+        return t if slot.sparse is None else slot.sparse(t)
 
     template = _visit(tree, keep)
-    return leaves, lambda new: _visit(template, lambda slot: new[slot.place])
+    return leaves, lambda new: _visit(template, lambda slot: put(slot, new))
+
+
+SPARSE: dict[torch.layout, Callable[[Tensor], Tensor]] = {
+    torch.sparse_coo: Tensor.to_sparse,
+    torch.sparse_csr: Tensor.to_sparse_csr,
+}
+"""The way back of layouts that a batch may have."""
+MOST_DENSE = 2**24
+"""Numbers of a sparse tensor that is held dense: 64 MiB, as many as a batch of 128 bags of 130,000 words."""
 
 
 class _Slot(NamedTuple):
-    """Where a tensor stood in a batch."""
+    """Where a tensor stood in a batch, and how it gets back the layout that it had there."""
 
     place: int
+    sparse: Callable[[Tensor], Tensor] | None = None
 
 
 def _visit(tree: Any, fn: Callable[[Any], Any]) -> Any:

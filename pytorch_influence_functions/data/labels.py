@@ -42,9 +42,8 @@ def _column(held: Any) -> Sequence[Any] | None:
         return held
     if isinstance(held, Tensor | np.ndarray):
         return cast(Sequence[Any], held) if held.ndim > 0 else None
-    values = (
-        held.tolist() if hasattr(held, "tolist") else None
-    )  # a column of pandas, whose [] is not by place
+    # a column of pandas, whose [] is not by place
+    values = held.tolist() if hasattr(held, "tolist") else None
     return values if isinstance(values, list) else None
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
 """What is no fault of a sample."""
@@ -120,10 +120,20 @@ class Fetch:
         except OUT_OF_MEMORY:
             raise
         except Exception as error:
+            filtered = sample is None and self.collate is not default_collate
+            if filtered:  # nothing is left of it
+                reason = LEFT_OUT.format(name=self.name, index=index)
+                raise _UnreadableValueError(reason) from error
             raise _told(
                 f"{self.name}: its collate_fn fails on sample {index} alone (a {type(sample).__name__})",
                 error,
             ) from error
+
+
+LEFT_OUT = (
+    "{name}: its collate_fn leaves out sample {index} (it gives no row for it alone), but influence is given for each "
+    "sample; leave it out of the data set: torch.utils.data.Subset"
+)
 
 
 class UnreadableError(Exception):

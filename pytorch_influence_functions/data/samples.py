@@ -20,6 +20,7 @@ from .batch import Batch, apart, as_batch
 from .checks import check_loader
 from .labels import agree, batch_labels, plain, stored_labels
 from .reader import (
+    LEFT_OUT,
     Fetch,
     Fetched,
     RandomBatches,
@@ -170,8 +171,7 @@ class Samples:
         """Raise where nothing is left of a sample."""
         if one.leaves and all(t.dim() > 0 and len(t) == 0 for t in one.leaves):
             raise ValueError(
-                f"{self.name}: its collate_fn leaves out sample {one.indices[0]} (it gives no row for it alone), but "
-                "influence is given for each sample; leave it out of the data set: torch.utils.data.Subset"
+                LEFT_OUT.format(name=self.name, index=one.indices[0])
             )
 
     def ordered(

@@ -247,15 +247,16 @@ def _cost(objective: Objective, batch: Batch) -> tuple[float, int]:
         one = next(batch.singles())
         theta = objective.theta.detach().requires_grad_()
         held = (theta, *one.leaves, *objective.fixed())
-        given = {t.untyped_storage().data_ptr() for t in held}
+        given = {
+            t.untyped_storage().data_ptr() for t in held if _has_storage(t)
+        }
         kept: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
-            if t.untyped_storage().data_ptr() not in given:
+            if _has_storage(t) and t.untyped_storage().data_ptr() not in given:
                 kept[t.data_ptr()] = t.nbytes
-            return (
-                t.detach()
-            )  # the tensor itself would keep its own graph alive
+            # the tensor itself would keep its own graph alive
+            return t.detach()
 
         counter = FlopCounterMode(display=False)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -269,3 +270,8 @@ def _cost(objective: Objective, batch: Batch) -> tuple[float, int]:
             max(sum(kept.values()), 1024),
         )
     return objective.cost
+
+
+def _has_storage(t: Tensor) -> bool:
+    """A sparse tensor, which comes from a batch or a buffer, has none of its own."""
+    return t.layout == torch.strided

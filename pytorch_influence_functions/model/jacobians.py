@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 from ..data.batch import Batch
+from .gradients import agrees
 from .objective import Objective, Theta
 from .outputs import numbers_of
 
@@ -28,11 +29,36 @@ def jacobians(
         batch: of samples.
         kept: which of the tensors that the model returns count; None is all of them.
     """
-    if objective.paths.vmap and not batch.parts:
-        try:
-            return _by_vmap(objective, batch, kept)
-        except RuntimeError as error:
-            logger.debug("one output at a time: %s", str(error).splitlines()[0])
+    if _may_vmap(objective, batch, kept):
+        return _by_vmap(objective, batch, kept)
+    return _one_by_one(objective, batch, kept)
+
+
+def _may_vmap(
+    objective: Objective, batch: Batch, kept: Sequence[int] | None
+) -> bool:
+    """Whether `vmap` gives the true Jacobians, as found on the first two samples; PyTorch has no rule for some
+    functions, and a wrong one for others (`torch.cdist`).
+    """
+    if batch.parts or not objective.paths.vmap:
+        return False
+    if objective.paths.jacobian is None:
+        few = batch.rows(0, 2)
+        allowed = agrees(
+            lambda: _by_vmap(objective, few, kept),
+            _one_by_one(objective, few, kept),
+        )
+        objective.paths = objective.paths._replace(jacobian=allowed)
+        if not allowed:
+            logger.info(
+                "the model does not allow Jacobians of samples together; a backward pass for each output is slower"
+            )
+    return bool(objective.paths.jacobian)
+
+
+def _one_by_one(
+    objective: Objective, batch: Batch, kept: Sequence[int] | None
+) -> Tensor:
     singles = batch.singles()
     return torch.stack([_of_one(objective, one, kept) for one in singles])
 
@@ -91,11 +117,8 @@ def pulled_back(
 ) -> Tensor:
     """J_i^T c_i of each sample, c [B, C] -> [B, P]; `kept` as in `jacobians`."""
     c = c.to(objective.theta)
-    if objective.paths.vmap and not batch.parts:
-        try:
-            return _pulled_by_vmap(objective, batch, c, kept)
-        except RuntimeError as error:
-            logger.debug("one sample at a time: %s", str(error).splitlines()[0])
+    if _may_vmap(objective, batch, kept):
+        return _pulled_by_vmap(objective, batch, c, kept)
     rows: list[Tensor] = []
     for one, row in zip(batch.singles(), c, strict=True):
         theta = objective.theta.detach().requires_grad_()

@@ -203,15 +203,6 @@ def _cut(conv: _ConvNd, g: Tensor) -> Tensor:
 
 
 def _embedding(embedding: nn.Embedding) -> Products:
-    if embedding.max_norm is not None:
-        raise NotImplementedError(
-            "max_norm changes its weight while it is read"
-        )
-    if embedding.scale_grad_by_freq:
-        raise NotImplementedError(
-            "scale_grad_by_freq makes the gradient of a sample depend on its batch"
-        )
-
     def inputs(x: Tensor) -> Tensor:
         x = x.long()[..., None, None]
         padding = embedding.padding_idx

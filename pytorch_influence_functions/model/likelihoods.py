@@ -183,7 +183,8 @@ def loss_hessian_in_double(
     except (
         RuntimeError,
         TypeError,
-    ):  # constants of another precision inside the loss
+    ):
+        # constants of another precision inside the loss
         return loss_hessian(objective, own, rebuild, batch)
 
 

@@ -23,7 +23,7 @@ from .cross_entropy import (
     with_class_weights,
 )
 from .outputs import Head, numbers_of
-from .parameters import require_module
+from .parameters import Chosen, require_module
 from .parametrised import Parametrised, Theta
 from .paths import Paths
 from .user_loss import input_and_target, one_number
@@ -53,7 +53,8 @@ class Objective(Parametrised):
         model: the trained model, from DataParallel or torch.compile too.
         loss_func: (output, target) -> mean loss; None is cross-entropy.
         model_loss: (model, batch) -> mean loss.
-        parameters: names or patterns of the parameters to differentiate; None is all with `requires_grad`.
+        parameters: names or patterns of the parameters to differentiate, or a predicate; None is all with
+            `requires_grad`.
         device: where to compute; None is where the model is.
 
     Attributes:
@@ -76,7 +77,7 @@ class Objective(Parametrised):
         *,
         loss_func: Callable[..., Any] | None = None,
         model_loss: Callable[..., Any] | None = None,
-        parameters: str | Sequence[str] | None = None,
+        parameters: Chosen = None,
         device: torch.device | None = None,
     ) -> None:
         require_module(model, called=model_loss is None)

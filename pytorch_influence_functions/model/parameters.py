@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 
@@ -51,10 +51,14 @@ def _require_values(model: nn.Module) -> None:
             )
 
 
+Chosen = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+"""Names or patterns of parameters, or a predicate (name, parameter) -> bool; None is all."""
+
+
 def select_parameters(
-    model: nn.Module, patterns: str | Sequence[str] | None = None
+    model: nn.Module, chosen: Chosen = None
 ) -> dict[str, nn.Parameter]:
-    """The trainable parameters whose name, or a module above them, matches one of `patterns`; tied ones once."""
+    """The trainable parameters that are chosen, tied ones once; a name is also that of a module above parameters."""
     trainable = {
         name: p for name, p in model.named_parameters() if p.requires_grad
     }
@@ -63,9 +67,11 @@ def select_parameters(
             "model: no parameter has requires_grad=True; influence is about trained parameters, so set "
             "requires_grad_(True) on those that were trained"
         )
-    if patterns is None:
+    if chosen is None:
         return trainable
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if callable(chosen):
+        return _where(chosen, trainable)
+    patterns = [chosen] if isinstance(chosen, str) else list(chosen)
     for pattern in patterns:
         if not any(_matches(name, pattern) for name in trainable):
             raise ValueError(
@@ -78,8 +84,51 @@ def select_parameters(
     }
 
 
+def _where(
+    predicate: Callable[[str, nn.Parameter], bool],
+    trainable: dict[str, nn.Parameter],
+) -> dict[str, nn.Parameter]:
+    found = {name: p for name, p in trainable.items() if predicate(name, p)}
+    if not found:
+        raise ValueError(
+            "config['parameters']: the predicate (name, parameter) is true of no trainable parameter; there are "
+            + ", ".join(trainable)
+        )
+    return found
+
+
+def coverage(model: nn.Module, names: Collection[str]) -> str:
+    """How much of a model is chosen, e.g. "98,304 of 11.2 M parameters (2 of 62 tensors)"."""
+    every = {name: p.numel() for name, p in model.named_parameters()}
+    used, whole = sum(every[name] for name in names), sum(every.values())
+    total = f"{whole:,}" if whole < 1e6 else f"{whole / 1e6:.1f} M"
+    return (
+        f"{used:,} of {total} parameters ({len(names)} of {len(every)} tensors)"
+    )
+
+
 def _matches(name: str, pattern: str) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or name.startswith(pattern + ".")
+
+
+def embeddings(model: nn.Module) -> list[nn.Embedding | nn.EmbeddingBag]:
+    """The model's tables of vectors."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+    ]
+
+
+def as_looked_up(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Tables with a `max_norm` as a lookup leaves the rows that it reads: those above the norm shortened to it."""
+    return {
+        table.weight: torch.renorm(
+            table.weight.detach(), table.norm_type, 0, table.max_norm
+        )
+        for table in embeddings(model)
+        if table.max_norm is not None
+    }
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -10,7 +10,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .parameters import select_parameters, unwrapped, widest
+from .parameters import (
+    Chosen,
+    as_looked_up,
+    select_parameters,
+    unwrapped,
+    widest,
+)
 from .state import attributes, forgotten
 from .swap import LOCK, differentiable, find_slots, swapped
 
@@ -28,13 +34,15 @@ class Parametrised:
 
     Args:
         model: the trained model.
-        parameters: names or patterns of the parameters to differentiate; None is all with `requires_grad`.
+        parameters: names or patterns of the parameters to differentiate, or a predicate; None is all with
+            `requires_grad`.
         device: where to compute; None is where the model is.
 
     Attributes:
         theta: the parameters as one vector [P], a copy, in single precision at least.
         leaves: theta cut into its parameters, each the leaf of a graph.
-        names, shapes: of each parameter, in the order of theta; tied parameters once.
+        names, shapes: of each parameter, in the order of theta; tied parameters once. A complex one counts as pairs of
+            numbers, its real and imaginary parts [..., 2]: its gradient is that of the loss in them.
         cast: the precision that the model and its inputs are computed in; None is their own.
 
     Raises:
@@ -45,19 +53,18 @@ class Parametrised:
     def __init__(
         self,
         model: nn.Module,
-        parameters: str | Sequence[str] | None,
+        parameters: Chosen,
         device: torch.device | None,
     ) -> None:
         self.model = unwrapped(model)
         self.cast: torch.dtype | None = None
-        with (
-            LOCK
-        ):  # another thread may have its own parameters in the model's places
+        # another thread may have its own parameters in the model's places
+        with LOCK:
             self._take_parameters(parameters, device)
 
     def _take_parameters(
         self,
-        parameters: str | Sequence[str] | None,
+        parameters: Chosen,
         device: torch.device | None,
     ) -> None:
         """Copy the chosen parameters into theta, and keep the others and the buffers."""
@@ -65,19 +72,23 @@ class Parametrised:
         first = next(iter(chosen.values()))
         self.device = first.device if device is None else device
         self.names = list(chosen)
-        self.shapes = [p.shape for p in chosen.values()]
-        self.sizes = [p.numel() for p in chosen.values()]
-        self.dtypes = [p.dtype for p in chosen.values()]
+        self.complex = [p.is_complex() for p in chosen.values()]
+        self.shapes = [_real(p).shape for p in chosen.values()]
+        self.sizes = [shape.numel() for shape in self.shapes]
+        self.dtypes = [p.dtype.to_real() for p in chosen.values()]
         # sums of many gradients drown in half precision, so that vectors are in single precision at least
         self.dtype = torch.promote_types(widest(self.dtypes), torch.float32)
         with torch.inference_mode(False):
+            read = as_looked_up(self.model)
             parts = [
-                p.detach().reshape(-1).to(self.device, self.dtype)
+                _real(read.get(p, p).detach())
+                .reshape(-1)
+                .to(self.device, self.dtype)
                 for p in chosen.values()
             ]
             self.theta = torch.cat(parts).clone()
             self._fixed = {
-                n: p.detach().to(self.device)
+                n: read.get(p, p).detach().to(self.device)
                 for n, p in self.model.named_parameters()
                 if n not in chosen
             }
@@ -144,6 +155,7 @@ class Parametrised:
         Raises:
             ValueError: they are not; the message calls them `name`.
         """
+        tensors = [_real(t) for t in tensors]
         shapes = [tuple(shape) for shape in self.shapes]
         found = [tuple(t.shape) for t in tensors]
         if shapes != found:
@@ -157,8 +169,16 @@ class Parametrised:
             ]
         )
 
+    def structured(self, vector: Tensor) -> list[Tensor]:
+        """[P] -> tensors shaped like the parameters, complex ones complex."""
+        parts = zip(self.unflatten(vector), self.complex, strict=True)
+        return [
+            torch.complex(*part.unbind(-1)) if pairs else part
+            for part, pairs in parts
+        ]
+
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """[P] -> tensors shaped like the parameters."""
+        """[P] -> tensors of `shapes`."""
         return [
             part.view(shape) if len(shape) != 1 else part
             for part, shape in zip(
@@ -178,7 +198,14 @@ class Parametrised:
         """The model at theta, with buffers of its own inside; its own tensors are back afterwards."""
         parts = self.unflatten(theta) if isinstance(theta, Tensor) else theta
         state = dict(self._fixed)
-        for name, t, dtype in zip(self.names, parts, self.dtypes, strict=True):
-            state[name] = t if t.dtype == dtype else t.to(dtype)
+        of_each = zip(self.names, parts, self.dtypes, self.complex, strict=True)
+        for name, t, dtype, pairs in of_each:
+            own = t if t.dtype == dtype else t.to(dtype)
+            state[name] = torch.complex(*own.unbind(-1)) if pairs else own
         with forgotten(self._kept), swapped(self._slots, state):
             yield self.model
+
+
+def _real(t: Tensor) -> Tensor:
+    """Complex numbers [...] as pairs of real ones [..., 2]."""
+    return torch.view_as_real(t) if t.is_complex() else t

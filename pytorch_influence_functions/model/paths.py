@@ -18,6 +18,8 @@ class Paths(NamedTuple):
     """One call of the model gives each sample's loss."""
     vmap: bool = False
     """`torch.func.vmap` over samples."""
+    jacobian: bool | None = None
+    """`vmap` over samples and their outputs; None is not tried yet."""
     forward: bool = False
     """Forward-mode derivatives of the losses."""
     stacked: bool = False

@@ -51,9 +51,10 @@ def probe(
     require_repeatable(objective, samples.name, alone, losses)
     require_dependence(objective, samples)
     truth = first_gradients(objective, alone, samples.name)
+    # a masked sample says nothing
     telling = (
         truth.norm(dim=1).argsort(descending=True, stable=True)[:2].tolist()
-    )  # a masked sample says nothing
+    )
     look_at_outputs(objective, [alone[i] for i in telling], truth[telling])
     trial = Trial(objective, batch, alone, losses, truth)
     rows = batch.sliceable and trial.holds(losses_of_rows)

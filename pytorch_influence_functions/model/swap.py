@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
+from .parameters import embeddings
+
 LOCK = threading.RLock()
 """Held while a model is computed with. One for the process, not one a model: the random state, the level of forward
 mode and the switches of PyTorch's kernels are the process's."""
@@ -65,7 +67,7 @@ def differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(_evaluation_mode(model))
         stack.enter_context(_no_fast_attention())
         stack.enter_context(_no_checkpoints())
-        stack.enter_context(_dense_gradients(model))
+        stack.enter_context(_plain_embeddings(model))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN's recurrent kernels have no second derivative, nor a first one in evaluation mode
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))
@@ -83,22 +85,25 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+PLAIN = {"sparse": False, "scale_grad_by_freq": False, "max_norm": None}
+"""Options of embeddings, as they are for the time of a call. Sparse gradients cannot be cut out of, or added to, one
+vector of all parameters; those that are divided by how often a row is looked up are not the loss's; and rows above a
+norm, which a lookup shortens in place, are taken as it leaves them (`as_looked_up`)."""
+
+
 @contextlib.contextmanager
-def _dense_gradients(model: nn.Module) -> Iterator[None]:
-    """Sparse gradients of embeddings cannot be cut out of, or added to, one vector of all parameters."""
-    sparse = [
-        module
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+def _plain_embeddings(model: nn.Module) -> Iterator[None]:
+    held = [
+        (module, {key: getattr(module, key) for key in PLAIN})
+        for module in embeddings(model)
     ]
-    sparse = [module for module in sparse if module.sparse]
     try:
-        for module in sparse:
-            module.sparse = False
+        for module, _ in held:
+            vars(module).update(PLAIN)
         yield
     finally:
-        for module in sparse:
-            module.sparse = True
+        for module, own in held:
+            vars(module).update(own)
 
 
 @contextlib.contextmanager

@@ -47,7 +47,8 @@ def differences_of_gradients(
     except (
         RuntimeError,
         TypeError,
-    ):  # a model that runs in its own precision only
+    ):
+        # a model that runs in its own precision only
         found = _differences(objective, batch, vectors, shorter)
     return found.to(vectors)
 

@@ -212,9 +212,8 @@ class RunFiles:
             return False
         content = names.meta.read_bytes()
         if not content.strip():
-            return (
-                not names.result.exists()
-            )  # killed before it had done anything
+            # killed before it had done anything
+            return not names.result.exists()
         try:
             found = json.loads(content).get("run")
         except (ValueError, AttributeError):

@@ -65,9 +65,8 @@ class RowWriter:
         wanted = tuple(shape), np.dtype(numpy_dtype(dtype))
         if progress is not None and progress.rows:
             if self.path.exists() and not self.partial.exists():
-                os.replace(
-                    self.path, self.partial
-                )  # stopped before its manifest
+                # stopped before its manifest
+                os.replace(self.path, self.partial)
             require_array(self.partial, *wanted)
             self.array: Any = open_memmap(self.partial, mode="r+")
             return

@@ -84,9 +84,8 @@ def _require_same(path: Path, manifest: dict[str, Any], name: str) -> None:
             f"{path}: expected a whole NumPy array, but it cannot be read ({error}); {again}"
         ) from error
     for key, value in found.items():
-        if (
-            manifest.get(key, value) != value
-        ):  # version 1.0.0 noted the shape alone
+        # version 1.0.0 noted the shape alone
+        if manifest.get(key, value) != value:
             raise ValueError(
                 f"{path}: its manifest says {key} {manifest[key]}, the array has {value}; they are of two runs: {again}"
             )

@@ -25,7 +25,6 @@ ROUNDING = 8
 ULPS = 64
 """Units in the last place that a curvature may be below zero in, on the scale of the largest: a product is a sum over
 samples and layers in the precision of the model."""
-OTHER_CURVATURE = "set config['curvature'] = 'ggn', or "
 Map = Callable[[Tensor], Tensor]
 
 
@@ -33,7 +32,6 @@ def conjugate_gradient(problem: Problem, damping: Damping) -> Prepared:
     """Solve by conjugate gradients over the whole training set; each row stops by itself at the tolerance."""
     system = System(problem, damping.value)
     config = problem.config
-    remedy = OTHER_CURVATURE if problem.curvature.kind == "hessian" else ""
     M: Map = (
         build(problem).inverse(damping.value)
         if config.preconditioner
@@ -57,7 +55,6 @@ def conjugate_gradient(problem: Problem, damping: Damping) -> Prepared:
                 M,
                 tolerance=tolerance,
                 limit=limit,
-                remedy=remedy,
                 progress=bar.update,
             )
         return Solution(
@@ -97,7 +94,6 @@ def iterate(
     *,
     tolerance: float,
     limit: int,
-    remedy: str = "",
     progress: Callable[[], object] = lambda: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     r"""Solve product(s) = v for each row of v [K, P] -> s [K, P], residual [K, P], steps taken [K].
@@ -106,13 +102,12 @@ def iterate(
     that is zero up to rounding is such an end.
 
     Raises:
-        NegativeCurvatureError: a direction p with p . product(p) < 0, beyond rounding; `remedy` is what else it says.
+        NegativeCurvatureError: a direction p with p . product(p) < 0, beyond rounding.
         DivergenceError: a product is not finite.
     """
     size = torch.frexp(v.abs().amax(1, keepdim=True))[1]
-    v = torch.ldexp(
-        v, -size
-    )  # by a power of two, without rounding, so that squares of small numbers stay numbers
+    # by a power of two, without rounding, so that squares of small numbers stay numbers
+    v = torch.ldexp(v, -size)
     solved, rest = torch.zeros_like(v), torch.zeros_like(v)
     steps = torch.zeros(len(v), dtype=torch.long)
     goal = tolerance * v.norm(dim=1)
@@ -122,7 +117,7 @@ def iterate(
     step = 0
     while step < limit and len(rows.places):
         step += 1
-        done = _advance(rows, product(rows.p), remedy)
+        done = _advance(rows, product(rows.p))
         progress()
         done |= rows.r.norm(dim=1) <= goal[rows.places]
         if step == limit:
@@ -146,7 +141,7 @@ def _start(v: Tensor, wanted: Tensor, M: Map) -> _Rows:
     return _Rows(places, torch.zeros_like(r), r, p, rz, torch.zeros_like(rz))
 
 
-def _advance(rows: _Rows, Ap: Tensor, remedy: str) -> Tensor:
+def _advance(rows: _Rows, Ap: Tensor) -> Tensor:
     """Go along each direction to where the quadratic form is least, in place -> the rows that cannot, as a mask [k]."""
     if not bool(Ap.isfinite().all()):
         raise DivergenceError(
@@ -157,7 +152,7 @@ def _advance(rows: _Rows, Ap: Tensor, remedy: str) -> Tensor:
     torch.maximum(
         rows.largest, Ap.norm(dim=1) / squares.sqrt(), out=rows.largest
     )
-    _require_positive(pAp / squares, rows.largest, remedy)
+    _require_positive(pAp / squares, rows.largest)
     alpha = rows.rz / pAp
     ended: Tensor = ~((pAp > 0) & (rows.rz > 0) & alpha.isfinite())
     alpha = alpha.masked_fill(ended, 0).unsqueeze(1)
@@ -174,12 +169,11 @@ def _turn(rows: _Rows, z: Tensor) -> _Rows:
     return rows._replace(rz=rz)
 
 
-def _require_positive(along: Tensor, largest: Tensor, remedy: str) -> None:
+def _require_positive(along: Tensor, largest: Tensor) -> None:
     """Raise where a curvature [k] is below zero by more than the rounding of the largest one."""
     negative = along < -ULPS * torch.finfo(along.dtype).eps * largest
     if bool(negative.any()):
         least = float(along[negative].min())
         raise NegativeCurvatureError(
-            f"conjugate gradients met the curvature {least:.3g} (with damping), which is not positive: {remedy}raise "
-            f"config['damping'] by at least {1.5 * abs(least):.3g}"
+            f"conjugate gradients met the curvature {least:.3g} (with damping), which is not positive"
         )

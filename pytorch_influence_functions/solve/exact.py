@@ -77,9 +77,8 @@ def dense_form(problem: Problem) -> tuple[int, float]:
     if rows is None or rows >= P:
         matrices = 3 * P**2  # H, its damped copy, its factor
         return P, double * matrices
-    return rows, double * (
-        2 * rows**2 + rows * P
-    )  # A, its products and their factor
+    # A, its products and their factor
+    return rows, double * (2 * rows**2 + rows * P)
 
 
 Inverse = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -92,20 +91,26 @@ def _primal(problem: Problem, damping: float) -> Inverse:
     damped = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) == 0:
+        _require_regular(L.diagonal().square(), damped, damping)
         return lambda v: _with_residual(
             torch.cholesky_solve(v.T, L).T, v, damped
         )
-    LU, pivots, singular = torch.linalg.lu_factor_ex(
-        damped
-    )  # an indefinite Hessian
-    if int(singular) != 0:
-        raise ValueError(
-            f"config['damping'] = {damping:g}: the damped curvature of {len(H)} parameters is singular, so that the "
-            "system has no one solution; use a larger config['damping']"
-        )
+    # an indefinite Hessian
+    LU, pivots, _ = torch.linalg.lu_factor_ex(damped)
+    _require_regular(LU.diagonal().abs(), damped, damping)
     return lambda v: _with_residual(
         torch.linalg.lu_solve(LU, pivots, v.T).T, v, damped
     )
+
+
+def _require_regular(pivots: Tensor, damped: Tensor, damping: float) -> None:
+    """Raise where a pivot is rounding: whether that of a singular matrix is zero, or negative, is the processor's."""
+    rounding = len(damped) * torch.finfo(damped.dtype).eps
+    if bool(pivots.min() <= rounding * damped.diagonal().abs().max()):
+        raise ValueError(
+            f"config['damping'] = {damping:g}: the damped curvature of {len(damped)} parameters is singular, so that "
+            "the system has no one solution; use a larger config['damping']"
+        )
 
 
 def _with_residual(

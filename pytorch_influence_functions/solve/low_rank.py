@@ -122,9 +122,8 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     """Find the largest `rows` rows of G, and fit EKFAC to the others."""
     dear = problem.product_work > DEAR
     passes = Passes(problem, FEW_DIRECTIONS if dear else DIRECTIONS)
-    norms = torch.cat(
-        [_norms(seen) for seen in passes], 1
-    )  # samples come in order
+    # samples come in order
+    norms = torch.cat([_norms(seen) for seen in passes], 1)
     weights, candidates = norms.sum(0), norms[: _exact(passes)]
     taken = torch.zeros_like(norms, dtype=torch.bool)
     if candidates.numel() and rows:
@@ -226,9 +225,8 @@ class Shift:
                     tolerance=0.0,
                     limit=self.steps,
                 )[0]
-            except (
-                NegativeCurvatureError
-            ):  # a loss that is not convex in the model's output
+            except NegativeCurvatureError:
+                # a loss that is not convex in the model's output
                 self.steps = 0
         return M(g)
 
@@ -277,9 +275,8 @@ def damping_by_steps(problem: Problem) -> Damping:
     """Choose lambda from products with G alone."""
     v = problem.random_vector(problem.config.seed)
     product = problem.product(v.unsqueeze(0))[0]
-    mean_eigenvalue = abs(
-        float(product @ v / (v @ v))
-    )  # Hutchinson's estimate of tr(G) / P
+    # Hutchinson's estimate of tr(G) / P
+    mean_eigenvalue = abs(float(product @ v / (v @ v)))
     return choose_damping(
         problem, _stepped(problem, lambda g, _: g, PLAIN_STEPS), mean_eigenvalue
     )
@@ -301,9 +298,8 @@ def _stepped(
             return iterate(
                 product, g, preconditioned, tolerance=0.0, limit=steps
             )[0]
-        except (
-            NegativeCurvatureError
-        ):  # the Hessian, at a lambda that is too small for it
+        except NegativeCurvatureError:
+            # the Hessian, at a lambda that is too small for it
             return torch.full_like(g, torch.nan)
 
     return shift

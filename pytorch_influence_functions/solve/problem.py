@@ -20,8 +20,10 @@ from ..model.budget import Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
 from ..model.gradients import activation_bytes, per_sample_gradients, reuse
+from ..model.lanczos import extreme_eigenvalues
 from ..model.linear import INSIDE
 from ..model.objective import Objective
+from ..model.parameters import coverage
 from ..model.probe import probe
 from ..utils import random_state, warn
 from .errors import (
@@ -44,6 +46,9 @@ HALVED = 100
 SMOOTHING_WORK = 6e10
 """Floating-point operations that their passes over the training set may take in all: some seconds on one core, as the
 products with G may."""
+LEAST_STEPS, ABOVE_LEAST = 30, 1.5
+"""Lanczos steps for the least eigenvalue, as many as a solution takes, and the damping over it that is advised: the
+eigenvalue is found from above, and LiSSA's minibatches have lower ones."""
 MOST_CHAINS = 8
 """Bound for r="auto": the standard error falls with the root of their number."""
 
@@ -113,6 +118,25 @@ class Problem:
             self.objective.P, generator=generator, dtype=torch.float32
         )
         return draw.to(self.objective.device, self.objective.dtype)
+
+    def enough_damping(self) -> str:
+        """What to change where the curvature is negative beyond the damping.
+
+        An iteration meets a curvature above the least eigenvalue, so that a damping made of it would be refused again.
+        """
+        least = extreme_eigenvalues(
+            self.product,
+            self.random_vector(self.config.seed),
+            LEAST_STEPS,
+            change=0.0,
+        ).smallest
+        known = self.objective.refused is None and self.objective.linear is None
+        other = (
+            "config['curvature'] = 'ggn', or "
+            if self.curvature.kind == "hessian" and known
+            else ""
+        )
+        return f"set {other}config['damping'] to at least {ABOVE_LEAST * abs(least):.3g}"
 
     def with_gauss_newton(self) -> Problem:
         """The same problem with the Gauss-Newton matrix as its curvature."""
@@ -252,6 +276,7 @@ def make_problem(
         parameters=config.parameters,
         device=device,
     )
+    logger.info("influence of %s", coverage(objective.model, objective.names))
     budget = Budget.of(config.max_memory, device)
     budget.require(objective.P, objective.theta.nbytes)
     with random_state(config.seed), objective.active():

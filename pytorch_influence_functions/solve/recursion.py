@@ -159,8 +159,7 @@ class Recursion:
             size = float((self.rows.h.norm(dim=1) / self.rows.scale).max())
             raise NegativeCurvatureError(
                 f"LiSSA diverged at step {j} (norm of s {size:.3g}, {self._state(mask)}), where the curvature is "
-                f"{lowest:.3g}, below -lambda: set config['curvature'] = 'ggn', or config['damping'] to at least "
-                f"{1.5 * abs(lowest):.3g}"
+                f"{lowest:.3g}, below -lambda"
             )
         return along
 
@@ -249,9 +248,8 @@ class Recursion:
         """How many training samples a check at step j reads."""
         n, batch_size = self.system.samples.n, self.system.samples.batch_size
         read = j * batch_size
-        if (
-            2 * n <= EXACT_COST * read
-        ):  # for the last iterate and for the average
+        # for the last iterate and for the average
+        if 2 * n <= EXACT_COST * read:
             return n
         least = (
             LEAST_CHECKED
@@ -280,9 +278,8 @@ class Recursion:
             self.config.tolerance or -math.inf
         )
         known = residual.stderr < 0.2 * residual.relative
-        forgotten = (
-            j * self.system.damping > 2 * rows.scale
-        )  # the start has fallen by e^-2
+        # the start has fallen by e^-2
+        forgotten = j * self.system.damping > 2 * rows.scale
         settled = known & forgotten & ~grown
         rows.stalls = torch.where(gained, 0, rows.stalls + settled)
         stalled = (rows.stalls >= 2) & self.auto

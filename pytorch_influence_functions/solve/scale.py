@@ -57,8 +57,7 @@ def _without_negative_curvature(system: System, spectrum: Spectrum) -> System:
     message = f"the Hessian has a negative eigenvalue (at most {along:.3g}) beyond the damping {system.damping:.3g}"
     if system.config.curvature == "hessian":
         raise NegativeCurvatureError(
-            f"{message}, so the recursion cannot converge: set config['curvature'] = 'ggn', "
-            f"or config['damping'] to at least {1.5 * abs(along):.3g}"
+            f"{message}, so the recursion cannot converge: {system.problem.enough_damping()}"
         )
     return dataclasses.replace(
         system, problem=system.problem.instead_of_hessian(message)

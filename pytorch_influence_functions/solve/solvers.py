@@ -166,7 +166,8 @@ class Solver:
                 self.problem.config.curvature is not None
                 or prepared.system.curvature.kind == "ggn"
             ):
-                raise
+                advice = prepared.system.problem.enough_damping()
+                raise NegativeCurvatureError(f"{error}: {advice}") from error
             if self._answered:
                 raise NegativeCurvatureError(
                     f"{error}. {ONE_CURVATURE}"

@@ -37,9 +37,8 @@ class Residual(NamedTuple):
     def exact(cls, rest: Tensor, v: Tensor) -> Residual:
         """Of the residual `rest` of each row of v, both [K, P]."""
         size = v.abs().amax(1, keepdim=True)
-        size.clamp_min_(
-            torch.finfo(v.dtype).tiny
-        )  # the squares of small numbers would be zero
+        # the squares of small numbers would be zero
+        size.clamp_min_(torch.finfo(v.dtype).tiny)
         relative = (rest / size).norm(dim=1) / row_norms(v / size)
         return cls(relative, torch.zeros_like(relative), rest)
 

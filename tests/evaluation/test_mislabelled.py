@@ -280,6 +280,7 @@ def accuracy(model, test):
 EKFAC = {"progress": False, "solver": "ekfac", "damping": 0.1}
 
 
+@pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("share", [0.05, 0.1, 0.2])
 def test_number_of_flipped_digits(share):
     """Within 20 % of the truth; over ten seeds with 1,000 or 1,400 samples it is within 13 % at each share."""
@@ -293,6 +294,7 @@ def test_number_of_flipped_digits(share):
     assert np.isin(first, wrong).mean() > 0.85
 
 
+@pytest.mark.usefixtures("single")
 def test_dropping_what_is_flagged_helps():
     """500 digits, a tenth of them flipped: accuracy on the other 1,297, in the mean of three seeds (five: + 1.5 %)."""
     gain = []
@@ -306,6 +308,7 @@ def test_dropping_what_is_flagged_helps():
     assert np.mean(gain) > 0.005
 
 
+@pytest.mark.usefixtures("single")
 def test_clean_digits_have_none():
     data, _, _ = digits(0, 0.0, 600)
     loader = DataLoader(data, 50, shuffle=True)

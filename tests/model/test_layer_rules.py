@@ -7,7 +7,6 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.model.layer_rules import parts_of
 from pytorch_influence_functions.model.layers import backward, forward, gather, layer_inputs, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outer_products import one_hot_norms, outer_products
@@ -235,16 +234,42 @@ def test_padding_has_no_gradient():
     assert (eigenvalues[[0, 1, 3, 4]] > 0).all()
 
 
-def test_an_embedding_without_a_rule_is_named(caplog):
-    torch.manual_seed(0)
-    with caplog.at_level("INFO", logger="pytorch_influence_functions"):
-        layers = layers_of(Sequence("first", scale_grad_by_freq=True), TOKENS)
-    assert [layer.name for layer in layers] == ["norm", "inner", "scale", "out"]
-    assert [m for m in caplog.messages if "left out" in m] == [
-        "EKFAC: embedding is left out, scale_grad_by_freq makes the gradient of a sample depend on its batch"
-    ]
-    with pytest.raises(NotImplementedError, match="max_norm changes its weight while it is read"):
-        parts_of(nn.Embedding(3, 2, max_norm=1.0), True, False)
+class Table(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.out = kind(5, 4, **options), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.table(x)
+        return self.out((h.mean(1) if h.dim() == 3 else h).tanh())
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize(
+    "options", [{"max_norm": 1.0}, {"max_norm": 0.7, "norm_type": 1.0}, {"scale_grad_by_freq": True}]
+)
+@pytest.mark.parametrize("solver", ["cg", "exact", "ekfac"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_tables_that_change_what_is_read(kind, options, solver, trained):
+    """Rows above a norm as the lookup leaves them; gradients those of the loss. The model's own stay as they are."""
+    model, plain = Table(kind, **options), Table(kind)
+    if "max_norm" in options:
+        with torch.no_grad():
+            plain.table.weight.renorm_(options.get("norm_type", 2.0), 0, options["max_norm"])
+            assert not torch.equal(plain.table.weight, model.table.weight)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    x, t = torch.randint(0, 5, (6, 4)), torch.arange(6) % 3
+    found = []
+    for each in (model, plain):
+        each.table.weight.requires_grad_(trained)
+        train = DataLoader(TensorDataset(x, t), batch_size=3)
+        given = {"solver": solver, "damping": 0.1, "progress": False}
+        found.append(ptif.InfluenceFunction(each, train, given).scores((x, t)))
+    assert_close(*found)
+    assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    for key, value in options.items():
+        assert getattr(model.table, key) == value
 
 
 def test_one_hot_norms_are_those_of_the_outer_products():

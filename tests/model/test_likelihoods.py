@@ -120,7 +120,7 @@ def test_ignored_positions_are_never_drawn():
     assert bool((e.abs().sum((0, 2)) > 0).eq(~ignored).all())
 
 
-@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss()])
+@pytest.mark.parametrize("loss", [None, pytest.param(nn.CrossEntropyLoss(), marks=pytest.mark.long)])
 def test_many_classes_are_drawn(loss):
     torch.manual_seed(0)
     found, y = ready(nn.Linear(3, 600), torch.randn(N, 3), torch.arange(N) * 90, loss)

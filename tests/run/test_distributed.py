@@ -150,7 +150,8 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from pytorch_influence_functions.solve.problem import Problem
-import os, json, test_distributed
+import os, json, torch, test_distributed
+torch.set_default_dtype({dtype})
 Problem.group_size = lambda *_: 4
 Problem.gradient_batch = 3
 rank, folder = os.environ["RANK"], sys.argv[1]
@@ -166,7 +167,7 @@ with open(os.path.join(folder, "rank" + rank + ".txt"), "w") as file:
 
 def launched(tmp_path, what, count=2):
     script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), dtype=torch.get_default_dtype()))
     command = [
         sys.executable,
         "-W",
@@ -190,6 +191,7 @@ def test_under_a_launcher_every_process_returns_the_result(tmp_path):
         assert harmful == one.harmful
 
 
+@pytest.mark.long
 def test_under_a_launcher_a_failure_ends_all(tmp_path):
     done = launched(tmp_path, "fails")
     assert done.returncode != 0
@@ -202,7 +204,8 @@ import time
 import sys
 sys.path.insert(0, {tests!r})
 from pytorch_influence_functions.solve.problem import Problem
-import test_distributed
+import torch, test_distributed
+torch.set_default_dtype({dtype})
 Problem.group_size = lambda *_: 4
 Problem.gradient_batch = 3
 def stop():
@@ -214,7 +217,7 @@ test_distributed.run(sys.argv[1], "lissa", train=train, num_processes=2)
 
 
 def test_a_killed_run_leaves_no_process_that_goes_on(tmp_path):
-    script = KILLED.format(tests=str(Path(__file__).parent))
+    script = KILLED.format(tests=str(Path(__file__).parent), dtype=torch.get_default_dtype())
     command = [sys.executable, "-W", "ignore", "-c", script, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"in work\n"

@@ -181,6 +181,7 @@ FAULTS = {
 ALSO = {"company": {"loss"}} | {name: {"not at an optimum"} for name in ("half precision", "varies", "penalty")}
 
 
+@pytest.mark.usefixtures("single")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault(fault):
     plant, name, text = FAULTS[fault]

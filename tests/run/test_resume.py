@@ -19,6 +19,8 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from marks import pairs
+
 N, TESTS = 48, 12
 LISSA = {"solver": "lissa", "recursion_depth": 30, "scale": 20, "r": 2, "tolerance": None}
 WAYS = {
@@ -82,8 +84,9 @@ def reads(options, method, folder):
     return counted.reads
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "method"), pairs(WAYS, METHODS, lambda way, method: (way == "lissa") != (method == "img_wise"))
+)
 def test_an_exception_at_any_moment(small_groups, tmp_path, way, method):
     """From the user's data set or from the keyboard; at each start it goes a little further."""
     whole = reads(WAYS[way], method, tmp_path / "whole")
@@ -159,9 +162,10 @@ def test_gradients_go_on_at_their_row(small_groups, tmp_path, monkeypatch):
 
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from pytorch_influence_functions.solve.problem import Problem
-import test_resume
+import torch, test_resume
+torch.set_default_dtype({dtype})
 Problem.group_size = lambda *_: 3
 Problem.gradient_batch = 8
 print("begins", flush=True)
@@ -171,7 +175,8 @@ test_resume.run(sys.argv[1], test_resume.WAYS[sys.argv[2]], sys.argv[3])
 
 def start(folder, way, method):
     """A process that runs, when it has imported everything."""
-    script = SCRIPT.format(tests=str(Path(__file__).parent))
+    folders = [str(folder) for folder in Path(__file__).parents[:2]]
+    script = SCRIPT.format(folders=folders, dtype=torch.get_default_dtype())
     command = [sys.executable, "-W", "ignore", "-c", script, str(folder), way, method]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=os.environ)
     process.stdout.readline()
@@ -200,7 +205,10 @@ def killed_runs(tmp_path, way, method, moments, seed):
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
-@pytest.mark.parametrize(("way", "method"), [("lissa", "img_wise"), ("auto", "all_grad_then_test")])
+@pytest.mark.parametrize(
+    ("way", "method"),
+    [pytest.param("lissa", "img_wise", marks=pytest.mark.long), ("auto", "all_grad_then_test")],
+)
 def test_a_run_that_is_killed(small_groups, tmp_path, way, method):
     moments = int(os.environ.get("KILLS", "2"))  # `make kills` takes 20
     found = killed_runs(tmp_path, way, method, moments, seed=f"{way} {method}")

@@ -132,6 +132,7 @@ def peak(folder, tests):
     return kept, most
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_tests(tmp_path, monkeypatch):
     monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 5)
     peak(tmp_path / "first", 5)

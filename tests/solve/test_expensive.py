@@ -11,6 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
+from marks import briefly
+
 pytestmark = pytest.mark.usefixtures("double")
 N = 40
 
@@ -60,7 +62,7 @@ def first_look(seed, model=None):
     return [torch.stack(parts).sum(0) for sums in (inputs, gradients) for parts in zip(*sums, strict=True)]
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bias", briefly([True, False], [True]))
 def test_factors_are_right_in_the_mean(expensive, monkeypatch, bias):
     model = network(bias=bias)
     runs = [first_look(seed, model) for seed in range(120)]
@@ -170,6 +172,7 @@ def test_the_choice_of_the_damping_inverts_few_rows(expensive, monkeypatch):
     assert 1 <= rows[0] < 10
 
 
+@pytest.mark.long
 def test_draws_are_right_in_the_mean(expensive, monkeypatch):
     """Of EKFAC's eigenvalues, the squared gradients in one and the same basis."""
     monkeypatch.setattr(positions, "LEAST_POSITIONS", 1000)  # all: the basis is off by the draws of the outputs only
@@ -224,6 +227,7 @@ def test_sums_of_gradients_by_sample_are_those_of_weighted_losses(monkeypatch):
         assert_close(result, weights.to(rows) @ rows / N)
 
 
+@pytest.mark.long
 def test_losses_of_outputs_are_those_of_the_whole_in_double(expensive):
     """In single precision, changes of samples that are fitted well keep their digits."""
     torch.set_default_dtype(torch.float32)

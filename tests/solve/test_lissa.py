@@ -21,6 +21,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, TensorDataset
 
 from cases import make, slow_gradients, slow_hessian
+from marks import briefly, pairs
 
 QUIET = {"progress": False}
 pytestmark = pytest.mark.usefixtures("double")
@@ -32,7 +33,7 @@ def dense(model, loader, options, v, damping):
     return torch.linalg.solve(H + damping * torch.eye(len(H)), v.T).T
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_dropout", "regression_sum"])
+@pytest.mark.parametrize("name", briefly(["mlp", "cnn_batchnorm_dropout", "regression_sum"], ["mlp"]))
 def test_whole_training_set_as_one_batch_converges_to_the_dense_solve(name):
     model, loader, options = make(name, batch_size=11)
     v = slow_gradients(model, loader, [0, 3], options)
@@ -93,12 +94,14 @@ def mean_error(depth, r, seeds=8):
     return float(torch.stack(errors).mean())
 
 
+@pytest.mark.long
 def test_error_falls_with_depth():
     errors = [mean_error(depth, 1) for depth in (10, 100, 500)]
     assert errors[1] < 0.75 * errors[0]  # 0.51 by statistics over more seeds, with a standard error of 0.06
     assert errors[2] < 0.7 * errors[1]  # 0.45: the root of 5
 
 
+@pytest.mark.long
 def test_error_falls_with_the_root_of_r():
     once, often = mean_error(134, 1), mean_error(134, 4)
     assert 1.5 < once / often < 2.7  # 2 by statistics
@@ -289,8 +292,10 @@ def test_shuffling_changes_nothing():
     assert not torch.equal(found[0], other)
 
 
-@pytest.mark.parametrize("factors", [None, pytest.param("ekfac", marks=pytest.mark.long)])
-@pytest.mark.parametrize("tolerance", [None, 0.003])
+@pytest.mark.parametrize(
+    ("factors", "tolerance"),
+    pairs((None, "ekfac"), (None, 0.003), lambda factors, tolerance: factors is not None or tolerance is None),
+)
 def test_a_row_is_the_same_in_any_group(factors, tolerance, monkeypatch):
     """Also where the scale of some is raised on the way: every row has its own."""
     model, loader = linear_problem()

@@ -169,13 +169,19 @@ def test_a_residual_that_tells_it_is_warned_of_alone():
     assert true / 2 <= found.score_error <= 2 * true
 
 
-def test_rounding_of_a_model_in_single_precision_is_seen():
-    """The factor is of the matrix as it was rounded; the residual of its solution is of the model's own products."""
+@pytest.mark.parametrize(("make", "power"), [(logistic, -10), (mlp, -12)])
+def test_rounding_of_a_model_in_single_precision_is_seen(make, power):
+    """The factor is of the matrix as it was rounded; the residual of its solution is of the model's own products.
+
+    Far from the bound of the warning: processors with other vector instructions round to other errors, half as large
+    to three times.
+    """
     torch.set_default_dtype(torch.float32)
-    found, test = influence(logistic, -12, 1e-11, solver="exact")
+    found, test = influence(make, power, 1e-12, solver="exact")
     with pytest.warns(ptif.ScoreErrorWarning):
-        found.scores(test)
+        scores = found.scores(test)
     assert float(found.relative_residual.max()) < 1e-2
+    assert true_error(found, scores, test) > 0.3
 
 
 def test_a_run_writes_it(tmp_path):

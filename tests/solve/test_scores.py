@@ -95,15 +95,23 @@ def test_the_loader_changes_nothing(loader_options):
     assert_close(influence.scores(tests), truth("mlp", "hessian")[0], rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("names", ["2", ["0.bias", "2.weight"], ["*.weight"]])
-def test_some_parameters(names):
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        ("2", {"2.weight", "2.bias"}),
+        (["0.bias", "2.weight"], {"0.bias", "2.weight"}),
+        (["*.weight"], {"0.weight", "2.weight"}),
+        (lambda name, p: name.startswith("2") or p.shape == (5, 4), {"0.weight", "2.weight", "2.bias"}),
+    ],
+    ids=["name", "names", "pattern", "predicate"],
+)
+def test_some_parameters(names, chosen, caplog):
+    caplog.set_level("INFO")
     model, loader, _ = make("mlp")
     options = {"solver": "cg", "curvature": "hessian", "damping": LAMBDA, "tolerance": 1e-11, "progress": False}
     found = ptif.InfluenceFunction(model, loader, options, parameters=names)
-    chosen = set(found.objective.names)
-    assert chosen == {
-        "2": {"2.weight", "2.bias"}, "0.bias": {"0.bias", "2.weight"}, "*.weight": {"0.weight", "2.weight"},
-    }[names[0] if isinstance(names, list) else names]  # fmt: skip
+    assert set(found.objective.names) == chosen
+    assert f"influence of {found.objective.P} of 43 parameters ({len(chosen)} of 4 tensors)" in caplog.text
     for name, p in model.named_parameters():
         p.requires_grad_(name in chosen)
     frozen = ptif.InfluenceFunction(model, loader, options)

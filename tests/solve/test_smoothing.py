@@ -179,6 +179,7 @@ def test_nothing_depends_on_batches_and_the_model_is_as_it_was():
     assert not torch.equal(influence(model, seed=1).scores(held_out()), scores)
 
 
+@pytest.mark.long
 def test_little_memory_changes_nothing():
     """The shifts are solved for a few at a time then."""
     torch.manual_seed(1)

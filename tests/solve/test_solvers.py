@@ -79,9 +79,14 @@ WAYS = {
 }
 
 
+TRIED = [
+    (way, curvature) for way in WAYS for curvature in ("ggn", "hessian") if (way, curvature) != ("auto", "hessian")
+]
+
+
 @pytest.mark.parametrize(
     ("way", "curvature"),
-    [(way, curvature) for way in WAYS for curvature in ("ggn", "hessian") if (way, curvature) != ("auto", "hessian")],
+    [pytest.param(*tried, marks=pytest.mark.long) if "lissa, ekfac" in tried else tried for tried in TRIED],
 )
 @pytest.mark.parametrize("name", MODELS)
 def test_every_solver_is_the_dense_solve(name, way, curvature):
@@ -99,7 +104,7 @@ def test_every_solver_is_the_dense_solve(name, way, curvature):
 
 
 @pytest.mark.parametrize("damping", [0.02, 5.0, 500.0])
-@pytest.mark.parametrize("preconditioner", [None, "ekfac"])
+@pytest.mark.parametrize("preconditioner", [None, pytest.param("ekfac", marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("error::pytorch_influence_functions.CurvatureWarning")
 def test_automatic_scale_at_any_damping(damping, preconditioner):
     influence = influence_of(
@@ -164,6 +169,7 @@ def test_ekfac_scores_are_those_by_hand(name, monkeypatch):
     assert_close(influence.self_influence(), expected.diagonal())
 
 
+@pytest.mark.long
 def test_the_diagonal_outside_the_layers_is_right_in_the_mean():
     names = "norms_and_embeddings"
     found = []

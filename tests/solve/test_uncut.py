@@ -12,6 +12,7 @@ from torch.testing import assert_close
 from torch.utils.data import DataLoader, default_collate
 
 from cases import slow_gradients
+from marks import briefly_but
 
 pytestmark = pytest.mark.usefixtures("double")
 N = 8
@@ -170,7 +171,7 @@ def truth(kind):
     return whole[:3], whole.diagonal()
 
 
-@pytest.mark.parametrize("solver", [pytest.param(s, marks=pytest.mark.long) if s == "lissa" else s for s in SOLVERS])
+@pytest.mark.parametrize("solver", briefly_but(SOLVERS, ["lissa", "exact"]))
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_solver_gives_what_single_samples_give(kind, solver):
     (together, tests), (single, _) = ready(kind, 4, solver), ready(kind, 1, solver)
