@@ -388,10 +388,10 @@ def test_layers_that_do_not_follow_their_kind_are_left_out_alone(caplog):
 
 def convolutions():
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1, groups=2, bias=False),
+        nn.Conv2d(4, 4, 3, padding=1, groups=2, bias=False),
         stirred(nn.BatchNorm2d(4, eps=0.2), torch.randn(9, 4, 3, 3)),
-        nn.ReLU(inplace=True), nn.ConvTranspose2d(4, 2, 2, stride=2, groups=2), nn.Tanh(),
-        stirred(nn.GroupNorm(1, 2)), nn.Flatten(), nn.Linear(72, 3),
+        nn.ReLU(inplace=True), nn.ConvTranspose2d(4, 4, 2, stride=2, groups=2), nn.Tanh(),
+        stirred(nn.GroupNorm(1, 4)), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3),
     )  # fmt: skip
 
 
@@ -492,7 +492,7 @@ def unfused(model):
 MODELS = {
     "encoder": (Encoder, lambda: TOKENS),
     "positions": (Positions, lambda: TOKENS),
-    "convolutions": (convolutions, lambda: torch.randn(N, 2, 3, 3)),
+    "convolutions": (convolutions, lambda: torch.randn(N, 4, 3, 3)),
     "only biases": (only_biases, lambda: torch.randn(N, 2, 3, 3)),
     "tokens": (tokens, lambda: TOKENS),
 }

@@ -4,6 +4,7 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.model.budget import Budget
+from pytorch_influence_functions.model.layers import gather, scatter
 from pytorch_influence_functions.solve import damping, directions, low_rank, passes, positions, weighted
 from pytorch_influence_functions.solve.factors import build
 from pytorch_influence_functions.solve.weighted import weighted_gradients
@@ -322,3 +323,32 @@ def test_rows_and_factors_come_from_two_passes(expensive, monkeypatch, kept):
     with problem.guard():
         low_rank.low_rank(problem, 10)
     assert len(reads) == (1 if kept else 2)
+
+
+def test_an_inverse_with_few_rows_has_the_others_on_its_diagonal():
+    problem = influence().problem
+    with problem.guard():
+        basis = low_rank.low_rank(problem, 12)
+    eye = torch.eye(problem.objective.P)
+    for rows in (3, 3, 7, None):
+        kept, rest = basis.J[:rows], basis.J[len(basis.J[:rows]) :]
+        inside = torch.diag(basis.factors.eigenvalues + rest.square().sum(0) + 0.1) + kept.T @ kept
+        expected = basis.factors.from_eigenbasis(basis.factors.to_eigenbasis(eye) @ torch.linalg.inv(inside))
+        assert_close(basis.inverse(0.1, rows)(eye), expected)
+
+
+def test_scatter_is_the_inverse_of_gather():
+    """A convolution's taps come before its channels in what is unfolded, and after them in the weight."""
+    problem = influence().problem
+    with problem.guard():
+        found = passes.Passes(problem).layers
+    v = torch.arange(3.0 * problem.objective.P).view(3, -1)
+    again = torch.full_like(v, torch.nan)
+    for layer in found:
+        scatter(layer, gather(layer, v), again)
+    assert torch.equal(again, v)
+    conv = problem.objective.model[2]
+    (place,) = (layer for layer in found if layer.module is conv)
+    weight = v[:1, place.weight].view_as(conv.weight)
+    expected = weight.permute(0, 2, 3, 1).flatten(1)
+    assert torch.equal(gather(place, v)[0, 0, :, :-1], expected)
