@@ -113,6 +113,8 @@ class LeaveOneOut:
         m, S = d.shape
         if S == 1:
             return self.noise_floor
+        # what a removal does in all seeds falls out below, and of equal seeds no rounding is left
+        d = d - d[:, :1]
         rest = d - d.mean(1, keepdims=True) - d.mean(0) + d.mean()
         return float(np.sqrt((rest**2).sum() / ((m - 1) * (S - 1) * S)))
 
