@@ -99,7 +99,8 @@ class LeaveOneOut:
     @property
     def noise_floor(self) -> float:
         """Standard deviation of the test loss over retrainings with nothing removed."""
-        return float(self.baseline.std(ddof=1))
+        # beside the first one: the mean of equal numbers may differ from them by rounding
+        return float((self.baseline - self.baseline[0]).std(ddof=1))
 
     @property
     def noise(self) -> float:
@@ -113,8 +114,6 @@ class LeaveOneOut:
         m, S = d.shape
         if S == 1:
             return self.noise_floor
-        # what a removal does in all seeds falls out below, and of equal seeds no rounding is left
-        d = d - d[:, :1]
         rest = d - d.mean(1, keepdims=True) - d.mean(0) + d.mean()
         return float(np.sqrt((rest**2).sum() / ((m - 1) * (S - 1) * S)))
 
