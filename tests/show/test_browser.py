@@ -55,7 +55,9 @@ def column(part, place):
 
 
 def test_first_content_is_there_at_once(page):
-    paint = page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    painted = "performance.getEntriesByName('first-contentful-paint')[0]"
+    page.wait_for_function(painted)  # noted after the paint, on a busy machine some time after
+    paint = page.evaluate(f"{painted}.startTime")
     assert paint < 5000  # 250 with two cores that ten others use; a second is what is promised on a free machine
     assert section(page).get_by_role("status").inner_text() == "Rows 1 to 10 of 1000"
 
