@@ -193,8 +193,8 @@ def changes_of(
     Args:
         what: indices of training samples, a mask [n], or a list of sets of them.
         n: training samples.
-        labels: new labels of the set, or a list of those of each set.
-        weights: new weights of its samples beside 1: one number, one for each, or a list of these.
+        labels: new labels of the set: one, or one for each of its samples; or a list of those of each set.
+        weights: new weights of its samples beside 1, in the same way.
 
     Raises:
         ValueError, IndexError: a set is empty or names a sample twice, or one that there is not.
@@ -203,9 +203,9 @@ def changes_of(
     sets = list(what) if several else [what]
     count = len(sets)
     own = [
-        [None] * count
-        if given is None
-        else (list(given) if several else [given])
+        list(given)
+        if several and hasattr(given, "__len__")
+        else [given] * count
         for given in (labels, weights)
     ]
     if any(len(part) != count for part in own):
@@ -230,6 +230,8 @@ def _change(
     weights: Any,
 ) -> Change:
     indices = _indices(one, n)
+    if labels is not None and not hasattr(labels, "__len__"):
+        labels = [labels] * len(indices)
     if labels is not None and len(labels) != len(indices):
         raise ValueError(
             f"labels: expected one for each of the {len(indices)} samples of the set, got {len(labels)}"

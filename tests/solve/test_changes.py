@@ -159,6 +159,18 @@ def test_reweighted_sets(name, weight):
     check(name, actual, found.joint[0])
 
 
+@pytest.mark.parametrize(("one", "each"), [
+    ({"weights": 3}, {"weights": [[3, 3], [3]]}), ({"labels": 1}, {"labels": [[1, 1], [1]]}),
+    ({"labels": 1, "weights": 0.5}, {"labels": [1, [1]], "weights": [[0.5, 0.5], 0.5]}),
+], ids=["weights", "labels", "both"])  # fmt: skip
+def test_one_number_is_that_of_every_sample_of_every_set(one, each):
+    name = next(name for name in LINEAR if refitted(name)[2] is F.cross_entropy)
+    tests = list(data_of_tests(name))
+    found, expected = (influences(name).effect([[2, 5], [7]], tests, **given).joint for given in (one, each))
+    assert_close(torch.from_numpy(found), torch.from_numpy(expected))
+    assert abs(found).max() > 0
+
+
 def check(name, actual, found):
     if refitted(name)[2] is F.mse_loss:
         assert_close(torch.from_numpy(found), actual, rtol=1e-6, atol=1e-9)
