@@ -6,6 +6,7 @@ import pickle
 import pytest
 import pytorch_influence_functions as ptif
 import torch
+from pytorch_influence_functions.data import batch as batch_module
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -276,6 +277,13 @@ def test_it_goes_through_the_model_in_batches(name):
         reference.model(), loader(reference.kind, reference.data), **options("cg", reference)
     )
     assert influence.objective.paths.batched
+
+
+@pytest.mark.parametrize("solver", ["cg", "exact"])
+def test_sparse_rows_that_are_too_large_to_be_dense(solver, monkeypatch):
+    """They stay as they are, and their samples go through the model one at a time."""
+    monkeypatch.setattr(batch_module, "MOST_DENSE", 0)
+    test_scores("sparse rows", solver)
 
 
 def test_the_table_is_large():
