@@ -10,7 +10,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +160,19 @@ def _write_csv(
         writer.writerows(rows)
 
 
+def _asked(
+    way: Callable[..., Any], arguments: argparse.Namespace, *needed: str
+) -> Any:
+    """What is found out of the script's model and loaders, of which these are needed."""
+    entry = entry_of(arguments.entry)
+    _needed(entry, *needed)
+    config = _config(arguments, entry)
+    return way(config, entry.model, entry.train_loader, entry.test_loader)
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Print what is wrong, or not what it seems, with a model and its data."""
-    entry = entry_of(arguments.entry)
-    _needed(entry, "model", "train_loader")
-    found = findings(
-        _config(arguments, entry),
-        entry.model,
-        entry.train_loader,
-        entry.test_loader,
-    )
+    found = _asked(findings, arguments, "model", "train_loader")
     if arguments.json:
         _say(as_json([one._asdict() for one in found]))
     elif not found:
@@ -182,14 +185,7 @@ def doctor(arguments: argparse.Namespace) -> int:
 
 def estimate(arguments: argparse.Namespace) -> int:
     """Print what a run takes."""
-    entry = entry_of(arguments.entry)
-    _needed(entry, "model", "train_loader", "test_loader")
-    found = estimated(
-        _config(arguments, entry),
-        entry.model,
-        entry.train_loader,
-        entry.test_loader,
-    )
+    found = _asked(estimated, arguments, "model", "train_loader", "test_loader")
     if arguments.json:
         numbers = dataclasses.asdict(found)
         _say(as_json({**numbers, "seconds": found.seconds}))

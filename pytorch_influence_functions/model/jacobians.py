@@ -43,6 +43,8 @@ def _may_vmap(
     if batch.parts or not objective.paths.vmap:
         return False
     if objective.paths.jacobian is None:
+        if batch.size == 1:  # which does not show whether samples mix
+            return False
         few = batch.rows(0, 2)
         allowed = agrees(
             lambda: _by_vmap(objective, few, kept),

@@ -291,6 +291,11 @@ def test_every_model_by_low_rank(name, low_rank_only):
         return
     assert float((scores - expected).norm()) < 0.15 * float(expected.norm())
     assert (own >= 0).all()
+    seeds = [own, *(influence_of(name, solver="auto", damping=0.1, seed=k)[0].self_influence() for k in range(1, 6))]
+    errors = [float((one - expected.diagonal()).norm() / expected.diagonal().norm()) for one in seeds]
+    # each seed of the pixels is off by 0.04 to 0.2; those of the tokens by 0.25 to 0.58, 0.4 in the mean of twenty, so
+    # that the 0.3 which one seed had kept on one processor was its luck
+    assert max(errors) < 0.3 if name == "per_pixel" else sum(errors) / 6 < 0.5
     # without a step of conjugate gradients, which scores take, the inverse of a matrix that is drawn is too large in
     # the mean: over twenty seeds by 0 to 0.15 of the pixels and 0.2 to 0.5 of the tokens
     larger = float(own.mean() / expected.diagonal().mean())
