@@ -23,6 +23,7 @@ from .member import Member
 from .out_of_sample import OutOfSample, out_of_sample
 from .perturbation import perturbation
 from .solve.groups import Earlier, Group
+from .solve.set_up import Helper
 
 
 class InfluenceFunction:
@@ -269,6 +270,10 @@ class InfluenceFunction:
         """Scores of a group [k, m] for these training samples, and those of each chain [r, k, m] or None."""
         member = self._only_member("scores_of_group")
         return member.scores_of_group(group, indices)
+
+    def prepare(self, helper: Helper) -> None:
+        """Set up what all test samples share; `helper` are the other processes and the files of a run."""
+        self._only_member("prepare").prepare(helper)
 
     def solutions(
         self,

@@ -29,6 +29,7 @@ from .solve.low_rank import error_curve_by_low_rank
 from .solve.problem import make_problem
 from .solve.removals import Removals
 from .solve.score_error import SMALL
+from .solve.set_up import Helper
 from .solve.smoothing import Points
 from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
@@ -85,6 +86,13 @@ class Member(Scoring):
         self.solver = Solver(self.problem)
         self.points = self._new_points()
         self.removals = Removals(self.problem, self.solver)
+
+    def prepare(self, helper: Helper) -> None:
+        """Set up what all test samples share, with the help of other processes, or of what an earlier start kept."""
+        self.meet_all()
+        with self.problem.guard(), self.problem.set_up.by(helper):
+            self.solver.prepared()
+            self.points.prepare()
 
     # ---- solutions
 

@@ -16,16 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..solve.set_up import ProcessError
+
 PATIENCE = datetime.timedelta(days=30)
 """A process waits so long for another that still computes; one that ends closes its connections, which is seen."""
 FAILED = "pytorch_influence_functions/failed"
 LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What a launcher (torchrun) sets."""
 T = TypeVar("T")
-
-
-class ProcessError(RuntimeError):
-    """Another process of the run failed; the message has its own."""
 
 
 class Team:
@@ -96,6 +94,17 @@ class Team:
             if one.numel():
                 self._send(one, rank)
         return torch.cat(parts, dim).to(part.device)
+
+    def total(
+        self,
+        part: Tensor,
+    ) -> Tensor:
+        """The sum over all processes, in the place of the part; bit-equal on all of them."""
+        if self._group is None:
+            return part
+        here = part.detach().cpu().contiguous()
+        self._talk(lambda: dist.all_reduce(here, group=self._group))
+        return part.copy_(here)
 
     def _send(
         self,

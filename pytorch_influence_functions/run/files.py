@@ -129,6 +129,10 @@ class RunFiles:
         path = self.parts / f"state_{name}.json"
         save_json(state, path, overwrite_if_exists=True)
 
+    def kept(self, name: str) -> Path:
+        """Where a part of the set-up is kept until the run ends."""
+        return self.parts / f"set_up_{name}.npz"
+
     def array(self, name: str) -> Path:
         """Where an array of the run is: beside the parts until all of its rows are there."""
         final = self.final_array(name)

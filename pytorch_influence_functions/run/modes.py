@@ -20,6 +20,7 @@ from . import shares
 from .distributed import ALONE, Team
 from .files import RunFiles
 from .row_writer import Progress
+from .set_up import RunSetUp
 from .space import require_disk, row_bytes
 from .store import (
     own_folder,
@@ -52,6 +53,11 @@ class Task:
     team: Team = ALONE
 
     @property
+    def set_up(self) -> RunSetUp:
+        """Who helps to set up the solver."""
+        return RunSetUp(self.team, self.files)
+
+    @property
     def left(self) -> list[int]:
         """Test samples that are not done."""
         return self.indices[self.done :]
@@ -65,7 +71,7 @@ def _img_wise(task: Task, earlier: Earlier) -> Iterator[Group]:
     begin = time.perf_counter()
     influence, team = task.influence, task.team
     for group in shares.solutions(
-        influence, task.tests, task.left, earlier, team
+        influence, task.tests, task.left, earlier, team, task.set_up
     ):
         scores, chains = shares.scores(influence, group, team)
         seconds = (time.perf_counter() - begin) / len(group.indices)
@@ -138,7 +144,11 @@ def _store_solutions(task: Task, folder: Path, progress: Progress) -> Tensor:
         influence.take_report(progress.report)
         return residuals_of(progress.facts, influence.objective.dtype)
     groups_of = functools.partial(
-        shares.solutions, influence, tests, team=task.team
+        shares.solutions,
+        influence,
+        tests,
+        team=task.team,
+        set_up=task.set_up,
     )
     return save_solutions(
         influence, folder, tests, task.indices, progress, groups_of
@@ -156,7 +166,7 @@ def _help_to_store(task: Task) -> None:
     rows, report = team.told((0, nothing))
     earlier = Earlier(len(task.indices), report)
     for _ in shares.solutions(
-        influence, task.tests, task.indices[rows:], earlier, team
+        influence, task.tests, task.indices[rows:], earlier, team, task.set_up
     ):
         pass
 

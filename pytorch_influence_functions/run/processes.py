@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .distributed import ProcessError
+from ..solve.set_up import ProcessError
 
 
 def require_forks(

@@ -10,6 +10,7 @@ from ..data.samples import Samples
 from ..influence import InfluenceFunction
 from ..solve.errors import NegativeCurvatureError
 from ..solve.groups import Earlier, Group, split
+from ..solve.set_up import Helper
 from ..solve.solvers import ONE_CURVATURE
 from .distributed import Team
 
@@ -20,8 +21,11 @@ def solutions(
     indices: Sequence[int],
     earlier: Earlier,
     team: Team,
+    set_up: Helper,
 ) -> Iterator[Group]:
     """The solutions of each group of test samples, of which each process solves a part."""
+    if indices:
+        influence.prepare(set_up)
     for part in split(indices, influence.group_size):
         group = _solved(influence, tests, part, earlier, team)
         earlier = Earlier(earlier.total, influence.report)

@@ -37,6 +37,7 @@ from .low_rank import (
     low_rank,
 )
 from .problem import FASTER_ON_CUDA, Problem
+from .set_up import ProcessError
 from .solution import Damping, Prepared, Solution
 from .system import System
 
@@ -63,7 +64,12 @@ def auto(problem: Problem, damping: Damping | None) -> Prepared:
     for name, way in WAYS.items():
         try:
             prepared = way(problem, damping)
-        except (UnreadableError, NonFiniteError, torch.OutOfMemoryError):
+        except (
+            UnreadableError,
+            NonFiniteError,
+            ProcessError,
+            torch.OutOfMemoryError,
+        ):
             raise
         except (RuntimeError, ValueError, ArithmeticError) as error:
             if name == list(WAYS)[-1]:

@@ -27,6 +27,7 @@ from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from .problem import Problem
 from .search import ROUGHLY, Point, search
+from .set_up import Share
 from .solution import Damping
 from .weighted import block_gradients, weighted_gradients
 
@@ -193,19 +194,22 @@ class _Rule:
     def error(self, damping: float) -> float:
         """The prediction error at this damping; as many halves at a time as the memory holds."""
         actual, predicted = [], []
-        for shifts in self._shifts(damping):
-            actual.append(self._changes(shifts))
-            predicted.append(self._predicted(shifts).to(actual[-1]))
+        for shifts, share in self._shifts(damping):
+            changes = self._changes(shifts)
+            actual.append(share.joined(changes))
+            predicted.append(share.joined(self._predicted(shifts).to(changes)))
         return prediction_error(torch.cat(actual), torch.cat(predicted))
 
-    def _shifts(self, damping: float) -> Iterator[Tensor]:
-        """The shift of each half, as many at a time as the memory holds [h, P]."""
-        if len(self._parts) == 1:
-            yield self.shift(self._gradients, damping)
-            return
+    def _shifts(self, damping: float) -> Iterator[tuple[Tensor, Share]]:
+        """The shifts of this process's share of the halves, as many at a time as the memory holds [h, P]."""
         for halves in self._parts:
-            gradients = weighted_gradients(self.problem, halves)
-            yield self.shift(gradients, damping)
+            gradients = (
+                self._gradients
+                if len(self._parts) == 1
+                else weighted_gradients(self.problem, halves)
+            )
+            share = self.problem.set_up.share(len(halves))
+            yield self.shift(share.of(gradients), damping), share
 
     @functools.cached_property
     def _gradients(self) -> Tensor:

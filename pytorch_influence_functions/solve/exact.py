@@ -22,6 +22,7 @@ from ..model.outputs import numbers_of
 from ..model.roots import signed_roots
 from ..utils import progress_bar
 from .problem import Problem
+from .set_up import Kept
 from .solution import Damping, Prepared, Solution
 from .system import Residual, System
 
@@ -86,7 +87,11 @@ Inverse = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def _primal(problem: Problem, damping: float) -> Inverse:
-    H = dense_curvature(problem).double()
+    kind = problem.curvature.kind
+    kept = problem.set_up.kept(
+        f"dense_{kind}", lambda: Kept({"H": dense_curvature(problem)})
+    )
+    H = kept.tensors["H"].to(problem.objective.device).double()
     H = (H + H.T) / 2
     damped = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
     L, failed = torch.linalg.cholesky_ex(damped)
@@ -120,7 +125,14 @@ def _with_residual(
 
 
 def _dual(problem: Problem, damping: float) -> Inverse:
-    A, signs = _all_rows(problem)
+    def make() -> Kept:
+        A, signs = _all_rows(problem)
+        return Kept({"A": A, "signs": signs})
+
+    kept = problem.set_up.kept("rows", make).tensors
+    A, signs = (
+        kept[name].to(problem.objective.device) for name in ("A", "signs")
+    )
     solve = _factor(A @ A.T, damping * signs)
 
     def inverse(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,14 +145,19 @@ def _dual(problem: Problem, damping: float) -> Inverse:
 
 def _all_rows(problem: Problem) -> tuple[Tensor, Tensor]:
     """A [n C, P], and the sign of each of its rows."""
-    objective = problem.objective
-    count, done = dual_rows(problem) or 0, 0
+    objective, n = problem.objective, problem.samples.n
+    outputs, done = (dual_rows(problem) or 0) // n, 0
+    share = problem.set_up.share(n)
     A = torch.zeros(
-        count, objective.P, dtype=torch.float64, device=objective.device
+        share.count * outputs,
+        objective.P,
+        dtype=torch.float64,
+        device=objective.device,
     )
     signs = torch.ones_like(A[:, 0])
-    one_sample = count / problem.samples.n * objective.P * A.element_size()
-    for batch in problem.samples.ordered(problem.budget.row_block(one_sample)):
+    one_sample = outputs * objective.P * A.element_size()
+    size = problem.budget.row_block(one_sample)
+    for batch in problem.samples.ordered(size, share.indices):
         rows, sign = gauss_newton_rows(objective, batch)
         end = done + len(rows)
         if end > len(A):  # a sample has more outputs than the first one
@@ -148,7 +165,8 @@ def _all_rows(problem: Problem) -> tuple[Tensor, Tensor]:
             signs = torch.cat([signs, signs.new_ones(len(A) - len(signs))])
         A[done:end], signs[done:end] = rows, sign
         done = end
-    return A[:done].div_(problem.samples.n**0.5), signs[:done]
+    A, signs = share.joined(A[:done]), share.joined(signs[:done])
+    return A.div_(n**0.5), signs
 
 
 def _factor(gram: Tensor, diagonal: Tensor) -> Callable[[Tensor], Tensor]:
@@ -172,7 +190,8 @@ def dense_curvature(problem: Problem) -> Tensor:
         unit="sample",
         enabled=problem.config.progress,
     ) as bar:
-        for batch in problem.samples.ordered(problem.batch):
+        own = problem.set_up.share(problem.samples.n)
+        for batch in problem.samples.ordered(problem.batch, own.indices):
             size = problem.curvature.stack(batch)
             for start in range(0, P, size):
                 rows = theta.new_zeros(min(size, P - start), P)
@@ -181,7 +200,7 @@ def dense_curvature(problem: Problem) -> Tensor:
                 share = batch.size / problem.samples.n
                 total[start : start + size].add_(product, alpha=share)
             bar.update(batch.size)
-    return total
+    return own.total(total)
 
 
 def dual_rows(problem: Problem) -> int | None:

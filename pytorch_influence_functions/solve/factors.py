@@ -27,6 +27,7 @@ from ..model.outer_products import (
 )
 from .passes import Passes, Seen, output_rows
 from .problem import Problem
+from .set_up import Kept, Share
 
 
 class Block(NamedTuple):
@@ -150,7 +151,29 @@ class Ekfac:
 
 def build(problem: Problem) -> Ekfac:
     """Gather the factors in one pass over the training set and the corrected eigenvalues in a second."""
-    return fit(Passes(problem))
+    passes = Passes(problem)
+    found = problem.set_up.kept("ekfac", lambda: Kept(tensors_of(fit(passes))))
+    return of_tensors(passes, found.tensors)
+
+
+def tensors_of(factors: Ekfac) -> dict[str, Tensor]:
+    """By name."""
+    result = {"eigenvalues": factors.eigenvalues}
+    for i, block in enumerate(factors.blocks):
+        pair = {f"Q_in_{i}": block.Q_in, f"Q_out_{i}": block.Q_out}
+        result |= {name: Q for name, Q in pair.items() if Q is not None}
+    return result
+
+
+def of_tensors(passes: Passes, tensors: dict[str, Tensor]) -> Ekfac:
+    """The inverse of `tensors_of`."""
+    device = passes.problem.objective.device
+    here = {name: tensor.to(device) for name, tensor in tensors.items()}
+    blocks = [
+        Block(layer, here.get(f"Q_in_{i}"), here.get(f"Q_out_{i}"))
+        for i, layer in enumerate(passes.layers)
+    ]
+    return Ekfac(blocks, here["eigenvalues"], passes.outside)
 
 
 Also = Callable[["Ekfac", Seen], None]
@@ -169,7 +192,9 @@ class Moments:
         self.passes, self.keep = passes, keep
         self.A: dict[int, Tensor] = {}
         self.S: dict[int, Tensor] = {}
-        self.outside: Tensor | float = 0.0
+        self.outside = passes.problem.objective.theta.new_zeros(
+            len(passes.outside)
+        )
 
     def add(self, seen: Seen) -> None:
         """Of one more batch."""
@@ -185,14 +210,18 @@ class Moments:
     def factors(self) -> Ekfac:
         """The eigenvectors, each factor let go once they are there; eigenvalues outside the layers only."""
         n, outside = self.passes.problem.samples.n, self.passes.outside
+        share = self.passes.share
         blocks = [
             Block(
-                layer, _eigenvectors(self.A, i, n), _eigenvectors(self.S, i, n)
+                layer,
+                _eigenvectors(self.A, i, n, share),
+                _eigenvectors(self.S, i, n, share),
             )
             for i, layer in enumerate(self.passes.layers)
         ]
         eigenvalues = torch.zeros_like(self.passes.problem.objective.theta)
-        eigenvalues[outside] += self.outside / n
+        if len(outside):
+            eigenvalues[outside] += share.total(self.outside) / n
         return Ekfac(blocks, eigenvalues, outside)
 
 
@@ -225,7 +254,8 @@ def fit(
             also(factors, seen)
     n, eigenvalues = passes.problem.samples.n, factors.eigenvalues.unsqueeze(0)
     for i, layer in enumerate(passes.layers):
-        scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
+        found = passes.share.total(squares.pop(i))
+        scatter(layer, found.div_(n).unsqueeze(0), eigenvalues)
     return factors
 
 
@@ -245,9 +275,14 @@ def _kept(seen: Seen, keep: Tensor | None) -> list[Tensor]:
     return [g * mask.to(g).view(*mask.shape, 1, 1, 1) for g in seen.gradients]
 
 
-def _eigenvectors(sums: dict[int, Tensor], i: int, n: int) -> Tensor | None:
+def _eigenvectors(
+    sums: dict[int, Tensor], i: int, n: int, share: Share
+) -> Tensor | None:
     """Those of the i-th sum over n samples, which is let go; None where the axes stand for them."""
-    return torch.linalg.eigh(sums.pop(i).div_(n))[1] if i in sums else None
+    if i not in sums:
+        return None
+    vectors: Tensor = torch.linalg.eigh(share.total(sums.pop(i)).div_(n))[1]
+    return vectors
 
 
 def _squares(

@@ -21,10 +21,18 @@ from .damping import HALVES
 from .directions import directions
 from .ekfac import DAMPING_TARGET
 from .errors import NegativeCurvatureError
-from .factors import Ekfac, Moments, eigenbasis_rows, fit
+from .factors import (
+    Ekfac,
+    Moments,
+    eigenbasis_rows,
+    fit,
+    of_tensors,
+    tensors_of,
+)
 from .paired import choose_damping, error_curve
 from .passes import Passes, Seen
 from .problem import Problem
+from .set_up import Kept
 from .solution import Damping
 
 DIRECTIONS, FEW_DIRECTIONS, DEAR = 9, 2, 3e10
@@ -131,6 +139,20 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     """Find the largest `rows` rows of G, and fit EKFAC to the others."""
     dear = problem.product_work > DEAR
     passes = Passes(problem, FEW_DIRECTIONS if dear else DIRECTIONS)
+
+    def make() -> Kept:
+        basis = _fitted(passes, rows)
+        own = {"J": basis.J, "weights": basis.weights}
+        return Kept({**tensors_of(basis.factors), **own})
+
+    tensors = problem.set_up.kept(f"low_rank_{rows}", make).tensors
+    theta = problem.objective.theta
+    J, weights = (tensors[name].to(theta.device) for name in ("J", "weights"))
+    return LowRank(of_tensors(passes, tensors), J, weights)
+
+
+def _fitted(passes: Passes, rows: int) -> LowRank:
+    problem = passes.problem
     norms, exact, moments = _first_pass(passes)
     weights, candidates = norms.sum(0), norms[:exact]
     taken = torch.zeros_like(norms, dtype=torch.bool)
@@ -147,7 +169,7 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
         moments,
         lambda found, seen: parts.extend(_rows(passes, found, taken, seen)),
     )
-    J = torch.cat(parts)
+    J = passes.share.joined(torch.cat(parts))
     J /= problem.samples.n**0.5
     J = J[J.norm(dim=1).argsort(descending=True)]
     outside = factors.outside
@@ -172,7 +194,7 @@ def _first_pass(passes: Passes) -> tuple[Tensor, int, Moments | None]:
         exact = directions(outputs, passes.top or 0)
         if moments is not None:
             moments.add(passes.some(seen))
-    return torch.cat(norms, 1), exact, moments
+    return passes.share.joined(torch.cat(norms, 1), 1), exact, moments
 
 
 def _norms(seen: Seen) -> Tensor:
@@ -226,7 +248,7 @@ class Shift:
     r"""(G + \lambda I)^{-1} g: by the low-rank form, and two steps of conjugate gradients where they are cheap."""
 
     def __init__(self, problem: Problem, basis: LowRank) -> None:
-        self.basis = basis
+        self.basis, self.set_up = basis, problem.set_up
         self.product = heavy_product(problem, basis)
         self.steps = 2 if _steps_are_cheap(problem) else 0
         self.most = int((INVERSE_WORK / problem.objective.P) ** 0.5)
@@ -235,19 +257,25 @@ class Shift:
         """[K, P] -> [K, P]."""
         rows = ROWS_FOR_DAMPING if self.steps else 2 * ROWS_FOR_DAMPING
         M = self.basis.inverse(damping, min(rows, self.most))
-        if self.steps:
-            try:
-                return iterate(
-                    lambda p: self.product(p) + damping * p,
-                    g,
-                    M,
-                    tolerance=0.0,
-                    limit=self.steps,
-                )[0]
-            except NegativeCurvatureError:
-                # a loss that is not convex in the model's output
-                self.steps = 0
-        return M(g)
+        if not self.steps:
+            return M(g)
+        stepped = self._stepped(g, damping, M)
+        if self.set_up.any(stepped is None):
+            self.steps = 0
+        return M(g) if stepped is None or not self.steps else stepped
+
+    def _stepped(self, g: Tensor, damping: float, M: Woodbury) -> Tensor | None:
+        """None where the loss is not convex in the model's output."""
+        try:
+            return iterate(
+                lambda p: self.product(p) + damping * p,
+                g,
+                M,
+                tolerance=0.0,
+                limit=self.steps,
+            )[0]
+        except NegativeCurvatureError:
+            return None
 
 
 def heavy_product(

@@ -22,6 +22,7 @@ from .damping import (
 )
 from .damping import _Rule as PlainRule
 from .problem import Problem
+from .set_up import Kept
 from .solution import Damping
 from .weighted import signs
 
@@ -49,7 +50,12 @@ class PairedRule(PlainRule):
 
     def error(self, damping: float) -> float:
         """The prediction error at this damping."""
-        return self.error_of(torch.cat(list(self._shifts(damping))))
+        return self.error_of(self._all_shifts(damping))
+
+    def _all_shifts(self, damping: float) -> Tensor:
+        """That of each pair [pairs, P]."""
+        parts = self._shifts(damping)
+        return torch.cat([share.joined(shifts) for shifts, share in parts])
 
     def error_of(self, shifts: Tensor) -> float:
         """The prediction error of gradients that are averaged over pairs of these shifts [pairs, P]."""
@@ -58,7 +64,7 @@ class PairedRule(PlainRule):
 
     def error_without(self, damping: float) -> float:
         """The same of the gradients at theta alone."""
-        shifts = torch.cat(list(self._shifts(damping)))
+        shifts = self._all_shifts(damping)
         return self.error_without_of(self.odd_changes(shifts), shifts)
 
     def error_without_of(self, actual: Tensor, shifts: Tensor) -> float:
@@ -67,17 +73,21 @@ class PairedRule(PlainRule):
 
     def odd_changes(self, shifts: Tensor) -> Tensor:
         """Half the difference of the losses at both points of each pair [pairs, samples]."""
-        return (self._changes(shifts) - self._changes(-shifts)) / 2
+        share = self.problem.set_up.share(len(shifts))
+        mine = share.of(shifts)
+        changes = (self._changes(mine) - self._changes(-mine)) / 2
+        return share.joined(changes)
 
     def products(self, shifts: Tensor) -> Tensor:
         """Gradients, averaged over each pair, times each shift [pairs of the gradients, pairs, samples]."""
         own = self.problem.objective
         found = []
-        for shift in shifts:
+        share = self.problem.set_up.share(len(shifts))
+        for shift in share.of(shifts):
             ends = (own.at(own.theta + shift), own.at(own.theta - shift))
             one, other = (self._predicted(shifts, at) for at in ends)
             found.append((one + other) / 2)
-        return torch.stack(found).to(self.losses)
+        return share.joined(torch.stack(found).to(self.losses))
 
 
 def from_others(products: Tensor) -> Tensor:
@@ -106,6 +116,18 @@ def choose_damping(
         mean_eigenvalue: of G.
         target: the error of plain gradients to stay below; that of smoothed ones is as much smaller as `TARGET` is.
     """
+
+    def make() -> Kept:
+        found = _chosen(problem, shift, mean_eigenvalue, target)
+        return Kept({}, [found.value, found.report])
+
+    kind = problem.curvature.kind
+    return Damping(*problem.set_up.kept(f"damping_{kind}", make).facts)
+
+
+def _chosen(
+    problem: Problem, shift: Shift, mean_eigenvalue: float, target: float
+) -> Damping:
     start = first_damping(mean_eigenvalue)
     plain_rule = PlainRule(problem, shift)
     plain = smallest_damping(

@@ -25,6 +25,7 @@ from ..model.usable import parameter_places, usable_layers
 from .directions import DRAWS, pseudo_gradients
 from .positions import Positions
 from .problem import Problem
+from .set_up import Share
 from .sides import axes_of
 
 logger = logging.getLogger(__name__)
@@ -97,6 +98,7 @@ class Passes:
                 outside[place] = False
         self.outside = outside.nonzero().squeeze(1).to(objective.device)
         self._kept: list[Seen] | None = None
+        self._share: Share | None = None
         self.expensive = problem.product_work > EXPENSIVE
         _tell(objective, outside)
 
@@ -114,7 +116,7 @@ class Passes:
             if kept is not None:
                 kept.append(seen)
                 if (
-                    seen.bytes / seen.batch.size * self.problem.samples.n
+                    seen.bytes / seen.batch.size * self.share.count
                     > self.problem.budget.product / 4
                 ):
                     kept = None
@@ -144,10 +146,21 @@ class Passes:
         ]
         return seen._replace(inputs=inputs)
 
+    @property
+    def share(self) -> Share:
+        """The part of the training set that this process passes over."""
+        if self._share is None:
+            _, block = self._sizes
+            n = self.problem.samples.n
+            self._share = self.problem.set_up.share(n, block)
+        return self._share
+
     def _read(self, look: Look) -> Iterator[Seen]:
         size, block = self._sizes
         total: Tensor | float = 0.0
-        for batch in self.problem.samples.ordered(size, text="EKFAC"):
+        for batch in self.problem.samples.ordered(
+            size, self.share.indices, text="EKFAC"
+        ):
             for seen, sums in self._seen(batch, look):
                 total = total + sums
                 end = seen.batch.indices[-1] + 1

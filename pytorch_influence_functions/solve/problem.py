@@ -32,6 +32,7 @@ from .errors import (
     NegativeCurvatureError,
     VaryingDataWarning,
 )
+from .set_up import SetUp
 
 logger = logging.getLogger(__name__)
 MOST_TOGETHER = 64
@@ -64,6 +65,7 @@ class Problem:
         config: the options.
         budget: how much memory there is, from which every size comes.
         shifts: of the parameters, in pairs, over which gradients are averaged; 0: no smoothing.
+        set_up: who helps to set up a solver of it.
     """
 
     objective: Objective
@@ -72,6 +74,7 @@ class Problem:
     config: Config
     budget: Budget
     shifts: int = 0
+    set_up: SetUp = dataclasses.field(default_factory=SetUp, compare=False)
 
     @property
     def row(self) -> int:

@@ -37,6 +37,7 @@ from .damping import prediction_error
 from .groups import split
 from .paired import NEARLY_LINEAR, PairedRule, from_others
 from .problem import Problem
+from .set_up import Kept, Share
 from .solution import require_solved
 from .solvers import Solver
 from .weighted import signs, weighted_gradients
@@ -67,6 +68,10 @@ class Points:
     @property
     def shifts(self) -> Tensor:
         """The first of each pair [pairs, P]; none without smoothing, or where `"auto"` saw that it does not pay."""
+        return self.prepare()
+
+    def prepare(self) -> Tensor:
+        """Find them, if it is not done yet."""
         if self._found is None:
             self._found = self._find()
         return self._found
@@ -114,6 +119,14 @@ class Points:
         problem, count = self._problem, self._problem.shifts
         if not count:
             return problem.objective.theta.new_zeros(0, problem.objective.P)
+        found = problem.set_up.kept("shifts", self._made)
+        self.report = {"smoothing": found.facts}
+        logger.info("smoothing: %s", found.facts)
+        return found.tensors["shifts"].to(problem.objective.device)
+
+    def _made(self) -> Kept:
+        """The shifts, and what is said of them."""
+        problem, count = self._problem, self._problem.shifts
         shifts = self._solved(count // 2)
         size = float(shifts.norm(dim=1).mean() / problem.objective.theta.norm())
         said = {"shifts": count, "relative_size": size}
@@ -121,9 +134,7 @@ class Points:
             said |= self._looked_at(shifts)
         if problem.config.fixed_shifts is None and not _pays(said):
             shifts, said["shifts"] = shifts[:0], 0
-        self.report = {"smoothing": said}
-        logger.info("smoothing: %s", said)
-        return shifts
+        return Kept({"shifts": shifts}, said)
 
     def _looked_at(self, shifts: Tensor) -> dict[str, float]:
         """What the damping rule says of these shifts, and without smoothing; the noise of the averages."""
@@ -145,7 +156,12 @@ class Points:
         parts = []
         for part in split(range(pairs), self._solver.group_size):
             g = weighted_gradients(problem, halves[list(part)])
-            parts.append(self._solver(g, pairs).vectors)
+            share = problem.set_up.share(len(g))
+            if problem.curvature.kind != "ggn":
+                # for all: one process alone might have to leave the Hessian
+                share = Share(len(g))
+            solved = self._solver(share.of(g), pairs).vectors
+            parts.append(share.joined(solved))
         shifts = torch.cat(parts)
         require_solved(shifts)
         return shifts

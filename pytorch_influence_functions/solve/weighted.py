@@ -41,10 +41,13 @@ def weighted_gradients(problem: Problem, weights: Tensor) -> Tensor:
     size = _at_once(problem, len(weights))
     if by_sample(problem):
         size = min(size, problem.gradient_batch)
-    for batch in problem.samples.ordered(size, text="Sums of gradients"):
+    share = problem.set_up.share(problem.samples.n)
+    for batch in problem.samples.ordered(
+        size, share.indices, text="Sums of gradients"
+    ):
         own = weights[:, torch.as_tensor(batch.indices)].to(total)
         total += _of_batch(problem, batch, own)
-    return total / problem.samples.n
+    return share.total(total) / problem.samples.n
 
 
 def _at_once(problem: Problem, count: int) -> int:
@@ -80,7 +83,9 @@ def summed_loss(
 def block_gradients(problem: Problem, blocks: list[list[int]]) -> Tensor:
     r"""(1/n) \sum_{i in block} \nabla \ell_i of each block, in one pass -> [blocks, P]."""
     rows = []
-    for block in blocks:
+    share = problem.set_up.share(len(blocks))
+    for k in share.indices or range(len(blocks)):
+        block = blocks[k]
         batches = problem.samples.ordered(problem.scoring_batch, block)
         rows.append(
             torch.stack(
@@ -90,7 +95,7 @@ def block_gradients(problem: Problem, blocks: list[list[int]]) -> Tensor:
                 ]
             ).sum(0)
         )
-    return torch.stack(rows) / problem.samples.n
+    return share.joined(torch.stack(rows)) / problem.samples.n
 
 
 def by_sample(problem: Problem) -> bool:
