@@ -95,9 +95,11 @@ def write(path: Path, made: Kept) -> None:
             name: _bits(t) for name, t in made.tensors.items()
         }
         types = {name: str(t.dtype) for name, t in made.tensors.items()}
-        said = json.dumps({"types": types, "facts": made.facts})
+        arrays[FACTS] = np.array(
+            json.dumps({"types": types, "facts": made.facts})
+        )
         with written_atomically(path) as file:
-            np.savez(file, **arrays, **{FACTS: np.array(said)})
+            np.savez(file, **arrays)
     except OSError as error:
         logger.info("%s is not kept for another start (%s)", path.stem, error)
 
@@ -115,7 +117,13 @@ def read(path: Path) -> Kept | None:
             }
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+    ) as error:
         logger.info("%s is set up again (%s)", path.stem, error)
         return None
     logger.info("%s: as an earlier start of the run found it", path.stem)

@@ -15,8 +15,8 @@ import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.run import shares
 from pytorch_influence_functions.run.distributed import Team
-from pytorch_influence_functions.solve.set_up import ProcessError
 from pytorch_influence_functions.solve.groups import Earlier
+from pytorch_influence_functions.solve.set_up import ProcessError
 from torch import distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
