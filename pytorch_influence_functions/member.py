@@ -33,9 +33,12 @@ from .solve.set_up import Helper
 from .solve.smoothing import Points
 from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
+from .solve.system import Residual
 from .utils import warn
 
 logger = logging.getLogger(__name__)
+SURE = 2
+"""Standard errors by which a residual is above the tolerance before it is warned of."""
 
 
 class Member(Scoring):
@@ -99,14 +102,14 @@ class Member(Scoring):
     def s_test(self, tests: Any) -> Tensor:
         """Solutions for the loss gradient of each test sample of a batch or loader -> [K, P]."""
         with self.problem.guard():
-            self._begin()
+            self.begin()
             count, gradients = self.test_gradients(tests)
             return torch.cat([self._solve(g, count).vectors for g in gradients])
 
     def s_test_of_mean(self, batch: Any) -> Tensor:
         """The solution for the gradient of a batch's mean loss -> [P]."""
         with self.problem.guard():
-            self._begin()
+            self.begin()
             wrapped = as_batch(batch, name="test batch")
             wrapped = wrapped.to(self.objective.device)
             check_mean(self.objective, wrapped, "test batch")
@@ -122,17 +125,24 @@ class Member(Scoring):
     ) -> Iterator[Group]:
         """The solutions of each group of test samples, with their residuals."""
         total = earlier.total if earlier else len(indices)
-        self._begin(earlier)
+        self.begin(earlier)
         self.score_errors = []
         for part in split(indices, self.group_size):
             with self.problem.guard():
-                v = self.gradients_of(tests, part)
-                solution = self._solve(v, total)
-                residual = self._measured(
-                    v, solution, self.report["groups"][-1]
-                )
-                self._warn_if_inexact(residual)
+                v, solution = self.solved(tests, part, total)
+                residual = self.measured(v, solution)
             yield Group(part, solution.vectors, solution.chains, residual)
+
+    def solved(
+        self, tests: Samples, part: Sequence[int], total: int
+    ) -> tuple[Tensor, Solution]:
+        """The gradients of a group of test samples, of so many in all, and their solutions; inside the guard."""
+        v = self.gradients_of(tests, part)
+        return v, self._solve(v, total)
+
+    def measured(self, v: Tensor, solution: Solution) -> Tensor:
+        """The relative residual of the last solution [K], which the report says, and a warning if it is large."""
+        return self._measured(v, solution, self.report["groups"][-1])
 
     def damping_curve(self, dampings: Sequence[float]) -> list[float]:
         """The error of predicted changes of the training loss at each damping."""
@@ -149,7 +159,7 @@ class Member(Scoring):
         block = self._corrected() if corrected else self._block
         self.unmeasured, self.score_errors = [], []
         with self.problem.guard():
-            self._begin()
+            self.begin()
             count, gradients = self.test_gradients(tests)
             for v in gradients:
                 solution = self._solve(v, count)
@@ -178,7 +188,6 @@ class Member(Scoring):
                 )
                 found.append(known)
         own = torch.cat(found)
-        self._warn_if_inexact(own)
         self.unmeasured = [own]
         return own
 
@@ -186,7 +195,7 @@ class Member(Scoring):
         """Influence of each training sample on its own loss [n], on the CPU."""
         n = self.samples.n
         with self.problem.guard():
-            self._begin()
+            self.begin()
             products = self.solver.prepared().self_products
             if products is not None and not len(self.points.shifts):
                 values = products()
@@ -207,7 +216,7 @@ class Member(Scoring):
 
         Where the options name no damping it is that of the evidence.
         """
-        self._begin()
+        self.begin()
         return self.removals.leverage()
 
     def scores_between(self, indices: Sequence[int]) -> Tensor:
@@ -237,7 +246,8 @@ class Member(Scoring):
 
     # ---- inside
 
-    def _begin(self, earlier: Earlier | None = None) -> None:
+    def begin(self, earlier: Earlier | None = None) -> None:
+        """Before a computation: the samples are met, and its report is empty, or that of an earlier start."""
         self.meet_all()
         self.report = {"groups": []}
         if earlier and earlier.report:
@@ -248,7 +258,7 @@ class Member(Scoring):
         require_solved(solution.vectors)
         self._describe({"tests": len(v), **solution.report})
         if solution.residual is not None:
-            self._warn_if_inexact(solution.residual.relative)
+            self._warn_if_inexact(solution.residual)
         return solution
 
     def _measured(
@@ -256,6 +266,7 @@ class Member(Scoring):
     ) -> Tensor:
         """The relative residual [K]; the error of the scores goes to the group's row of the report."""
         residual = self.solver.residual(v, solution)
+        self._warn_if_inexact(residual)
         error = self.solver.score_error(v, solution, residual)
         group.update(error)
         self._describe()
@@ -285,7 +296,7 @@ class Member(Scoring):
         if not self.unmeasured and prepared.system.damping <= rounding:
             one = dataclasses.replace(solution, vectors=solution.vectors[:1])
             residual = self.solver.residual(v[:1], one)
-            self._warn_if_inexact(residual.relative)
+            self._warn_if_inexact(residual)
 
     def _describe(
         self,
@@ -319,11 +330,12 @@ class Member(Scoring):
 
         return block
 
-    def _warn_if_inexact(self, residual: Tensor) -> None:
+    def _warn_if_inexact(self, residual: Residual) -> None:
         tolerance = self.config.tolerance
         if tolerance is None or self._warned:
             return
-        worst = float(residual.max())
+        # of one that is estimated from a part, what is more than its noise
+        worst = float((residual.relative - SURE * residual.stderr).max())
         if worst <= tolerance:
             return
         self._warned = True

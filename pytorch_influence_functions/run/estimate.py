@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -23,7 +24,7 @@ from ..solve.auto import foreseen
 from ..solve.exact import dense_form
 from ..solve.problem import choose_device
 from ..utils import as_json
-from .pilot import Measured, Peak, Pilot, extrapolated
+from .pilot import NOTHING, Measured, Peak, Pilot, extrapolated
 from .scores import fits_json
 from .select import select_test_samples
 from .space import chains_of, free_disk, row_bytes, score_bytes
@@ -32,6 +33,11 @@ logger = logging.getLogger(__name__)
 LEAST, MOST, SHARE = 1024, 4096, 16
 """Training samples of the larger pilot: one in `SHARE`, between these. Layers see up to 1,024 in a pass, so that with
 fewer the pilot would be more costly a sample, and take less memory, than the run."""
+APART = 4
+"""The smaller pilot is so many times as small: of two that are near a difference of times is noise."""
+FIXED = 0.5
+"""At most this share of the larger pilot's set-up is taken not to grow with the training set: eigenvectors, and the
+search of the damping, whose samples are 200."""
 WARM_UP = 64
 MOST_TESTS = 32
 """Test samples in a pilot's group: as many as go through the model together."""
@@ -144,9 +150,8 @@ def estimate(
     tests.device = influence.objective.device
     made = time.perf_counter() - begin
     known = outline(influence, len(indices))
-    found = _measured(influence, model, train_loader, tests, indices)
+    found = _measured(influence, model, train_loader, tests, indices, peak)
     found["set_up"] += made
-    found["memory"] += peak.bytes() / MIB
     result = dataclasses.replace(known, **found)  # type: ignore[arg-type]
     logger.info("%s", result)
     return result
@@ -190,6 +195,7 @@ def _measured(
     loader: DataLoader[Any],
     tests: Samples,
     indices: Sequence[int],
+    peak: Peak,
 ) -> dict[str, float]:
     """Memory, seconds and passes of a run on all samples, from those of two parts."""
     (whole,) = influence._members
@@ -198,24 +204,45 @@ def _measured(
     sizes = _pilot_sizes(n)
     few = (max(1, min(G, MOST_TESTS) // 4), min(G, MOST_TESTS))
     late = _warm_up(whole, model, loader, tests, indices[:1])
-    found = []
-    for size in sizes:
-        pilot = Pilot(whole, model, loader, size)
-        found.append(_run(pilot, tests, indices, few))
-    set_ups, groups, stored = zip(*found, strict=True)
-    writing = _writing(whole, K)
-    grown = _grown(whole, pilot, few[1], G, K)
-    power = 2 if _is_quadratic(whole) else 1
-    ready = _at(set_ups, sizes, n, power)
-    reads = _at(stored, sizes, n)
-    group = [_at(pair, sizes, n) for pair in zip(*groups, strict=True)]
-    full = _at(group, few, G)
-    rest = _at(group, few, K % G) if K % G else Measured(0.0, 0)
+
+    def pilot_of(size: int) -> Pilot:
+        return Pilot(whole, model, loader, size)
+
+    pilot = pilot_of(sizes[1])
+    set_up = pilot.set_up()
+    most = pilot.group(tests, indices[: few[1]], K)
+    memory = peak.bytes() + _grown(whole, pilot, few[1], G, K)
+    fewer = pilot.group(tests, indices[: few[0]], K)
+    first = 0.0
+    if K > G:  # what the first group does for all of them is no other's
+        again = pilot.group(tests, indices[: few[1]], K)
+        first, most = max(_seconds(most) - _seconds(again), 0.0), again
+    reads = _stored(pilot).times(n / pilot.size)
+    del pilot
+    once = pilot_of(sizes[0]).set_up()
+    pilot = pilot_of(sizes[0])
+    pair = pilot.set_up().least(once), set_up
+    ready = (
+        _at(pair, sizes, n, 2, 1.0)
+        if _is_quadratic(whole)
+        else _at(pair, sizes, n, 1, FIXED)
+    )
+    less = pilot.group(tests, indices[: few[0]], K)
+    grows = [_growth(*two, sizes, n) for two in zip(less, fewer, strict=True)]
+    groups = [
+        functools.reduce(
+            Measured.plus,
+            (stage.times(by) for stage, by in zip(stages, grows, strict=True)),
+        )
+        for stages in (fewer, most)
+    ]
+    full = _at(groups, few, G)
+    rest = _at(groups, few, K % G) if K % G else NOTHING
     return {
-        "memory": grown / MIB,
-        "set_up": late + ready.seconds + reads.seconds,
+        "memory": memory / MIB,
+        "set_up": late + ready.seconds + first + reads.seconds,
         "solving": (K // G) * full.seconds + rest.seconds,
-        "writing": writing,
+        "writing": _writing(whole, K),
         "passes": (
             ready.passed + reads.passed + (K // G) * full.passed + rest.passed
         )
@@ -223,36 +250,47 @@ def _measured(
     }
 
 
-def _run(
-    pilot: Pilot, tests: Samples, indices: Sequence[int], few: Sequence[int]
-) -> tuple[Measured, list[Measured], Measured]:
-    """The set-up, groups of each of these sizes, and the gradients that the second mode stores."""
-    K, config = len(indices), pilot.member.config
-    set_up = pilot.set_up()
-    first = pilot.group(tests, indices[: few[0]], K)
-    groups = [pilot.group(tests, indices[:k], K) for k in few]
-    # what the first group does for all of them belongs to the set-up
-    ready = set_up.plus(first.beyond(groups[0]))
-    stores = config.calc_method == "all_grad_then_test"
-    return ready, groups, pilot.gradients() if stores else Measured(0.0, 0)
+def _stored(pilot: Pilot) -> Measured:
+    """The gradients that the second mode stores."""
+    stores = pilot.member.config.calc_method == "all_grad_then_test"
+    return pilot.gradients() if stores else NOTHING
 
 
 def _pilot_sizes(n: int) -> tuple[int, int]:
     large = min(n, max(LEAST, min(MOST, n // SHARE)))
-    return max(1, large // 2), large
+    return max(1, large // APART), large
 
 
 def _at(
-    found: Sequence[Measured], sizes: tuple[int, int], size: int, power: int = 1
+    found: Sequence[Measured],
+    sizes: Sequence[int],
+    size: int,
+    power: int = 1,
+    fixed: float = 1.0,
 ) -> Measured:
-    """What was measured at two sizes, at another."""
+    """What was measured at two sizes, at another; a share `fixed` of the larger at most does not grow."""
     small, large = found
     powers = float(sizes[0]) ** power, float(sizes[1]) ** power
     at = float(size) ** power
     return Measured(
-        extrapolated(small.seconds, large.seconds, powers, at),
+        extrapolated(small.seconds, large.seconds, powers, at, fixed),
         round(extrapolated(small.passed, large.passed, powers, at)),
     )
+
+
+def _growth(
+    small: Measured, large: Measured, sizes: Sequence[int], n: int
+) -> float:
+    """How many times as long a stage takes on n samples as on the larger pilot's.
+
+    By the samples that it passes, which are exact: a stage takes the same time for each of them.
+    """
+    passed = _at((small, large), sizes, n).passed
+    return passed / large.passed if large.passed else 1.0
+
+
+def _seconds(stages: Sequence[Measured]) -> float:
+    return sum(stage.seconds for stage in stages)
 
 
 def _warm_up(

@@ -16,7 +16,6 @@ from ..data.reader import loader_options
 from ..data.samples import Samples
 from ..member import Member
 from ..solve.auto import WAYS, foreseen
-from ..solve.groups import Earlier
 from ..solve.solution import Damping
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -39,6 +38,17 @@ class Measured(NamedTuple):
         """What it took more than another, nothing where it took less."""
         more = self.seconds - other.seconds, self.passed - other.passed
         return Measured(max(more[0], 0.0), max(more[1], 0))
+
+    def least(self, other: Measured) -> Measured:
+        """The same work, done twice."""
+        return self if self.seconds < other.seconds else other
+
+    def times(self, factor: float) -> Measured:
+        """So many times as much."""
+        return Measured(self.seconds * factor, round(self.passed * factor))
+
+
+NOTHING = Measured(0.0, 0)
 
 
 class Pilot:
@@ -73,23 +83,28 @@ class Pilot:
         """Prepare the solver."""
         member = self.member
         with self._measured() as result, member.problem.guard():
-            member.meet_all()
+            member.begin()
             if member.config.solver_in_use[0] == "auto":
                 fixed = member.config.fixed_damping
                 damping = None if fixed is None else Damping(fixed, {})
                 member.solver.take(self._way(member.problem, damping))
             member.solver.prepared()
+            member.points.prepare()
         return result()
 
     def group(
         self, tests: Samples, part: Sequence[int], total: int
-    ) -> Measured:
-        """Solve for these test samples, of so many in all, and score."""
-        earlier = Earlier(total)
-        with self._measured() as result:
-            for group in self.member.solutions(tests, part, earlier):
-                self._score(group.vectors, group.chains)
-        return result()
+    ) -> list[Measured]:
+        """Solve for these test samples, of so many in all; measure the residual; score."""
+        member = self.member
+        with member.problem.guard():
+            with self._measured() as solving:
+                v, solution = member.solved(tests, part, total)
+            with self._measured() as measuring:
+                member.measured(v, solution)
+        with self._measured() as scoring:
+            self._score(solution.vectors, solution.chains)
+        return [solving(), measuring(), scoring()]
 
     def _score(
         self,
@@ -114,9 +129,10 @@ class Pilot:
     def _measured(self) -> Iterator[Callable[[], Measured]]:
         samples, begin = self.member.samples, time.perf_counter()
         before = samples.passed
-        yield lambda: Measured(
-            time.perf_counter() - begin, samples.passed - before
-        )
+        found: list[Measured] = []
+        yield lambda: found[0]
+        taken = time.perf_counter() - begin
+        found.append(Measured(taken, samples.passed - before))
 
 
 def first_samples(
@@ -136,13 +152,21 @@ def first_samples(
 
 
 def extrapolated(
-    small: float, large: float, sizes: tuple[float, float], size: float
+    small: float,
+    large: float,
+    sizes: tuple[float, float],
+    size: float,
+    fixed: float = 1.0,
 ) -> float:
-    """What was measured at two sizes, at another: along a line that neither falls nor starts below 0."""
-    slope = large / sizes[1]
+    """What was measured at two sizes, at another: along a line of which that much at most, at the larger, is fixed.
+
+    It neither falls nor starts below 0: a difference of two times is mostly noise where they are short.
+    """
+    whole = large / sizes[1]
+    slope = whole
     if sizes[1] > sizes[0]:
         slope = (large - small) / (sizes[1] - sizes[0])
-    slope = min(max(slope, 0.0), large / sizes[1])
+    slope = min(max(slope, (1 - fixed) * whole), whole)
     return max(large + slope * (size - sizes[1]), 0.0)
 
 

@@ -38,7 +38,7 @@ from .low_rank import (
 )
 from .problem import FASTER_ON_CUDA, Problem
 from .set_up import ProcessError
-from .solution import Damping, Prepared, Solution
+from .solution import CERTIFIED, Damping, Prepared, Solution
 from .system import System
 
 logger = logging.getLogger(__name__)
@@ -256,7 +256,9 @@ def _by_low_rank(
             "%d exact rows, a step of %.3g: %s", len(M.J), length, reason
         )
         return Solution(
-            s, report={"rows": len(M.J), "step": length, "step_why": reason}
+            s,
+            report={"rows": len(M.J), "step": length, "step_why": reason},
+            certified=None if work <= WORK else CERTIFIED,
         )
 
     def again(v: Tensor) -> Tensor:

@@ -22,14 +22,12 @@ from .factors import Ekfac, build, few
 from .paired import choose_damping
 from .passes import batch_size
 from .problem import Problem
-from .solution import Damping, Prepared, Solution
+from .solution import CERTIFIED, Damping, Prepared, Solution
 from .system import System
 
 logger = logging.getLogger(__name__)
 DAMPING_TARGET = 0.7
 """The error to stay below where EKFAC alone predicts: it is larger at every lambda than that of the true system."""
-CERTIFIED = 256
-"""Training samples that the residual is measured on."""
 
 
 def ekfac(problem: Problem, damping: Damping | None = None) -> Prepared:
@@ -62,7 +60,7 @@ def solver(problem: Problem, factors: Ekfac, damping: Damping) -> Prepared:
     inverse = factors.inverse(damping.value)
 
     def solve(v: Tensor, tests: int) -> Solution:
-        return Solution(inverse(v))
+        return Solution(inverse(v), certified=CERTIFIED)
 
     def self_products() -> Tensor:
         if len(factors.outside) == 0:
@@ -79,7 +77,6 @@ def solver(problem: Problem, factors: Ekfac, damping: Damping) -> Prepared:
         System(problem, damping.value),
         solve,
         report={**damping.report, **facts},
-        certified=CERTIFIED,
         self_products=self_products,
         again=inverse,
     )

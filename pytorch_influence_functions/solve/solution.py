@@ -28,14 +28,18 @@ class Solution:
         residual: how good they are, where the solver measures it; None is what `System.certificate` can tell.
         chains: independent estimates whose mean is `vectors` [r, K, P], or None.
         report: what was done, as plain values.
+        certified: training samples that the residual is measured on, where the solver does not; None: all.
     """
 
     vectors: Tensor
     residual: Residual | None = None
     chains: Tensor | None = None
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    certified: int | None = None
 
 
+CERTIFIED = 256
+"""Training samples that the residual is measured on where the whole set would cost more than the solution."""
 Solve = Callable[[Tensor, int], Solution]
 """v [K, P], how many right-hand sides there are in all -> their solution."""
 
@@ -48,7 +52,6 @@ class Prepared:
         system: the problem with the curvature and the \lambda in use.
         solve: its solution for a stack.
         report: what was chosen and why, as plain values.
-        certified: training samples that the residual of an approximation is measured on.
         self_products: g_i . (H + \lambda I)^-1 g_i of all training samples [n] on the CPU, where the solver has a
             cheaper way than to solve for each.
         again: what a residual [K, P] is solved with to find what solutions are off by; None: `solve` is an iteration,
@@ -58,7 +61,6 @@ class Prepared:
     system: System
     solve: Solve
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
-    certified: int | None = None
     self_products: Callable[[], Tensor] | None = None
     again: Callable[[Tensor], Tensor] | None = None
 
@@ -67,7 +69,8 @@ class Prepared:
         if solution.residual is not None:
             return solution.residual
         n, seed = self.system.samples.n, self.system.config.seed + 2
-        count = n if self.certified is None else min(n, self.certified)
+        part = solution.certified
+        count = n if part is None else min(n, part)
         return self.system.certificate(v, solution.vectors, count, seed)
 
 

@@ -414,3 +414,33 @@ def test_a_sample_that_cannot_be_read_leaves_no_way_for_the_next(caplog):
     with caplog.at_level("INFO"), pytest.raises(ValueError, match="cannot be read: OSError: a broken image"):
         influence.scores((torch.randn(2, 4), torch.tensor([0, 1])))
     assert "leaves out" not in caplog.text
+
+
+def test_the_residual_costs_no_more_than_the_solution(low_rank_only, monkeypatch):
+    """Of many test samples on a large training set it is measured on a part, and its noise is not warned of."""
+    model, train = network(600)
+    x, t = train.dataset.tensors
+    test = x[:20] + 0.1, t[:20]
+
+    def found():
+        influence = ptif.InfluenceFunction(model, train, progress=False, damping=0.05, tolerance=0.1)
+        influence.scores(test)
+        read = influence.samples.passed
+        return influence.relative_residual, influence.samples.passed - read
+
+    monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.product_work", auto.WORK / 10)
+    part, few_read = found()
+    monkeypatch.setattr(auto, "CERTIFIED", None)
+    whole, all_read = found()
+    assert few_read <= 256 < 600 <= all_read
+    assert whole.max() < 0.1 < part.max()
+    assert (part > whole / 2).all()
+
+
+def test_a_residual_is_warned_of_where_it_is_sure(low_rank_only):
+    """Of EKFAC, measured on a part."""
+    model, train = network(600)
+    influence = ptif.InfluenceFunction(model, train, progress=False, damping=0.001, solver="ekfac", tolerance=0.1)
+    influence.scores(next(iter(train)))
+    with pytest.warns(ptif.ToleranceWarning, match="above"):
+        influence.relative_residual  # noqa: B018
