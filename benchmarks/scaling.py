@@ -33,12 +33,23 @@ SOLVERS = {
     "auto": {"solver": "auto"},
 }
 MILLION = (100, 1_000)
+IMAGES, IMAGE_TESTS, IMAGE_MEMORY = 50_000, 256, 2_048
 
 
 def cnn():
     return nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(),
         nn.Linear(16 * 5 * 5, 10),
+    )  # fmt: skip
+
+
+def image_cnn():
+    """60,854 parameters for images 3 x 32 x 32."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
+        nn.Linear(64 * 4 * 4, 36), nn.ReLU(), nn.Linear(36, 10),
     )  # fmt: skip
 
 
@@ -55,12 +66,10 @@ def data(n, tests, shape, classes):
 def one(n, tests, processes, solver):
     """A run -> its seconds, MiB, and bytes on disk for a score."""
     warnings.simplefilter("ignore")
-    linear = solver == "linear"
-    model = nn.Linear(8, 2) if linear else cnn()
-    loaders = data(n, tests, *(((8,), 2) if linear else ((1, 16, 16), 10)))
-    options = (
-        {"solver": "exact", "damping": 0.01} if linear else SOLVERS[solver]
+    build, shape, classes, options = MODELS.get(
+        solver, (cnn, (1, 16, 16), 10, SOLVERS.get(solver))
     )
+    model, loaders = build(), data(n, tests, shape, classes)
     with tempfile.TemporaryDirectory() as folder:
         config = {
             "outdir": folder,
@@ -83,6 +92,13 @@ def one(n, tests, processes, solver):
             "MiB": peak.bytes() / 2**20,
             "bytes": size / (n * tests),
         }
+
+
+MODELS = {
+    "linear": (lambda: nn.Linear(8, 2), (8,), 2, {"solver": "exact", "damping": 0.01}),
+    "images": (image_cnn, (3, 32, 32), 10, {"max_memory": IMAGE_MEMORY}),
+}  # fmt: skip
+"""The large runs: model, shape of a sample, classes, options."""
 
 
 def spent():
@@ -150,9 +166,37 @@ def main():
     parser.add_argument(
         "--million", action="store_true", help="also n = 10^6; takes long"
     )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help=f"also {IMAGES:,} images and a CNN; takes long",
+    )
+    parser.add_argument(
+        "--large-only", action="store_true", help="no tables, no figure"
+    )
     parser.add_argument("--figure", default="figs/scaling.png")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    if not arguments.large_only:
+        tables(arguments)
+    for tests in MILLION if arguments.million else ():
+        found = elsewhere(1_000_000, tests, 1, "linear")
+        print(
+            f"n = 1,000,000, {tests} tests, a linear model: {found['cpu']:.0f} s, {found['MiB']:.0f} MiB, "
+            f"{found['bytes']:.3f} bytes a score",
+            flush=True,
+        )
+    if arguments.images:
+        found = elsewhere(IMAGES, IMAGE_TESTS, 1, "images")
+        print(
+            f"{IMAGES:,} images, {IMAGE_TESTS} tests, a CNN of 60,854 parameters, max_memory = {IMAGE_MEMORY}: "
+            f"{found['cpu']:.0f} s, {found['MiB']:.0f} MiB, {found['bytes']:.3f} bytes a score",
+            flush=True,
+        )
+
+
+def tables(arguments):
+    """Print what a run costs over n, K and processes, and draw it."""
     for solver in SOLVERS:
         one(200, 2, 1, solver)  # what is imported late is no cost of a run
     step = 2 if arguments.quick else 1
@@ -167,13 +211,6 @@ def main():
         ("processes", processes, table(f"n = {N:,}, K = {K}", "processes", processes, by_processes)),
     ]  # fmt: skip
     draw(arguments.figure, parts)
-    for tests in MILLION if arguments.million else ():
-        found = elsewhere(1_000_000, tests, 1, "linear")
-        print(
-            f"n = 1,000,000, {tests} tests, a linear model: {found['cpu']:.0f} s, {found['MiB']:.0f} MiB, "
-            f"{found['bytes']:.3f} bytes a score",
-            flush=True,
-        )
 
 
 if __name__ == "__main__":

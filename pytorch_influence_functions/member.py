@@ -81,9 +81,16 @@ class Member(Scoring):
         """How many test samples are solved together."""
         return self.solver.group_size
 
-    def go_on(self, budget: float, curvature: str) -> None:
-        """Take the sizes and the curvature that an earlier start of the run had, as its numbers come from them."""
-        self.problem = self.problem.with_budget(budget)
+    def go_on(
+        self, budget: float, curvature: str, pilot_of: int | None = None
+    ) -> None:
+        """Take the sizes and the curvature that an earlier start of the run had, as its numbers come from them.
+
+        Or those of a larger run, of so many training samples, that this one is a pilot of.
+        """
+        self.problem = dataclasses.replace(
+            self.problem.with_budget(budget), pilot_of=pilot_of
+        )
         if curvature == "ggn":
             self.problem = self.problem.with_gauss_newton()
         self.solver = Solver(self.problem)

@@ -49,6 +49,7 @@ class Samples:
         shapes: the only shape in which samples may be collated together (that of each tensor behind its first
             dimension); batches of another are taken apart. None is any.
         passed: samples that passes have given so far.
+        drawn: those of them in random minibatches, whose number is not that of the set.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Samples:
         self.batch_size = min(batch_size_of(loader, self.n, name), self.n)
         self.apart = False
         self.passed = 0
+        self.drawn = 0
         self.shapes: Shapes | None = None
         self._readers: dict[object, Reader] = {}
         self._idle: list[Reader] = []
@@ -205,7 +207,9 @@ class Samples:
         size = min(
             self.batch_size if batch_size is None else batch_size, self.n
         )
-        return self._read(RandomBatches(self.n, size, seed), seed)
+        for batch in self._read(RandomBatches(self.n, size, seed), seed):
+            self.drawn += batch.size
+            yield batch
 
     def labels(self, stored: bool = True) -> list[Any]:
         """Label of each sample: as `dataset.targets` (or tensors) has it, or by reading the samples.

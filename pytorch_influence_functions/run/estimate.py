@@ -283,9 +283,12 @@ def _growth(
 ) -> float:
     """How many times as long a stage takes on n samples as on the larger pilot's.
 
-    By the samples that it passes, which are exact: a stage takes the same time for each of them.
+    By the samples that it passes, which are exact: a stage takes the same time for each of them. Random minibatches
+    are as many on any set.
     """
-    passed = _at((small, large), sizes, n).passed
+    whole = large.passed - large.drawn
+    grown = extrapolated(small.passed - small.drawn, whole, sizes, n)
+    passed = large.drawn + grown
     return passed / large.passed if large.passed else 1.0
 
 

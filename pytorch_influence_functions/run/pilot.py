@@ -27,17 +27,16 @@ class Measured(NamedTuple):
     seconds: float
     passed: int
     """Training samples that were read."""
+    drawn: int = 0
+    """Those of them in random minibatches, as many on any set."""
 
     def plus(self, other: Measured) -> Measured:
         """Of both."""
         return Measured(
-            self.seconds + other.seconds, self.passed + other.passed
+            self.seconds + other.seconds,
+            self.passed + other.passed,
+            self.drawn + other.drawn,
         )
-
-    def beyond(self, other: Measured) -> Measured:
-        """What it took more than another, nothing where it took less."""
-        more = self.seconds - other.seconds, self.passed - other.passed
-        return Measured(max(more[0], 0.0), max(more[1], 0))
 
     def least(self, other: Measured) -> Measured:
         """The same work, done twice."""
@@ -45,7 +44,11 @@ class Measured(NamedTuple):
 
     def times(self, factor: float) -> Measured:
         """So many times as much."""
-        return Measured(self.seconds * factor, round(self.passed * factor))
+        return Measured(
+            self.seconds * factor,
+            round(self.passed * factor),
+            round(self.drawn * factor),
+        )
 
 
 NOTHING = Measured(0.0, 0)
@@ -74,9 +77,9 @@ class Pilot:
         self.size = size
         part = first_samples(loader, size, whole.samples.batch_size)
         self.member = Member(model, part, whole.config)
-        self.member.go_on(whole.problem.budget.total, "")
-        problem = self.member.problem
-        vars(problem)["product_work"] = whole.problem.product_work
+        self.member.go_on(
+            whole.problem.budget.total, "", pilot_of=whole.samples.n
+        )
         self._way = WAYS[foreseen(whole.problem)]
 
     def set_up(self) -> Measured:
@@ -128,11 +131,13 @@ class Pilot:
     @contextlib.contextmanager
     def _measured(self) -> Iterator[Callable[[], Measured]]:
         samples, begin = self.member.samples, time.perf_counter()
-        before = samples.passed
+        passed, drawn = samples.passed, samples.drawn
         found: list[Measured] = []
         yield lambda: found[0]
         taken = time.perf_counter() - begin
-        found.append(Measured(taken, samples.passed - before))
+        found.append(
+            Measured(taken, samples.passed - passed, samples.drawn - drawn)
+        )
 
 
 def first_samples(
@@ -154,7 +159,7 @@ def first_samples(
 def extrapolated(
     small: float,
     large: float,
-    sizes: tuple[float, float],
+    sizes: Sequence[float],
     size: float,
     fixed: float = 1.0,
 ) -> float:

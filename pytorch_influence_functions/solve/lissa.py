@@ -167,6 +167,6 @@ def samples_of_certificate(system: System, steps: int) -> int:
     batch_size = system.samples.batch_size
     read = steps * batch_size
     return min(
-        system.samples.n,
+        system.problem.run_size,
         max(LEAST_CERTIFIED, 16 * batch_size, int(CHECK_COST * read)),
     )

@@ -66,6 +66,7 @@ class Problem:
         budget: how much memory there is, from which every size comes.
         shifts: of the parameters, in pairs, over which gradients are averaged; 0: no smoothing.
         set_up: who helps to set up a solver of it.
+        pilot_of: training samples of a larger run that this one is measured for; None: it is the run.
     """
 
     objective: Objective
@@ -75,6 +76,7 @@ class Problem:
     budget: Budget
     shifts: int = 0
     set_up: SetUp = dataclasses.field(default_factory=SetUp, compare=False)
+    pilot_of: int | None = None
 
     @property
     def row(self) -> int:
@@ -212,7 +214,12 @@ class Problem:
         """Floating-point operations of one product G v over the training set, about, in a CPU's time."""
         uses = max(1.0, reuse(self.objective, self.first))
         faster = FASTER_ON_CUDA if self.objective.device.type == "cuda" else 1
-        return 6 * uses * self.objective.P * self.samples.n / faster
+        return 6 * uses * self.objective.P * self.run_size / faster
+
+    @property
+    def run_size(self) -> int:
+        """Training samples of the run that ways are chosen for: those that are here, but in a pilot of a larger run."""
+        return self.pilot_of or self.samples.n
 
     @property
     def batch(self) -> int:

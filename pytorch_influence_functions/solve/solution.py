@@ -68,7 +68,7 @@ class Prepared:
         """The residual of a solution for v [K, P]; measured here where the solver did not."""
         if solution.residual is not None:
             return solution.residual
-        n, seed = self.system.samples.n, self.system.config.seed + 2
+        n, seed = self.system.problem.run_size, self.system.config.seed + 2
         part = solution.certified
         count = n if part is None else min(n, part)
         return self.system.certificate(v, solution.vectors, count, seed)

@@ -92,9 +92,10 @@ class System:
         Over the whole set it is exact. Over m random minibatches with residuals \rho_j the estimate of \|\rho\|^2 is
         (\|\sum_j \rho_j\|^2 - \sum_j \|\rho_j\|^2) / (m (m - 1)), free of the minibatches' own noise.
         """
-        if count >= self.samples.n:
+        if count >= self.problem.run_size:
             return Residual.exact(v - self(s), v)
-        squares, error = self._sampled_squares(v, s, count, seed)
+        few = min(count, self.samples.n)
+        squares, error = self._sampled_squares(v, s, few, seed)
         norm = row_norms(v)
         # below its own error the estimate says only that much
         relative = torch.maximum(squares, error).sqrt() / norm
