@@ -59,6 +59,7 @@ class Estimate:
         disk: MiB that the run writes.
         free: MiB that are free where it writes.
         memory: MiB of the most that is held, beside the model and the data; None where it was not measured.
+        loading: seconds until the solver is set up, which each process takes; None where they were not measured.
         set_up, solving, writing: seconds; None where they were not measured.
         passes: how often the training set is read; None where it was not measured.
     """
@@ -74,6 +75,7 @@ class Estimate:
     disk: float
     free: float
     memory: float | None = None
+    loading: float | None = None
     set_up: float | None = None
     solving: float | None = None
     writing: float | None = None
@@ -85,11 +87,13 @@ class Estimate:
         return self.seconds_of(1)
 
     def seconds_of(self, processes: int) -> float | None:
-        """Of so many processes with a core each: they share the test samples, each sets up its own solver."""
-        if self.set_up is None or self.solving is None or self.writing is None:
+        """Of so many processes with a core each: they share the set-up and the test samples."""
+        stages = self.loading, self.set_up, self.solving, self.writing
+        if None in stages:
             return None
+        loading, set_up, solving, writing = map(float, stages)  # type: ignore[arg-type]
         rounds = math.ceil(self.tests / processes) / max(self.tests, 1)
-        return self.set_up + self.solving * rounds + self.writing
+        return loading + set_up / processes + solving * rounds + writing
 
     def __str__(self) -> str:
         lines = [
@@ -101,6 +105,7 @@ class Estimate:
         if self.memory is None or self.seconds is None:
             working = f"memory: {self.max_memory:.0f} MiB for working tensors"
             return "\n".join([*lines, working])
+        set_up = (self.loading or 0.0) + (self.set_up or 0.0)
         times = ", ".join(
             f"{_time(self.seconds_of(k) or 0.0)} with {k}" for k in (2, 4)
         )
@@ -109,7 +114,7 @@ class Estimate:
                 *lines,
                 f"memory: {self.memory:.0f} MiB beside the model and the data",
                 f"passes over the training set: {self.passes:.0f}",
-                f"time: {_time(self.seconds)} ({_time(self.set_up or 0.0)} of it set-up); {times} processes",
+                f"time: {_time(self.seconds)} ({_time(set_up)} of it set-up); {times} processes",
             ]
         )
 
@@ -151,7 +156,7 @@ def estimate(
     made = time.perf_counter() - begin
     known = outline(influence, len(indices))
     found = _measured(influence, model, train_loader, tests, indices, peak)
-    found["set_up"] += made
+    found["loading"] += made
     result = dataclasses.replace(known, **found)  # type: ignore[arg-type]
     logger.info("%s", result)
     return result
@@ -240,7 +245,8 @@ def _measured(
     rest = _at(groups, few, K % G) if K % G else NOTHING
     return {
         "memory": memory / MIB,
-        "set_up": late + ready.seconds + first + reads.seconds,
+        "loading": late,
+        "set_up": ready.seconds + first + reads.seconds,
         "solving": (K // G) * full.seconds + rest.seconds,
         "writing": _writing(whole, K),
         "passes": (

@@ -8,7 +8,8 @@ import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.run import estimate as module
-from pytorch_influence_functions.run.pilot import extrapolated
+from pytorch_influence_functions.run.estimate import _growth
+from pytorch_influence_functions.run.pilot import Measured, extrapolated
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
@@ -99,6 +100,18 @@ def test_disk_is_what_the_run_writes(tmp_path, method, json):
 def test_extrapolation(small, large, size, expected):
     assert extrapolated(small, large, (10, 20), size) == pytest.approx(expected)
     assert extrapolated(small, large, (20, 20), 40) == pytest.approx(2 * large)
+    assert extrapolated(small, large, (10, 20), 20, fixed=0.5) == pytest.approx(large)
+
+
+def test_not_all_of_a_set_up_is_fixed():
+    assert extrapolated(3.0, 2.0, (10, 20), 40, fixed=0.5) == pytest.approx(3.0)
+    assert extrapolated(1.6, 2.0, (10, 20), 40, fixed=0.75) == pytest.approx(2.8)
+
+
+def test_random_minibatches_do_not_grow():
+    small, large = Measured(1.0, 300, drawn=200), Measured(3.0, 600, drawn=200)
+    assert _growth(small, large, (100, 400), 1300) == pytest.approx((200 + 1300) / 600)
+    assert _growth(Measured(1.0, 0), Measured(1.0, 0), (100, 400), 1300) == 1.0
 
 
 def test_what_it_says(tmp_path, caplog):
@@ -110,8 +123,9 @@ def test_what_it_says(tmp_path, caplog):
                  "memory: ", "passes over the training set: ", "time: ", "with 2", "with 4 processes"):  # fmt: skip
         assert part in text
     one, two = found.seconds_of(1), found.seconds_of(2)
-    assert found.seconds == one == pytest.approx(found.set_up + found.solving + found.writing)
-    assert two == pytest.approx(found.set_up + found.solving * 5 / 9 + found.writing)
+    alone = found.loading + found.writing
+    assert found.seconds == one == pytest.approx(alone + found.set_up + found.solving)
+    assert two == pytest.approx(alone + found.set_up / 2 + found.solving * 5 / 9)
     known = ptif.Estimate("cg", "why", 3, ("w",), 4, 5, 2, 64.0, 1.0, 2.0)
     assert known.seconds is None
     assert "memory: 64 MiB for working tensors" in str(known)
