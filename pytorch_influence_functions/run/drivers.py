@@ -21,7 +21,7 @@ from ..influence import InfluenceFunction
 from ..show.lazy import ROWS
 from ..show.results import InfluenceResult
 from ..solve.groups import Earlier
-from ..utils import log_to
+from ..utils import log_to, progress_bar
 from .collected import Collected, Plain, plain, rebuilt
 from .distributed import Team, several, team
 from .estimate import outline
@@ -278,13 +278,19 @@ class _Run:
     ) -> dict[str, Any]:
         """Compute and write the groups that are left -> what was done in all."""
         done = len(collected.influences)
-        for group in self._computed(files, done, report):
-            collected.add(group, [self.labels[i] for i in group[0]])
-            logger.info(
-                "%d of %d test samples are done",
-                len(collected.influences),
-                len(self.indices),
-            )
+        total = len(self.indices)
+        with progress_bar(
+            "The whole run",
+            total=total,
+            done=done,
+            unit="test sample",
+            enabled=self.options.progress,
+        ) as bar:
+            for group in self._computed(files, done, report):
+                collected.add(group, [self.labels[i] for i in group[0]])
+                bar.update(len(group[0]))
+                done = len(collected.influences)
+                logger.info("%d of %d test samples are done", done, total)
         return self.influence.report
 
     def _write_meta(

@@ -1,9 +1,11 @@
 """Both modes, what they write, the old package's functions, and which test samples are taken."""
 
+import functools
 import inspect
 import json
 import logging
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -459,3 +461,25 @@ def test_the_report_says_which_solver_and_why(digits, tmp_path):
     meta = read(tmp_path / "influences_results_meta_0-1.json")
     assert meta["solver"]["solver"] == "auto"
     assert meta["solver"]["solver_why"] == "no option of lissa is given"
+
+
+def test_a_bar_of_the_whole_run(digits, tmp_path, monkeypatch, capsys):
+    """From what an earlier start did to the last test sample, with the time that is left."""
+    monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.group_size", lambda *_: 4)
+    monkeypatch.setattr(utils, "tqdm", functools.partial(utils.tqdm, mininterval=0, miniters=1))
+    config = {**QUIET, "outdir": tmp_path, "recursion_depth": 5, "test_sample_num": 1, "progress": True}
+    write, parts = ptif.run.files.RunFiles.write_part, []
+
+    def stops(self, *group):
+        write(self, *group)
+        parts.append(group)
+        if len(parts) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ptif.run.files.RunFiles, "write_part", stops)
+    with pytest.raises(KeyboardInterrupt):
+        ptif.calc_img_wise(config, *digits)
+    assert "The whole run:   0%" in capsys.readouterr().err
+    ptif.calc_img_wise(config, *digits)
+    shown = re.findall(r"The whole run: .*?(\d+)/10 \[\d\d:\d\d<", capsys.readouterr().err)
+    assert list(dict.fromkeys(shown)) == ["4", "8", "10"]
