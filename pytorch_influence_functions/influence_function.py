@@ -17,7 +17,7 @@ from .data.batch import as_batch
 from .model.door import check_mean
 from .model.gradients import gradient, require_finite
 from .model.objective import Objective, calc_loss
-from .solve.problem import choose_device, make_problem
+from .solve.make import choose_device, make_problem
 from .solve.solvers import Solver
 
 __all__ = ["calc_loss", "grad_z", "hvp", "s_test"]

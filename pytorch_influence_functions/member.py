@@ -22,23 +22,18 @@ from .model.gradients import (
     require_finite,
 )
 from .scoring import Products, Scoring
-from .solve.errors import ScoreErrorWarning, ToleranceWarning
+from .solve.damping_ways import error_curve_by_low_rank
 from .solve.groups import Earlier, Group, Unmeasured, described, split
 from .solve.leverage import Leverage
-from .solve.low_rank import error_curve_by_low_rank
-from .solve.problem import make_problem
+from .solve.make import make_problem
 from .solve.removals import Removals
-from .solve.score_error import SMALL
 from .solve.set_up import Helper
 from .solve.smoothing import Points
 from .solve.solution import Prepared, Solution, require_solved
 from .solve.solvers import Solver, row_of
-from .solve.system import Residual
-from .utils import warn
+from .solve.told import Told
 
 logger = logging.getLogger(__name__)
-SURE = 2
-"""Standard errors by which a residual is above the tolerance before it is warned of."""
 
 
 class Member(Scoring):
@@ -68,8 +63,7 @@ class Member(Scoring):
         self.report: dict[str, Any] = {}
         self.unmeasured: list[Tensor | Unmeasured] = []
         self.score_errors: list[float | None] = []
-        self._warned = False
-        self._warned_of_scores = False
+        self._told = Told(config.tolerance)
         self.points = self._new_points()
         self.removals = Removals(self.problem, self.solver)
 
@@ -265,7 +259,7 @@ class Member(Scoring):
         require_solved(solution.vectors)
         self._describe({"tests": len(v), **solution.report})
         if solution.residual is not None:
-            self._warn_if_inexact(solution.residual)
+            self._told.inexact(solution.residual, self.solver)
         return solution
 
     def _measured(
@@ -273,13 +267,12 @@ class Member(Scoring):
     ) -> Tensor:
         """The relative residual [K]; the error of the scores goes to the group's row of the report."""
         residual = self.solver.residual(v, solution)
-        self._warn_if_inexact(residual)
+        self._told.inexact(residual, self.solver)
         error = self.solver.score_error(v, solution, residual)
         group.update(error)
         self._describe()
         self.score_errors.append(error.get("score_error"))
-        worst = float(residual.relative.max())
-        self._warn_if_off(error.get("score_error", 0.0), worst)
+        self._told.off(error.get("score_error", 0.0), residual, self.solver)
         return residual.relative.cpu()
 
     def _residual_for_later(
@@ -303,7 +296,7 @@ class Member(Scoring):
         if not self.unmeasured and prepared.system.damping <= rounding:
             one = dataclasses.replace(solution, vectors=solution.vectors[:1])
             residual = self.solver.residual(v[:1], one)
-            self._warn_if_inexact(residual)
+            self._told.inexact(residual, self.solver)
 
     def _describe(
         self,
@@ -336,32 +329,3 @@ class Member(Scoring):
             return torch.cat(parts, 1)
 
         return block
-
-    def _warn_if_inexact(self, residual: Residual) -> None:
-        tolerance = self.config.tolerance
-        if tolerance is None or self._warned:
-            return
-        # of one that is estimated from a part, what is more than its noise
-        worst = float((residual.relative - SURE * residual.stderr).max())
-        if worst <= tolerance:
-            return
-        self._warned = True
-        warn(
-            f"the relative residual of the solution is {worst:.3g}, above config['tolerance'] = {tolerance:g}: "
-            f"{self.solver.row.advice}",
-            ToleranceWarning,
-        )
-
-    def _warn_if_off(self, error: float, residual: float) -> None:
-        """Warn where the scores are off by more than the residual lets one expect."""
-        expected = 10 * max(self.config.tolerance or 0.0, residual)
-        if error <= max(SMALL, expected) or self._warned_of_scores:
-            return
-        self._warned_of_scores = True
-        warn(
-            f"the scores are off by about {error:.0%} of their size, though the relative residual is {residual:.3g}: "
-            f"the damping ({self.solver.prepared().system.damping:.3g}) is far below the largest eigenvalue: a larger "
-            "config['damping'], config['solver'] = 'exact' where it fits, or in an iteration a smaller "
-            "config['tolerance'] lowers it",
-            ScoreErrorWarning,
-        )

@@ -160,17 +160,11 @@ def display_progress(
 
 
 def progress_bar(
-    text: str | None,
-    *,
-    total: int | None,
-    unit: str,
-    enabled: bool,
-    done: int = 0,
+    text: str | None, *, total: int | None, unit: str, enabled: bool
 ) -> tqdm[Any]:
     """A tqdm bar (a widget in notebooks); silent without `text` or where not `enabled`."""
     return tqdm(
         total=total,
-        initial=done,
         desc=text,
         unit=unit,
         disable=not enabled or text is None,

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from ..config import Config
 from ..data.batch import Batch
 from ..model.gradients import per_sample_gradients, require_finite
-from ..solve.problem import Problem, make_problem
+from ..solve.make import make_problem
+from ..solve.problem import Problem
 from .retraining import Options
 from .statistics import Floats, array_of, check_indices, require_finite_scores
 

@@ -20,7 +20,8 @@ from ..model.door import check_losses
 from ..model.gradients import NonFiniteError, per_sample_gradients
 from ..model.outputs import numbers_of
 from ..solve.errors import DeviceWarning, VaryingDataWarning
-from ..solve.problem import Problem, make_problem
+from ..solve.make import make_problem
+from ..solve.problem import Problem
 from ..solve.solvers import row_of
 
 PACKAGE = __name__.partition(".")[0]

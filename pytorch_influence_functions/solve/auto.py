@@ -22,20 +22,18 @@ from torch import Tensor
 from ..data.reader import UnreadableError
 from ..model.gradients import NonFiniteError
 from .cg import conjugate_gradient
-from .ekfac import by_gradients, solver
-from .exact import dense_form, exact
-from .factors import build
-from .lissa import lissa
-from .low_rank import (
+from .damping_ways import (
     WORK,
-    LowRank,
-    Woodbury,
     damping_by_ekfac,
     damping_by_low_rank,
     damping_by_steps,
     heavy_product,
-    low_rank,
 )
+from .ekfac import by_gradients, solver
+from .exact import dense_form, exact
+from .factors import build
+from .lissa import lissa
+from .low_rank import LowRank, Woodbury, low_rank
 from .problem import FASTER_ON_CUDA, Problem
 from .set_up import ProcessError
 from .solution import CERTIFIED, Damping, Prepared, Solution

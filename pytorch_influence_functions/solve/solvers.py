@@ -14,11 +14,11 @@ from torch import Tensor
 from ..config import Config
 from .auto import auto
 from .cg import conjugate_gradient
+from .damping_ways import damping_by_low_rank, damping_by_steps
 from .ekfac import ekfac
 from .errors import NegativeCurvatureError
 from .exact import exact
 from .lissa import lissa
-from .low_rank import damping_by_low_rank, damping_by_steps
 from .problem import MOST_TOGETHER, Problem
 from .score_error import ScoreErrors
 from .solution import Damping, Prepared, Solution

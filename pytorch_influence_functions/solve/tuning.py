@@ -17,7 +17,8 @@ from ..config import TUNER, Config
 from ..data.samples import Samples
 from ..model.gradients import per_sample_gradients
 from .lissa import average, sampled_scores
-from .problem import Problem, make_problem
+from .make import make_problem
+from .problem import Problem
 from .repeats import Row
 from .scale import Step, choose_scale
 from .system import System

@@ -13,7 +13,7 @@ from pytorch_influence_functions.config import Config
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.solve import lissa as lissa_module
 from pytorch_influence_functions.solve import scale as scale_module
-from pytorch_influence_functions.solve.problem import make_problem
+from pytorch_influence_functions.solve.make import make_problem
 from pytorch_influence_functions.solve.solvers import Solver
 from torch import nn
 from torch.profiler import ProfilerActivity, profile

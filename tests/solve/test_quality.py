@@ -17,7 +17,8 @@ from pytorch_influence_functions.solve import lissa as lissa_module
 from pytorch_influence_functions.solve import recursion as recursion_module
 from pytorch_influence_functions.solve import scale as scale_module
 from pytorch_influence_functions.solve.lissa import stable_fraction
-from pytorch_influence_functions.solve.problem import Problem, make_problem
+from pytorch_influence_functions.solve.make import make_problem
+from pytorch_influence_functions.solve.problem import Problem
 from pytorch_influence_functions.solve.recursion import Recursion
 from pytorch_influence_functions.solve.repeats import resolved
 from pytorch_influence_functions.solve.scale import choose_scale
