@@ -160,11 +160,17 @@ def display_progress(
 
 
 def progress_bar(
-    text: str | None, *, total: int | None, unit: str, enabled: bool
+    text: str | None,
+    *,
+    total: int | None,
+    unit: str,
+    enabled: bool,
+    done: int = 0,
 ) -> tqdm[Any]:
     """A tqdm bar (a widget in notebooks); silent without `text` or where not `enabled`."""
     return tqdm(
         total=total,
+        initial=done,
         desc=text,
         unit=unit,
         disable=not enabled or text is None,
@@ -290,17 +296,13 @@ def written_atomically(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _joined(old: Any, new: Any, path: Path) -> Any:

@@ -282,11 +282,10 @@ class _Run:
         with progress_bar(
             "The whole run",
             total=total,
+            done=done,
             unit="test sample",
             enabled=self.options.progress,
         ) as bar:
-            bar.initial = done  # of an earlier start, which says nothing of the time it takes
-            bar.update(done)
             for group in self._computed(files, done, report):
                 collected.add(group, [self.labels[i] for i in group[0]])
                 bar.update(len(group[0]))
