@@ -7,7 +7,7 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.run import estimate as module
+from pytorch_influence_functions.run import measuring as module
 from pytorch_influence_functions.run.measuring import _growth
 from pytorch_influence_functions.run.pilot import Measured, extrapolated
 from torch import nn
