@@ -208,12 +208,12 @@ def test_probabilities_for_cleanlab():
     assert lab.get_issues("label")["is_label_issue"].to_numpy()[wrong.numpy()].mean() > 0.6
 
 
-def evidence_of(loader, loss, **options):
+def evidence_of(loader, loss, classes=2, **options):
     """A network, its problem, outputs, and the Gauss-Newton matrix by definition."""
     from pytorch_influence_functions.solve.leverage import outputs_of
 
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 2))
+    model = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, classes))
     influence = ptif.InfluenceFunction(model, loader, loss_func=loss, progress=False, **options)
     problem = influence._members[0].problem
     x = loader.dataset.tensors[0]
@@ -243,19 +243,20 @@ def test_the_spectrum_of_all_rows_is_that_of_the_matrix(monkeypatch):
     assert_close(in_parts, found)
 
 
-def test_draws_of_few_samples_stand_for_the_rows(monkeypatch):
+@pytest.mark.parametrize(("classes", "most", "rows"), [(2, 50, 50), (6, 250, 240)])
+def test_draws_of_few_samples_stand_for_the_rows(monkeypatch, classes, most, rows):
     """Their number, and in the mean over seeds the trace of the matrix."""
     from pytorch_influence_functions.solve import evidence
 
     _, loader, loss, _ = planted("classes")
-    monkeypatch.setattr(evidence, "ROWS", 50)
+    monkeypatch.setattr(evidence, "ROWS", most)
     traces = []
-    for seed in range(20):
-        problem, outputs, G = evidence_of(loader, loss, seed=seed)
+    for seed in range(10):
+        problem, outputs, G = evidence_of(loader, loss, classes, seed=seed)
         with problem.guard():
             values = evidence.spectrum(problem, outputs)
-        assert len(values) == 50
+        assert len(values) == rows
         traces.append(float(values.sum()))
-    error = float(np.std(traces)) / 20**0.5
+    error = float(np.std(traces)) / 10**0.5
     assert error < 0.05 * float(G.trace())
     assert np.mean(traces) == pytest.approx(float(G.trace()), abs=4 * error)
