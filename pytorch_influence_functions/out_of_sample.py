@@ -91,6 +91,8 @@ class Audited(NamedTuple):
     """1 / (1 - h) [n]."""
     own: Array
     """Influence on its own loss [n]."""
+    novelty: Array
+    r"""r^T K r / |r|^2 [n]: how little the others say of its output along its gradient, whatever its label."""
 
 
 def out_of_sample(members: Sequence[Member]) -> OutOfSample:
@@ -134,8 +136,9 @@ def audited(member: Member) -> Audited:
         leverage = member.leverage()
         outputs = leverage.outputs
         held = leverage.along("Out-of-sample predictions")
-        *rows, y, a = _joined(
-            (*_of_block(outputs, one), one.local.y, one.a) for one in held
+        *rows, y, a, size = _joined(
+            (*_of_block(outputs, one), one.local.y, one.a, one.size)
+            for one in held
         )
         member.describe()
     found = _predictions(member, outputs, rows)
@@ -145,6 +148,7 @@ def audited(member: Member) -> Audited:
         None if between is None else between.numpy(),
         (1 / (1 - rows[2])).numpy(),
         a.numpy(),
+        torch.where(size > 0, a / size, 0).numpy(),
     )
 
 

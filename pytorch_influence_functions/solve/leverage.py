@@ -88,6 +88,11 @@ class Along(NamedTuple):
         return self.h
 
     @property
+    def size(self) -> Tensor:
+        """|r|^2 [B]."""
+        return self.local.r.square().sum(1)
+
+    @property
     def inflation(self) -> Tensor:
         """1 / (1 - h), of each output [B, C]."""
         return (1 / (1 - self.h)).unsqueeze(1).expand_as(self.v)
