@@ -95,8 +95,15 @@ class Audited(NamedTuple):
     r"""r^T K r / |r|^2 [n]: how little the others say of its output along its gradient, whatever its label."""
 
 
-def out_of_sample(members: Sequence[Member]) -> OutOfSample:
+def out_of_sample(
+    members: Sequence[Member],
+    calibrate: bool = False,
+) -> OutOfSample:
     """Of one model, or the mean of several: of their outputs, probabilities and losses."""
+    if calibrate:
+        for member in members:
+            with member.problem.guard():
+                member.removals.calibrate()
     return mean_of([_of_member(member) for member in members])
 
 

@@ -207,7 +207,9 @@ def _changes(
     ]
     new = np.zeros(len(labels))
     with member.problem.guard():
-        right = np.flatnonzero(~verdict.issue).tolist()
+        issue = verdict.issue
+        # where every label is said to be wrong none is better than another
+        right = np.flatnonzero(~issue | issue.all()).tolist()
         g = _mean_gradient(member, right, validation)
         leverage = member.leverage()
         s = leverage.solved(g.unsqueeze(0), 1)[0]
