@@ -43,6 +43,7 @@ def cost_text(
     train_loader: DataLoader[Any],
     test_loader: DataLoader[Any],
 ) -> str:
+    """Solver, sizes, disk and memory of a run over the test set, from the sizes alone."""
     influence = InfluenceFunction(model, train_loader, options)
     tests = Samples(test_loader, name="test_loader", progress=False)
     return str(outline(influence, tests.n))
