@@ -2,8 +2,8 @@
 
 Three data sets of right labels, of which 5, 10 or 20 % are flipped: to any other class, or each class to the next one,
 even classes at 1.5 times the rate and odd ones at half of it. For each it prints the average precision of the flipped
-labels, how many are said to be wrong over how many are, the seconds over those of one training, and test errors of a
-model that is trained again without what is flagged; means over the seeds.
+labels, how many are said to be wrong over how many are, the processor seconds over those of one training, and test
+errors of a model that is trained again without what is flagged; means over the seeds.
 Run it from the repository's root: python benchmarks/label_issues.py
 """
 
@@ -121,9 +121,9 @@ def error_of(task, kept, seed):
 
 
 def timed(function, *args):
-    start = time.perf_counter()
+    start = time.process_time()
     result = function(*args)
-    return result, time.perf_counter() - start
+    return result, time.process_time() - start
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,15 @@ from torch import Tensor
 from .data.frame import frame
 from .member import Member
 from .model.local import Outputs
-from .solve.leverage import Block
+from .solve.leverage import Along, Block
 
 Array = np.ndarray[Any, np.dtype[Any]]
+WAY = 0.25
+"""How far from the trained model's outputs to those without the sample its label is judged. The average precision of
+flipped labels was highest at 0.1 to 0.35 in the mean of 18 cases (digits, breast cancer, clusters; flips of any class
+or to the next one; networks with weight decay and such as had learned the labels by heart): 0.798, where the trained
+model's outputs have 0.788, those without the sample 0.78, and 5 folds 0.785. The noise of what the sample itself adds
+costs more there than its memory does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,13 +81,38 @@ class OutOfSample:
         return {f"{name}_{c}": rows[:, c] for c in range(rows.shape[1])}
 
 
-def out_of_sample(members: Sequence[Member]) -> OutOfSample:
+class Audited(NamedTuple):
+    """What the audit of labels asks of each training sample beside the predictions, from the same pass."""
+
+    found: OutOfSample
+    between: Array | None
+    """Probabilities `WAY` from the trained model's outputs to those without the sample [n, C]."""
+    inflation: Array
+    """1 / (1 - h) [n]."""
+    own: Array
+    """Influence on its own loss [n]."""
+    novelty: Array
+    r"""r^T K r / |r|^2 [n]: how little the others say of its output along its gradient, whatever its label."""
+
+
+def out_of_sample(
+    members: Sequence[Member],
+    calibrate: bool = False,
+) -> OutOfSample:
     """Of one model, or the mean of several: of their outputs, probabilities and losses."""
-    found = [_of_member(member) for member in members]
+    if calibrate:
+        for member in members:
+            with member.problem.guard():
+                member.removals.calibrate()
+    return mean_of([_of_member(member) for member in members])
+
+
+def mean_of(found: Sequence[OutOfSample]) -> OutOfSample:
+    """The mean of the predictions of several models."""
     if len(found) == 1:
         return found[0]
     means = {
-        field.name: _mean([getattr(one, field.name) for one in found])
+        field.name: mean([getattr(one, field.name) for one in found])
         for field in dataclasses.fields(OutOfSample)
         if field.name not in ("kind", "report")
     }
@@ -89,7 +120,8 @@ def out_of_sample(members: Sequence[Member]) -> OutOfSample:
     return OutOfSample(kind=first.kind, report=first.report, **means)
 
 
-def _mean(parts: list[Any]) -> Any:
+def mean(parts: list[Any]) -> Any:
+    """Of arrays, or None where they are None."""
     if parts[0] is None:
         return None
     return sum(parts[1:], parts[0]) / len(parts)
@@ -102,6 +134,36 @@ def _of_member(member: Member) -> OutOfSample:
         blocks = leverage.blocks("Out-of-sample predictions")
         rows = _joined(_of_block(outputs, block) for block in blocks)
         member.describe()
+    return _predictions(member, outputs, rows)
+
+
+def audited(member: Member) -> Audited:
+    """Along each sample's own gradient: one solution a sample."""
+    with member.problem.guard():
+        leverage = member.leverage()
+        outputs = leverage.outputs
+        held = leverage.along("Out-of-sample predictions")
+        *rows, y, a, size = _joined(
+            (*_of_block(outputs, one), one.local.y, one.a, one.size)
+            for one in held
+        )
+        member.describe()
+    found = _predictions(member, outputs, rows)
+    between = outputs.probabilities(y + WAY * (rows[0] - y))
+    return Audited(
+        found,
+        None if between is None else between.numpy(),
+        (1 / (1 - rows[2])).numpy(),
+        a.numpy(),
+        torch.where(size > 0, a / size, 0).numpy(),
+    )
+
+
+def _predictions(
+    member: Member,
+    outputs: Outputs,
+    rows: list[Tensor],
+) -> OutOfSample:
     y, losses, held, *around = rows
     spread = _spread(*around) if outputs.kind == "numbers" else None
     p = outputs.probabilities(y)
@@ -118,13 +180,13 @@ def _of_member(member: Member) -> OutOfSample:
 
 def _of_block(
     outputs: Outputs,
-    block: Block,
+    block: Block | Along,
 ) -> tuple[Tensor, ...]:
-    r"""Of some samples: \hat y, the loss there, leverage; and r, R and (I - R K)^{-1} on their diagonals."""
+    r"""Of some samples: \hat y, the loss there, leverage; and r, the diagonal of R, and the inflation."""
     y = block.outputs
     there = outputs.local(block.batch, y)
-    d, inflation = (t.diagonal(dim1=1, dim2=2) for t in (there.R, block.M))
-    return y, there.losses, block.leverage, there.r, d, inflation
+    d = there.R.diagonal(dim1=1, dim2=2)
+    return y, there.losses, block.leverage, there.r, d, block.inflation
 
 
 def _joined(rows: Iterator[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -43,3 +43,12 @@ def label_of(sample: Any) -> Any:
     return next(
         (getattr(sample, k) for k in LABEL_KEYS if hasattr(sample, k)), None
     )
+
+
+def plain_array(value: Any) -> Any:
+    """A tensor as NumPy has it, whatever its device and precision; anything else as it is."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        return value.numpy()
+    return value

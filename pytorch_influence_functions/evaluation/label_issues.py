@@ -1,21 +1,9 @@
-r"""Which labels of the training set are wrong, from one training: predictions by the model without each sample.
-
-Classes, by counts (Northcutt et al. 2021, confident learning): t_c is the mean of p_c over the samples labelled c, and
-a sample labelled s counts as of the class c of largest p_c among those with p_c >= t_c. The counts [s, c] of samples
-that are of one class that surely say how many labels are wrong; those of smallest p_s among the samples predicted to be
-of another class are taken for them. Scaled to the number of all samples labelled s, as in the paper, they were 7 to
-58 % too many in each of 18 cases (three data sets, 5 to 20 % of the labels flipped); as they are, 14 % too few to 29 %
-too many, 6 % too many in the mean.
-
-Labels of several outputs, each by itself: the same with two classes. Numbers: the error beside its standard deviation,
-z, and a false discovery rate (Benjamini & Hochberg 1995).
-"""
+r"""Which labels of the training set are wrong, from one training, and what to do about each; how many: `verdicts`."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,103 +12,29 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..config import Config
+from ..data.duplicates import Duplicate, duplicates, twins
 from ..data.frame import frame
 from ..data.samples import Samples
 from ..member import Member
 from ..model.gradients import gradient
-from ..out_of_sample import OutOfSample, out_of_sample
-from ..solve.single import single_changes
+from ..out_of_sample import Audited, OutOfSample, audited, mean, mean_of
+from ..solve.single import first_order, relabelled
+from .verdicts import (
+    NORMAL,
+    Floats,
+    Mask,
+    Verdict,
+    verdict_of_classes,
+    verdict_of_labels,
+    verdict_of_numbers,
+)
 
-Floats = NDArray[np.float64]
-Mask = NDArray[np.bool_]
-FALSE_DISCOVERIES = 0.05
-"""Share of right numbers among those that are called wrong."""
 CONTRADICTING = 3
 """Training samples that are named for each issue."""
-
-
-class Verdict(NamedTuple):
-    """What the labels are said to be, one row per training sample."""
-
-    issue: Mask
-    score: Floats
-    """In [0, 1], low is bad."""
-    predicted: NDArray[Any]
-    wrong: float
-    """How many labels are estimated to be wrong."""
-
-
-def confident_counts(
-    p: Floats,
-    labels: NDArray[np.int64],
-) -> Floats:
-    """How many samples labelled s are surely of class c -> [C, C]; p [n, C], labels [n]."""
-    C = p.shape[1]
-    given = np.eye(C)[labels]
-    sizes = given.sum(0)
-    thresholds = (given * p).sum(0) / np.maximum(sizes, 1)
-    sure = np.where(p >= np.maximum(thresholds, 1e-12), p, -1.0)
-    counted = sure.max(1) > 0
-    classes = np.eye(C)[sure.argmax(1)] * counted[:, None]
-    counts: Floats = given.T @ classes
-    return counts
-
-
-def verdict_of_classes(
-    p: Floats,
-    labels: NDArray[np.int64],
-) -> Verdict:
-    """Of labels that are one class [n], from probabilities [n, C]."""
-    n = np.arange(len(p))
-    own, predicted = p[n, labels], p.argmax(1)
-    counts = confident_counts(p, labels)
-    wrong = counts.sum(1) - counts.diagonal()
-    issue = np.zeros(len(p), dtype=bool)
-    for s, count in enumerate(wrong):
-        members = np.flatnonzero((labels == s) & (predicted != s))
-        worst = members[own[members].argsort(kind="stable")]
-        issue[worst[: round(count)]] = True
-    return Verdict(issue, own, predicted, float(wrong.sum()))
-
-
-def verdict_of_labels(
-    p: Floats,
-    labels: Floats,
-) -> Verdict:
-    """Of several labels of 0 or 1 of each sample [n, C]: an issue where one of them is."""
-    each = [
-        verdict_of_classes(
-            np.stack([1 - column, column], 1), given.round().astype(np.int64)
-        )
-        for column, given in zip(p.T, labels.T, strict=True)
-    ]
-    issue: Mask = np.stack([one.issue for one in each]).max(0)
-    score = np.stack([one.score for one in each], 1).min(1)
-    predicted = np.stack([one.predicted for one in each], 1)
-    return Verdict(issue, score, predicted, sum(one.wrong for one in each))
-
-
-def verdict_of_numbers(
-    y: Floats,
-    labels: Floats,
-    spread: Floats | None,
-) -> Verdict:
-    r"""Of numbers [n, C]: the score is the chance of an error as large, 2 (1 - \Phi(|z|))."""
-    errors = labels.reshape(y.shape) - y
-    scale = 1.0 if spread is None else spread / np.median(spread, 0)
-    z = errors / scale
-    # the middle of the errors is free of wrong labels
-    z = z / np.maximum(np.median(np.abs(z), 0) / 0.6745, 1e-12)
-    chances = np.vectorize(math.erfc)(np.abs(z) / 2**0.5).min(1)
-    chances = 1 - (1 - chances) ** y.shape[1]
-    order = chances.argsort(kind="stable")
-    allowed = FALSE_DISCOVERIES * np.arange(1, len(y) + 1) / len(y)
-    below = np.flatnonzero(chances[order] <= allowed)
-    count = int(below[-1]) + 1 if len(below) else 0
-    issue = np.zeros(len(y), dtype=bool)
-    issue[order[:count]] = True
-    predicted = y[:, 0] if y.shape[1] == 1 else y
-    return Verdict(issue, chances, predicted, count * (1 - FALSE_DISCOVERIES))
+NOTHING = 1e-4
+"""Self-influence, as a share of the mean, up to which a sample is said to have none."""
+FAR = 3.5
+"""Robust standard deviations from the middle of what is called an outlier."""
 
 
 def label_issues(
@@ -143,12 +57,15 @@ def label_issues(
 
     Returns:
         A pandas.DataFrame (a dict of arrays where pandas is not installed), one row per training sample:
-        `is_label_issue`, `label_score` (in [0, 1], low is bad: the probability of the given label by the model without
-        the sample; of numbers, the chance of so large an error), `given_label`, `predicted_label`, `suggested_label`
-        (the predicted one of issues), `loss` (without the sample), `change_if_dropped` and `change_if_relabelled` (of
-        the mean loss of the validation set, to first order in it; negative: better), `contradicted_by` (of issues,
-        the three training samples that the sample's own label has the most against), `leverage`, `self_influence`
-        (near zero: the sample does nothing).
+        `is_label_issue`, `label_score` (in [0, 1], low is bad: the probability of the given label at outputs a quarter
+        of the way from the model's to those without the sample; of numbers, the chance of so large an error),
+        `given_label`, `predicted_label`, `suggested_label` (the predicted one of issues), `loss` (without the sample),
+        `change_if_dropped` and `change_if_relabelled` (of the mean loss of the validation set, to first order in it;
+        negative: better), `contradicted_by` (of issues, the three training samples that the sample's own label has the
+        most against), `leverage` (0 to 1: how much of its own output the sample holds), `self_influence`,
+        `is_without_influence` (it does nothing), `novelty` (how little the others say of it, whatever its label) and
+        `is_outlier`, `near_duplicate_of` (another training sample, or -1), and with a validation set
+        `duplicate_in_validation`.
 
     Raises:
         ValueError: there is no one label per sample, or the loss is no function of each sample's own outputs.
@@ -156,15 +73,16 @@ def label_issues(
     models = [model] if isinstance(model, nn.Module) else list(model)
     chosen = Config.of(config, **options)
     members = [Member(one, train_loader, chosen) for one in models]
-    found = out_of_sample(members)
+    each = [audited(member) for member in members]
+    found = mean_of([one.found for one in each])
     labels = members[0].samples.labels()
-    verdict = _verdict(found, labels)
+    verdict = _verdict(found, labels, mean([one.between for one in each]))
     suggested = _suggested(verdict, labels)
     changes = [
-        _changes(one, verdict.issue, verdict.predicted, validation)
-        for one in members
+        _changes(member, verdict, labels, validation, one.inflation)
+        for member, one in zip(members, each, strict=True)
     ]
-    dropped, relabelled, own = np.mean(changes, 0)
+    dropped, changed = np.mean(changes, 0)
     columns = {
         "is_label_issue": verdict.issue,
         "label_score": verdict.score,
@@ -173,10 +91,10 @@ def label_issues(
         "suggested_label": _column(suggested),
         "loss": found.losses,
         "change_if_dropped": dropped,
-        "change_if_relabelled": relabelled,
+        "change_if_relabelled": changed,
         "contradicted_by": _contradicting(members, verdict.issue),
         "leverage": found.leverage,
-        "self_influence": own,
+        **_other_issues(each, train_loader, validation),
     }
     try:
         return frame(columns)
@@ -184,9 +102,58 @@ def label_issues(
         return columns
 
 
+def _other_issues(
+    each: Sequence[Audited],
+    train_loader: DataLoader[Any],
+    validation: DataLoader[Any] | None,
+) -> dict[str, NDArray[Any]]:
+    """Columns of what a sample may have beside a wrong label."""
+    own = mean([one.own for one in each])
+    novelty = mean([one.novelty for one in each])
+    train_set = train_loader.dataset
+    columns = {
+        "self_influence": own,
+        "is_without_influence": own <= NOTHING * own.mean(),
+        "novelty": novelty,
+        "is_outlier": _outliers(novelty),
+        "near_duplicate_of": _places(len(own), lambda: twins(train_set)),
+    }
+    if validation is not None:
+        held, order = validation.dataset, range(len(own))
+        columns["duplicate_in_validation"] = _places(
+            len(own), lambda: duplicates(held, train_set, order)
+        )
+    return columns
+
+
+def _outliers(novelty: Floats) -> Mask:
+    """Whose logarithm is far above the middle, in robust standard deviations (Iglewicz & Hoaglin 1993)."""
+    z = np.log(np.maximum(novelty, np.finfo(float).tiny))
+    z = z - np.median(z)
+    spread = np.median(np.abs(z)) / NORMAL
+    far: Mask = z > FAR * max(float(spread), 1e-12)
+    return far
+
+
+def _places(
+    n: int,
+    search: Callable[[], list[Duplicate]],
+) -> NDArray[np.int64]:
+    """Index of the near-duplicate of each sample [n]; -1 where there is none, or the set cannot be indexed."""
+    places = np.full(n, -1)
+    try:
+        found = search()
+    except (TypeError, NotImplementedError, KeyError):
+        return places
+    for one in found:
+        places[one.test] = one.train
+    return places
+
+
 def _verdict(
     found: OutOfSample,
     labels: Sequence[Any],
+    between: Floats | None,
 ) -> Verdict:
     p = found.probabilities
     if any(label is None for label in labels):
@@ -194,16 +161,16 @@ def _verdict(
             "train_loader: no labels are found in its batches; they are the second part of a batch, or 'labels'"
         )
     given = np.asarray(labels)
-    if p is None:
+    if p is None or between is None:
         return verdict_of_numbers(found.outputs, given, found.spread)
     if found.kind == "labels":
-        return verdict_of_labels(p, given.reshape(p.shape))
+        return verdict_of_labels(p, given.reshape(p.shape), between)
     if given.shape != (len(p),) or not np.isin(given, range(p.shape[1])).all():
         raise ValueError(
             f"train_loader: expected one label of {p.shape[1]} classes for each sample, got labels of shape "
             f"{given.shape[1:]}"
         )
-    return verdict_of_classes(p, given)
+    return verdict_of_classes(p, given, between)
 
 
 def _suggested(
@@ -226,18 +193,31 @@ def _column(values: Any) -> NDArray[Any]:
 
 def _changes(
     member: Member,
-    issue: Mask,
-    predicted: NDArray[Any],
+    verdict: Verdict,
+    labels: Sequence[Any],
     validation: DataLoader[Any] | None,
+    inflation: Floats,
 ) -> list[Floats]:
-    """Change of the mean loss if each sample is dropped or has its predicted label, and its self-influence."""
+    """Change of the mean loss if each sample is dropped, and if it has its predicted label; [n] each."""
+    predicted = verdict.predicted.tolist()
+    other = [
+        i
+        for i, pair in enumerate(zip(predicted, labels, strict=True))
+        if pair[0] != pair[1]
+    ]
+    new = np.zeros(len(labels))
     with member.problem.guard():
-        right = np.flatnonzero(~issue).tolist()
+        issue = verdict.issue
+        # where every label is said to be wrong none is better than another
+        right = np.flatnonzero(~issue | issue.all()).tolist()
         g = _mean_gradient(member, right, validation)
         leverage = member.leverage()
         s = leverage.solved(g.unsqueeze(0), 1)[0]
-        found = single_changes(leverage, s, predicted.tolist())
-    return [part.double().numpy() for part in found]
+        dropped = first_order(leverage, s).double().numpy() * inflation
+        if other:
+            changes = relabelled(leverage, s, predicted, other)
+            new[other] = changes.double().numpy()
+    return [dropped, new]
 
 
 def _mean_gradient(

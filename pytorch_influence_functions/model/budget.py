@@ -40,7 +40,7 @@ LEAST_STACK = 8
 """So many vectors at least where the memory allows: below it, calls of the model dominate."""
 MOST_SCORED, LEAST_BATCH, MOST_BATCH, MOST_SEEN = 256, 16, 512, 1024
 """Training samples at a time when scoring, in a product over the whole set, and as the layers see them."""
-MOST_ROWS = 64
+MOST_ROWS = 256
 """Training samples whose exact rows of the Gauss-Newton matrix are computed together."""
 DIAGONAL_BLOCK = 32
 """Training samples whose summed gradient is squared for the diagonal outside the layers. It decides the noise of that

@@ -23,6 +23,7 @@ from ..solve.errors import DeviceWarning, VaryingDataWarning
 from ..solve.make import make_problem
 from ..solve.problem import Problem
 from ..solve.solvers import row_of
+from .prospect import cost_text, curvature_text
 
 PACKAGE = __name__.partition(".")[0]
 FEW = 256
@@ -40,6 +41,20 @@ class Finding(NamedTuple):
     name: str
     what: str
     advice: str
+
+
+class Diagnosis(list[Finding]):
+    """The findings, the gravest first, and what else was seen on the way.
+
+    Attributes:
+        curvature: the spectrum of the Gauss-Newton matrix and what damping it implies; empty where there is none, or
+            its rows do not fit the memory.
+        cost: solver, sizes, disk and memory of a run over the test set, as `estimate` says them without measuring;
+            empty without a test set.
+    """
+
+    curvature = ""
+    cost = ""
 
 
 ADVICE = {
@@ -66,7 +81,7 @@ def doctor(
     model: nn.Module,
     train_loader: DataLoader[Any],
     test_loader: DataLoader[Any] | None = None,
-) -> list[Finding]:
+) -> Diagnosis:
     """All that is wrong, or not what it seems, with a model and its data; nothing is solved.
 
     Args:
@@ -76,9 +91,10 @@ def doctor(
         test_loader: over the test set.
 
     Returns:
-        Findings, the gravest first; an empty list where there is none.
+        Findings, the gravest first; an empty list where there is none. Its `curvature` and `cost` are texts for the
+        reader; `estimate` measures time and memory.
     """
-    found: list[Finding] = []
+    found = Diagnosis()
     options = Config.of(config, progress=False)
     found += _of_model(model)
     with _heard(found):
@@ -90,6 +106,9 @@ def doctor(
             for look in LOOKS:
                 found += look(problem)
             found += _of_data(problem, test_loader)
+            found.curvature = curvature_text(problem)
+        if test_loader is not None:
+            found.cost = cost_text(options, model, train_loader, test_loader)
     return found
 
 

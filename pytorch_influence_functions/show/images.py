@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..data.labels import plain
-from ..data.reading import input_of
+from ..data.reading import input_of, plain_array
 
 Pixels = NDArray[np.uint8]
 CHANNELS = (1, 3, 4)
@@ -141,15 +141,6 @@ def _to_unit(
     if low >= 0 and high <= 255 and whole:
         return x / 255
     return (x - low) / max(high - low, 1e-12)
-
-
-def plain_array(value: Any) -> Any:
-    """A tensor as NumPy has it, whatever its device and precision; anything else as it is."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu()
-        value = value.float() if value.is_floating_point() else value
-        return value.numpy()
-    return value
 
 
 def as_text(value: Any) -> str:

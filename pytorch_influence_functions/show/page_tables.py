@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .duplicates import Duplicate
+from ..data.duplicates import Duplicate
 from .groups import Groups, name_of
 from .images import Look
 

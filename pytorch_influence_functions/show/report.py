@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ..data.duplicates import Duplicate, duplicates
 from ..utils import as_json, write_atomically
-from .duplicates import Duplicate, duplicates
 from .entries import harmful_and_helpful
 from .facts import facts, warnings_of
 from .gallery import Gallery

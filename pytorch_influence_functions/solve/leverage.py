@@ -9,12 +9,16 @@ Without sample i the curvature is A - J_i^T R_i J_i / n, and (Woodbury) its inve
 A^{-1} J_i^T (I - R_i K_i)^{-1}: \hat y_i is a Newton step without the sample, exact for a quadratic loss of linear
 outputs (Cook & Weisberg 1982), and c_i = (I - R_i K_i)^{-1} r_i stands in r_i's place wherever a first-order effect of
 leaving i out does.
+
+That takes C solutions a sample. One is enough where c_i is sought among the multiples of r_i (`Along`): with v = K_i
+r_i and a = r_i^T v the equation c = r + R K c, projected on v, has the solution c = r / (1 - h), h = v^T R_i v / a, and
+\hat y_i = y_i + v / (1 - h). It is the same for one output and for two classes; of networks with 6 and 10 classes that
+had learned 10 % wrong labels the mean loss without each sample differed by 1 to 7 %.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,10 +36,6 @@ TRIED = 8
 LARGEST, LARGEST_FOUND = 1 - 1e-9, 0.99
 """Of an eigenvalue of R_i K_i, and of one by an approximation. With the curvature itself it is below 1; by EKFAC or low
 rank it need not be: the sample would hold more than all of its own outputs."""
-
-
-KEPT = 8
-"""K of all samples is kept in at most that part of the memory for vectors: then only its first pass solves."""
 
 
 class Block(NamedTuple):
@@ -61,6 +61,41 @@ class Block(NamedTuple):
     def leverage(self) -> Tensor:
         """tr(R K) [B], the number of parameters that a sample uses up; below C."""
         return torch.einsum("bij,bji->b", self.local.R, self.K)
+
+    @property
+    def inflation(self) -> Tensor:
+        """How much larger the error of each output is without the sample [B, C]."""
+        return self.M.diagonal(dim1=1, dim2=2)
+
+
+class Along(NamedTuple):
+    """Some training samples, each held along its own gradient alone: v = K r [B, C], a = r^T K r and h [B]."""
+
+    batch: Batch
+    local: Local
+    v: Tensor
+    a: Tensor
+    h: Tensor
+
+    @property
+    def outputs(self) -> Tensor:
+        """Those of the model without the sample [B, C]."""
+        return self.local.y + self.v / (1 - self.h).unsqueeze(1)
+
+    @property
+    def leverage(self) -> Tensor:
+        """h [B], below 1: how much of the change along its gradient the sample keeps from happening."""
+        return self.h
+
+    @property
+    def size(self) -> Tensor:
+        """|r|^2 [B]."""
+        return self.local.r.square().sum(1)
+
+    @property
+    def inflation(self) -> Tensor:
+        """1 / (1 - h), of each output [B, C]."""
+        return (1 / (1 - self.h)).unsqueeze(1).expand_as(self.v)
 
 
 def times(
@@ -114,35 +149,44 @@ class Leverage:
         self.problem, self.solver, self.outputs = problem, solver, outputs
         self.largest = LARGEST
 
-    def blocks(self, text: str | None = None) -> Iterator[Block]:
-        """Of all training samples, in order."""
-        for batch in self.problem.samples.ordered(self.at_once, text=text):
+    def blocks(
+        self,
+        text: str | None = None,
+        indices: Sequence[int] | None = None,
+    ) -> Iterator[Block]:
+        """Of all training samples, in order, or of these."""
+        samples = self.problem.samples
+        for batch in samples.ordered(self.at_once, indices, text=text):
             local = self.outputs.local(batch)
             J = self.outputs.jacobians(batch)
-            K = self._block(batch, J)
+            K = self._of(J)
             M = without(*local.roots, K, self.largest)
             yield Block(batch, J, local, K, M)
 
-    @functools.cached_property
-    def _kept(self) -> Tensor | None:
-        """Room for K of all samples [n, C, C], where it is small beside the memory; NaN is not solved for."""
-        n, C = self.problem.samples.n, self.outputs.C
-        if 8 * n * C**2 > self.problem.budget.vectors / KEPT:
-            return None
-        return torch.full((n, C, C), torch.nan, dtype=self.outputs.dtype)
+    def along(self, text: str | None = None) -> Iterator[Along]:
+        """Of all training samples, in order, by one solution each."""
+        size = self.fitting(self.outputs.C)
+        for batch in self.problem.samples.ordered(size, text=text):
+            local = self.outputs.local(batch)
+            J = self.outputs.jacobians(batch)
+            _, V = self.held(J, local.r.unsqueeze(1))
+            v = V[:, 0]
+            a = (local.r * v).sum(1)
+            b = (v * times(local.R, v)).sum(1)
+            h = torch.where(a > 0, b / a, 0).clamp(max=self.largest)
+            yield Along(batch, local, v, a, h)
 
-    def _block(
+    def held(
         self,
-        batch: Batch,
         J: Tensor,
-    ) -> Tensor:
-        """K of a batch with derivatives J [B, C, P], solved for once."""
-        if self._kept is None:
-            return self._of(J)
-        rows = torch.as_tensor(batch.indices)
-        if bool(self._kept[rows].isnan().any()):
-            self._kept[rows] = self._of(J).cpu()
-        return self._kept[rows].to(J.device)
+        directions: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """J^T u and K u of some directions u of the outputs [B, k, C] -> [B, k, P], [B, k, C]."""
+        n = self.problem.samples.n
+        g = directions.to(J) @ J
+        s = self.solved(g.flatten(0, 1), n * g.shape[1]).view_as(g)
+        require_solved(s)
+        return g, (s @ J.mT / n).to(directions)
 
     def coefficients(self) -> Tensor:
         """c of all training samples [n, C], on the CPU."""
@@ -156,11 +200,14 @@ class Leverage:
 
     @property
     def at_once(self) -> int:
-        """Training samples whose rows J are held together."""
-        row = self.outputs.C * self.problem.row
-        size = self.problem.budget.row_block(row + self.problem.activations)
-        fitting = max(1, self.solver.group_size // self.outputs.C)
-        return min(size, fitting)
+        """Training samples whose rows J are held, and solved for, together."""
+        size = self.fitting(self.outputs.C)
+        return min(size, max(1, self.solver.group_size // self.outputs.C))
+
+    def fitting(self, rows: int) -> int:
+        """Training samples of which so many rows [P] each fit."""
+        row = rows * self.problem.row
+        return self.problem.budget.row_block(row + self.problem.activations)
 
     def solved(
         self,

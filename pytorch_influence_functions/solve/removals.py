@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from .evidence import damping_by_evidence, names_damping
+from .held_back import calibrated
 from .leverage import Leverage, outputs_of
 from .problem import Problem
 from .solution import Damping, Prepared
@@ -37,6 +38,25 @@ class Removals:
                 self._choose(damping_by_evidence(self._problem, outputs))
             self._found = Leverage(self._problem, self._solver, outputs)
         return self._found
+
+    def calibrate(self) -> None:
+        """Choose the damping by a training afresh, too; inside the problem's guard.
+
+        Raises:
+            ValueError: the options name a damping.
+        """
+        if names_damping(self._problem.config):
+            raise ValueError(
+                "calibrate: the options name a damping; leave config['damping'], 'damp' and 'scale' out"
+            )
+        outputs = outputs_of(self._problem)
+        evidence = damping_by_evidence(self._problem, outputs)
+
+        def at(damping: Damping) -> Leverage:
+            self._choose(damping)
+            return Leverage(self._problem, self._solver, outputs)
+
+        self._found = at(calibrated(self._problem, evidence, at))
 
     def prepared(self) -> Prepared:
         """The solver of the leverage."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.evaluation.label_issues import confident_counts, verdict_of_classes
+from pytorch_influence_functions.evaluation.verdicts import confident_counts, verdict_of_classes
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -40,6 +40,19 @@ def test_as_many_are_flagged_as_are_counted_the_least_likely_first():
     assert found.wrong == pytest.approx(found.issue.sum(), abs=0.5)
     assert found.issue.tolist() == [False, True, False, False, False, False]
     assert_close(found.score, p[range(6), [0, 0, 0, 0, 1, 1]])
+
+
+def test_issues_are_the_least_likely_between_the_model_and_the_model_without_the_sample():
+    """They are counted by the probabilities without the sample, and taken by the others."""
+    p = np.array([[0.9, 0.1], [0.05, 0.95], [0.45, 0.55], [0.9, 0.1], [0.1, 0.9], [0.1, 0.9]])
+    labels = np.array([0, 0, 0, 0, 1, 1])
+    assert confident_counts(p, labels)[0, 1] == 1
+    assert verdict_of_classes(p, labels).issue.tolist() == [False, True, False, False, False, False]
+    between = p.copy()
+    between[1], between[2] = (0.4, 0.6), (0.3, 0.7)
+    found = verdict_of_classes(p, labels, between)
+    assert found.issue.tolist() == [False, False, True, False, False, False]
+    assert_close(found.score, between[range(6), labels])
 
 
 def planted(kind):
@@ -136,6 +149,30 @@ def test_a_validation_set_and_an_ensemble():
     assert both["contradicted_by"].tolist() == one["contradicted_by"].tolist()
 
 
+def test_outliers_duplicates_and_samples_that_do_nothing():
+    pytest.importorskip("pandas")
+    model, loader, loss, _ = planted("classes")
+    x, t = (part.clone() for part in loader.dataset.tensors)
+    usual = ptif.label_issues(model, loader, loss_func=loss, **OPTIONS)
+    assert usual["is_outlier"].sum() <= 2
+    assert (usual["near_duplicate_of"].loc[[3, 7, 9]] == -1).all()
+    assert "duplicate_in_validation" not in usual
+    x[3] = x[7] + 1e-3
+    x[11] = 30 * torch.randn(4, generator=torch.Generator().manual_seed(0))
+    x[20], t[20] = 0, 0
+    with torch.no_grad():
+        model.bias += torch.tensor([30.0, -30.0])
+    planted_loader = DataLoader(TensorDataset(x, t), batch_size=32)
+    validation = DataLoader(TensorDataset(x[[7, 50]], t[[7, 50]]), batch_size=2)
+    table = ptif.label_issues(model, planted_loader, loss_func=loss, validation=validation, **OPTIONS)
+    assert table["is_without_influence"][20]
+    assert table["near_duplicate_of"].loc[[3, 7, 9]].tolist() == [7, 3, -1]
+    assert table["duplicate_in_validation"].loc[[3, 7, 50, 51]].tolist() == [0, 0, 1, -1]
+    plain = ptif.label_issues(planted("classes")[0], planted_loader, loss_func=loss, **OPTIONS)
+    assert plain["novelty"].idxmax() == 11
+    assert plain["is_outlier"][11]
+
+
 def test_smoothing_is_not_asked_for():
     """Its shifts cost a search of their own, and the leverage is that at the trained parameters."""
     plain = issues_of("classes")[-1]
@@ -195,32 +232,55 @@ def test_probabilities_for_cleanlab():
     assert lab.get_issues("label")["is_label_issue"].to_numpy()[wrong.numpy()].mean() > 0.6
 
 
-def test_the_spectrum_is_the_same_where_few_rows_fit(monkeypatch):
-    """Of some samples where there are many; their Gram matrix in blocks."""
-    from pytorch_influence_functions.model.budget import Budget
-    from pytorch_influence_functions.solve import evidence
+def evidence_of(loader, loss, classes=2, **options):
+    """A network, its problem, outputs, and the Gauss-Newton matrix by definition."""
+    from pytorch_influence_functions.solve.leverage import outputs_of
 
-    model = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, 2))
-    _, loader, loss, _ = planted("classes")
-    monkeypatch.setattr(evidence, "ROWS", 50)
-    influence = ptif.InfluenceFunction(model, loader, loss_func=loss, progress=False)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 60), nn.Tanh(), nn.Linear(60, classes))
+    influence = ptif.InfluenceFunction(model, loader, loss_func=loss, progress=False, **options)
     problem = influence._members[0].problem
-    with problem.guard():
-        expected = evidence.spectrum(problem)
-        monkeypatch.setattr(Budget, "held_ways", property(lambda self: 4 * 8 * 422 * 2 * 7.0))
-        found = evidence.spectrum(problem)
-        gram = evidence._gram(problem, list(range(25)), 2)
-    assert_close(gram, gram.T)
-    assert len(expected) == 50
-    assert_close(found, expected)
     x = loader.dataset.tensors[0]
     p = model(x).softmax(1)
     J = torch.func.vmap(torch.func.jacrev(torch.func.functional_call, argnums=1), in_dims=(None, None, 0))(
         model, dict(model.named_parameters()), x
     )
-    J = torch.cat([part.flatten(2) for part in J.values()], 2)
-    R = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
-    generator = torch.Generator().manual_seed(problem.config.seed)
-    few = torch.randperm(len(x), generator=generator)[:25]
-    G = torch.einsum("ncp,ncd,ndq->pq", J[few], R[few], J[few]) / 25
-    assert_close(expected[-25:].detach(), torch.linalg.eigvalsh(G)[-25:].detach(), rtol=1e-6, atol=1e-12)
+    J = torch.cat([part.flatten(2) for part in J.values()], 2).detach()
+    R = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).detach()
+    with problem.guard():
+        outputs = outputs_of(problem)
+    return problem, outputs, torch.einsum("ncp,ncd,ndq->pq", J, R, J) / len(x)
+
+
+def test_the_spectrum_of_all_rows_is_that_of_the_matrix(monkeypatch):
+    """As many at a time as fit, too."""
+    from pytorch_influence_functions.model.budget import Budget
+    from pytorch_influence_functions.solve import evidence
+
+    _, loader, loss, _ = planted("classes")
+    problem, outputs, G = evidence_of(loader, loss)
+    with problem.guard():
+        found = evidence.spectrum(problem, outputs)
+        monkeypatch.setattr(Budget, "held_ways", property(lambda self: 4 * 2 * problem.row * 40.0))
+        in_parts = evidence.spectrum(problem, outputs)
+    assert_close(found[-100:], torch.linalg.eigvalsh(G)[-100:], rtol=1e-6, atol=1e-12)
+    assert_close(in_parts, found)
+
+
+@pytest.mark.parametrize(("classes", "most", "rows"), [(2, 50, 50), (6, 250, 240)])
+def test_draws_of_few_samples_stand_for_the_rows(monkeypatch, classes, most, rows):
+    """Their number, and in the mean over seeds the trace of the matrix."""
+    from pytorch_influence_functions.solve import evidence
+
+    _, loader, loss, _ = planted("classes")
+    monkeypatch.setattr(evidence, "ROWS", most)
+    traces = []
+    for seed in range(6):
+        problem, outputs, G = evidence_of(loader, loss, classes, seed=seed)
+        with problem.guard():
+            values = evidence.spectrum(problem, outputs)
+        assert len(values) == rows
+        traces.append(float(values.sum()))
+    error = float(np.std(traces)) / 6**0.5
+    assert error < 0.05 * float(G.trace())
+    assert np.mean(traces) == pytest.approx(float(G.trace()), abs=4 * error)

@@ -199,3 +199,25 @@ def test_nothing_where_there_is_none():
     assert case.findings() == []
     for p, old in zip(case.model.parameters(), before, strict=True):
         torch.testing.assert_close(p, old)
+
+
+def test_the_spectrum_and_what_a_run_takes():
+    """The largest eigenvalue and the counts by the dense matrix."""
+    case = Case()
+    case.options = {"damping": 0.05, "solver": "cg"}
+    found = case.findings()
+    model = case.model
+    J = torch.func.vmap(torch.func.jacrev(torch.func.functional_call, argnums=1), in_dims=(None, None, 0))(
+        model, {name: p.detach() for name, p in model.named_parameters()}, case.x
+    )
+    J = torch.cat([part.flatten(2) for part in J.values()], 2)
+    p = model(case.x).softmax(1).detach()
+    R = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    values = torch.linalg.eigvalsh(torch.einsum("ncp,ncd,ndq->pq", J, R, J) / len(p))
+    assert f"the largest is {float(values.max()):.3g}," in found.curvature
+    assert f"{int((values > 0.05).sum())} above the options' damping, 0.05" in found.curvature
+    assert "8 test samples" in found.cost
+    assert "solver: cg" in found.cost
+    without = ptif.doctor(None, model, DataLoader(TensorDataset(case.x, case.y), batch_size=8))
+    assert without.cost == ""
+    assert "options" not in without.curvature

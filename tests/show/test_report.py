@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import pytorch_influence_functions as ptif
 import torch
+from pytorch_influence_functions.data.duplicates import Duplicate, duplicates
 from pytorch_influence_functions.show import page_tables
-from pytorch_influence_functions.show.duplicates import Duplicate, duplicates
 from pytorch_influence_functions.show.entries import entry
 from pytorch_influence_functions.show.facts import facts, warnings_of
 from pytorch_influence_functions.show.gallery import Gallery
@@ -367,7 +367,7 @@ def test_duplicates_of_images():
 
 def test_duplicates_of_a_whole_set(monkeypatch):
     """The usual distance is not that of samples of the same index; a pixel that is NaN is one like others."""
-    monkeypatch.setattr("pytorch_influence_functions.show.duplicates.BLOCK", 16)
+    monkeypatch.setattr("pytorch_influence_functions.data.duplicates.BLOCK", 16)
     rng = np.random.default_rng(0)
     train = [(x, 0) for x in rng.normal(size=(40, 8, 8)).astype(np.float32)]
     train[3][0][0, 0] = np.nan

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from pytorch_influence_functions.model.roots import signed_roots
+from pytorch_influence_functions.out_of_sample import WAY, audited
 from pytorch_influence_functions.solve.leverage import LARGEST, without
+from pytorch_influence_functions.solve.single import relabelled
 from pytorch_influence_functions.solve.solvers import Solver
 from torch import nn
 from torch.func import functional_call, hessian, jacrev
@@ -134,6 +136,64 @@ def test_networks_by_definition(name, solver):
     found = influence_of(model, loader, **options, **SOLVERS[solver]).out_of_sample()
     for value, expected in ((found.outputs, outputs), (found.losses, losses), (found.leverage, leverage)):
         assert_close(torch.from_numpy(value), expected, rtol=1e-6, atol=1e-8)
+
+
+ALONG = ("mlp", "cnn_batchnorm_dropout", "multi_label", "regression_sum", "dict_batch_unreached")
+
+
+def pieces(name):
+    """Of each sample J, r, R and K by definition, with model, loader, options and the inverse."""
+    model, loader, options = make(name)
+    G = dense_gauss_newton(model, loader, range(N), options)
+    inverse = torch.linalg.inv(G + DAMPING * torch.eye(len(G)))
+    found = [derivatives(model, loader, i, options) for i in range(N)]
+    return model, loader, options, inverse, [(*one, one[0] @ inverse @ one[0].T / N) for one in found]
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_along_the_gradient_by_definition(name):
+    """c = alpha r that solves r^T K (c - r - R K c) = 0, and what the audit of labels makes of it."""
+    model, loader, options, _, rows = pieces(name)
+    influence = influence_of(model, loader, solver="exact", **options)
+    audit = audited(influence._members[0])
+    for i, (_, r, R, y, loss, K) in enumerate(rows):
+        v = K @ r
+        alpha = (r @ v) / (v @ (r - R @ v))
+        assert_close(torch.from_numpy(audit.found.outputs[i]), y + alpha * v, rtol=1e-6, atol=1e-8)
+        assert_close(float(audit.found.losses[i]), float(loss(y + alpha * v)), rtol=1e-6, atol=1e-8)
+        assert_close(float(audit.inflation[i]), float(alpha), rtol=1e-6, atol=1e-8)
+        assert_close(float(audit.own[i]), float(r @ v), rtol=1e-6, atol=1e-10)
+        if audit.found.kind == "classes":
+            p = (y + WAY * alpha * v).softmax(0)
+            assert_close(torch.from_numpy(audit.between[i]), p, rtol=1e-6, atol=1e-8)
+    assert_close(torch.from_numpy(audit.own), influence.self_influence())
+
+
+def test_other_labels_in_two_directions_by_definition():
+    """e in the span of r and r' - r whose residual e - f(z) + R z, z = -K e, has no part along K r and K (r' - r)."""
+    model, loader, options, inverse, rows = pieces("mlp")
+    given = loader.dataset.tensors[1]
+    others = [(int(t) + 1) % 3 for t in given]
+    influence = influence_of(model, loader, solver="exact", **options)
+    leverage = influence._members[0].leverage()
+    g = torch.randn(len(inverse), generator=torch.Generator().manual_seed(0))
+    chosen = [0, 2, 5]
+    found = relabelled(leverage, inverse @ g, others, chosen)
+    for k, i in enumerate(chosen):
+        J, r, R, y, _, K = rows[i]
+        new = torch.eye(3)[others[i]]
+        U = torch.stack([r, (y.softmax(0) - new) - r], 1)
+
+        def residual(x, K=K, R=R, U=U, y=y, r=r, new=new):
+            e = U @ x
+            z = -K @ e
+            return (K @ U).T @ (e - ((y + z).softmax(0) - new - r) + R @ z)
+
+        x = torch.zeros(2)
+        for _ in range(20):
+            x = x - torch.linalg.solve(torch.func.jacrev(residual)(x), residual(x))
+        assert float(residual(x).norm()) < 1e-10
+        assert_close(found[k], -g @ inverse @ J.T @ U @ x / N, rtol=1e-6, atol=1e-9)
 
 
 def test_an_ensemble_is_the_mean():

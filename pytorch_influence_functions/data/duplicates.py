@@ -1,4 +1,4 @@
-"""Test samples that are in the training set too, or nearly."""
+"""Samples that are in a set twice, or in two sets, or nearly."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..data.reading import input_of
-from .images import plain_array
+from .reading import input_of, plain_array
 
 Floats = NDArray[np.float32]
 WIDTH = 512
@@ -54,7 +53,27 @@ def duplicates(
     _, y = test
     if x.shape[1] != y.shape[1]:
         return []
-    nearest = _nearest(y, x)
+    return _close(kind, _nearest(y, x), y, x, tests)
+
+
+def twins(train_set: Any) -> list[Duplicate]:
+    """Near-duplicates within a set: each sample that has one, as `test`, with the nearest other sample."""
+    order = range(len(train_set))
+    train = _vectors([input_of(train_set[i]) for i in order])
+    if train is None or len(order) < 2:
+        return []
+    kind, x = train
+    return _close(kind, _nearest(x, x, others=True), x, x, order)
+
+
+def _close(
+    kind: str,
+    nearest: NDArray[np.int64],
+    y: Floats,
+    x: Floats,
+    tests: Sequence[int],
+) -> list[Duplicate]:
+    """Those of the nearest rows of x that are near, the nearest first."""
     usual = _usual(y, x)
     found = [
         Duplicate(index, int(near), _distance(y[k], x[near]) / usual)
@@ -85,13 +104,17 @@ def _usual(
 def _nearest(
     y: Floats,
     x: Floats,
+    others: bool = False,
 ) -> NDArray[np.int64]:
-    """Index of the row of x [n, d] that is nearest to each row of y [K, d] -> [K]."""
+    """Index of the row of x [n, d] (of its `others`, where y is x) that is nearest to each row of y [K, d] -> [K]."""
     best = np.full(len(y), np.inf, dtype=np.float32)
     place = np.zeros(len(y), dtype=np.int64)
     for start in range(0, len(x), BLOCK):
         block = x[start : start + BLOCK]
         distances = (block**2).sum(1) - 2 * y @ block.T
+        if others:
+            rows = np.arange(start, start + len(block))
+            distances[rows, rows - start] = np.inf
         own = distances.argmin(1)
         least = distances[np.arange(len(y)), own]
         nearer = least < best
