@@ -26,8 +26,8 @@ SOLVERS = {
     "preconditioner": ({"solver": "cg", "preconditioner": "ekfac", "damping": 0.1}, 3),
 }  # fmt: skip
 MADE = [
-    (factors, "fit"), (paired, "_chosen"), (exact, "_all_rows"), (exact, "dense_curvature"), (exact, "_curvature_of_rows"),
-    (smoothing.Points, "_made"),
+    (factors, "fit"), (paired, "_chosen"), (exact, "_all_rows"), (exact, "dense_curvature"),
+    (exact, "_curvature_of_rows"), (smoothing.Points, "_made"),
 ]  # fmt: skip
 
 
