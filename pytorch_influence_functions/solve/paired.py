@@ -124,10 +124,10 @@ def choose_damping(
     plain = PlainRule(problem, shift)
     if problem.shifts:
         rule = PairedRule(problem, shift)
-        start = plain.roughly(start, target)
-        if rule.error_without(start) > NEARLY_LINEAR:
+        near = plain.roughly(start, target)
+        if rule.error_without(near) > NEARLY_LINEAR:
             target *= SMOOTHED_TARGET / TARGET
-            return smallest_damping(rule.error, SMALLER * start, target)
+            return smallest_damping(rule.error, SMALLER * near, target)
     return smallest_damping(plain.error, plain.begin(start, target), target)
 
 
