@@ -108,9 +108,9 @@ class Budget:
 
     # ---- samples
 
-    def scoring_batch(self, activations: float) -> int:
+    def scoring_batch(self, activations: float, most: int = MOST_SCORED) -> int:
         """Samples at a time in products with their gradients, which hold no gradient longer than a block."""
-        return _between(1, self.product / (4 * activations), MOST_SCORED)
+        return _between(1, self.product / (4 * activations), most)
 
     def gradient_batch(self, activations: float, row: float) -> int:
         """Samples at a time whose gradients of `row` bytes are held: as they come, joined, and turned or copied."""
@@ -199,6 +199,11 @@ def gradient_block(
 def layer_block(activations: float, max_bytes: float) -> int:
     """Samples at a time in products by layer rules: what a layer sees, unfolded, is about as large as all it keeps."""
     return max(1, int(min(max_bytes, 4 * CACHE["cpu"]) / (6 * activations)))
+
+
+def points_block(samples: int, activations: float, max_bytes: float) -> int:
+    """Points of the parameters at a time whose gradients of so many samples are summed by layer rules."""
+    return max(1, layer_block(activations, max_bytes) // samples)
 
 
 def outer_block(gradient: float, max_bytes: float) -> int:

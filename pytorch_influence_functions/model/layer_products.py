@@ -1,4 +1,4 @@
-r"""Products of per-sample gradients with many vectors by layer rules.
+r"""Per-sample gradients, summed over several points, and their products with many vectors, by layer rules.
 
 Of a layer with inputs a_t and output gradients g_t the gradient of a sample is M = \sum_t g_t a_t^T, and its product
 with the layer's part W of a vector <M, W>: one forward pass, one backward pass to the layers' outputs, and for each
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..data.batch import Batch
 from .layer_passes import backward, forward, layer_inputs
-from .layers import Layer, gather
+from .layers import Layer, gather, joined, scatter
 from .objective import Objective
 from .outer_products import outer_products
 
@@ -32,6 +32,23 @@ def layer_products(
         M = outer_products(g.transpose(1, 2), a.transpose(1, 2))
         total += gather(layer, vectors).flatten(1) @ M.flatten(1).mT
     return total
+
+
+def summed_gradients(
+    points: Sequence[Objective], layers: Sequence[Layer], batch: Batch
+) -> Tensor:
+    """The gradient of each sample, summed over several parameters of one model -> [B, P].
+
+    What a layer sees at another point counts as further positions, so that the sum is one product a layer.
+    """
+    seen = [seen_of_loss(at, layers, batch) for at in points]
+    rows = points[0].theta.new_zeros(batch.size, points[0].P)
+    for k, layer in enumerate(layers):
+        a = joined([inputs[k] for inputs, _ in seen], 1)
+        g = joined([gradients[k] for _, gradients in seen], 1)
+        M = outer_products(g.transpose(1, 2), a.transpose(1, 2))
+        scatter(layer, M, rows)
+    return rows
 
 
 def seen_of_loss(

@@ -58,10 +58,15 @@ def covering_layers(objective: Objective, batch: Batch) -> list[Layer]:
     Without a convolution per-sample gradients by `vmap` are outer products as well, and cost no more, nor do small
     ones.
     """
-    modules, paths = objective.model.modules(), objective.paths
+    modules = objective.model.modules()
     convolutions = any(isinstance(module, _ConvNd) for module in modules)
     large = objective.theta.nbytes > SMALL_BYTES
-    if not (convolutions and large and paths.batched and paths.outputs):
+    return whole_layers(objective, batch) if convolutions and large else []
+
+
+def whole_layers(objective: Objective, batch: Batch) -> list[Layer]:
+    """Layers whose rules give the whole gradient of each sample of a batch; none where they do not."""
+    if not (objective.paths.batched and objective.paths.outputs):
         return []
     layers = usable_layers(objective, batch)
     if any(layer.alone or layer.classes is not None for layer in layers):

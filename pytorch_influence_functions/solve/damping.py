@@ -155,8 +155,8 @@ class _Rule:
         halves = torch.zeros(count, n)
         for half in halves:
             chosen = torch.randperm(len(units), generator=generator)
-            for k in chosen[: max(1, len(units) // 2)].tolist():
-                half[units[k]] = 1
+            few = chosen[: max(1, len(units) // 2)].tolist()
+            half[[i for k in few for i in units[k]]] = 1
         return halves
 
     def _precise(self, own: Objective) -> tuple[Losses, Tensor]:
@@ -183,11 +183,22 @@ class _Rule:
         """Where the search for a target begins: near the end of one by a few of the halves, if all are expensive."""
         if not self.dear or len(self._parts) > 1:
             return start
+        return self.roughly(start, target)
+
+    def roughly(self, start: float, target: float) -> float:
+        """Near the end of a search, by a few of the halves."""
         return search(self._rough_error, start, target, ROUGHLY)[0]
+
+    @functools.cached_property
+    def _few_gradients(self) -> Tensor:
+        """The sum of the gradients of a few of the halves [h, P]."""
+        if self.blocks:
+            return self._gradients[:ROUGH_HALVES]
+        return weighted_gradients(self.problem, self.halves[:ROUGH_HALVES])
 
     def _rough_error(self, damping: float) -> float:
         """`error` by a few halves."""
-        shifts = self.shift(self._gradients[:ROUGH_HALVES], damping)
+        shifts = self.shift(self._few_gradients, damping)
         actual = self._changes(shifts)
         return prediction_error(actual, self._predicted(shifts).to(actual))
 

@@ -55,6 +55,11 @@ class LowRank:
             + float(self.J.norm()) ** 2 / self.J.shape[1]
         )
 
+    def held(self, rows: int) -> float:
+        """The share of the trace of G in the so many largest rows."""
+        trace = self.J.shape[1] * self.mean_eigenvalue
+        return float(self.J[:rows].norm()) ** 2 / trace if trace else 1.0
+
     def heaviest(self, share: float) -> list[int]:
         """The fewest training samples that hold this share of the trace of G, in order."""
         order = self.weights.argsort(descending=True, stable=True)

@@ -5,7 +5,8 @@ Retraining on a random half of the training set, counted twice, moves the parame
     \Delta = -(G + \lambda I)^{-1} (1/n) \sum_i \varepsilon_i \nabla \ell_i,     \varepsilon_i = 1 in the half, else -1.
 
 By Stein's lemma (Stein 1981) the best linear prediction of f(\theta + \Delta) over such shifts has the gradient
-E \nabla f(\theta + \Delta), not \nabla f(\theta). So with M shifts in pairs (\Delta, -\Delta)
+E \nabla f(\theta + \Delta), not \nabla f(\theta). So with M shifts in pairs (\Delta, -\Delta), `paired.SIZE` times as large,
+since retraining goes further than the first order says,
 
     v_k = mean_m \nabla \ell(z_k, \theta + \Delta_m),   g_i = mean_m \nabla \ell(z_i, \theta + \Delta_m),
     influence[k, i] = v_k^T (G + \lambda I)^{-1} g_i / n.
@@ -25,17 +26,12 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from ..model.gradients import (
-    MANY,
-    few,
-    gradient_blocks,
-    gradient_products,
-    per_sample_gradients,
-)
+from ..model.gradients import gradient_products, per_sample_gradients
 from ..model.objective import Objective
+from .averages import mean, mean_gradients, mean_products
 from .damping import prediction_error
 from .groups import split
-from .paired import NEARLY_LINEAR, PairedRule, from_others
+from .paired import NEARLY_LINEAR, SIZE, PairedRule, from_others
 from .problem import Problem
 from .set_up import Kept, Share
 from .solution import require_solved
@@ -87,32 +83,21 @@ class Points:
 
     def mean(self, value: Callable[[Objective], Tensor]) -> Tensor:
         """Mean of a value over the points; that of one point is the value itself."""
-        points = self.all()
-        total = value(next(points))
-        for point in points:
-            total += value(point)
-        count = 2 * len(self.shifts)
-        return total / count if count else total
+        return mean(self.all, value)
 
     def products(self, batch: Batch, vectors: Tensor) -> Tensor:
-        """The mean of each sample's gradient times each vector [K, P] -> [K, B].
-
-        Gradients are averaged before they are multiplied, but where forward mode has no need of them.
-        """
+        """The mean of each sample's gradient times each vector [K, P] -> [K, B]."""
+        if len(self.shifts):
+            return mean_products(self._problem, self.all, batch, vectors)
         own, most = self._problem.objective, self._problem.budget.product
-        forward = len(vectors) < min(few(own, batch), MANY)
-        if not len(self.shifts) or batch.parts or forward or not own.paths.vmap:
-            return self.mean(
-                lambda at: gradient_products(at, batch, vectors, most)
-            )
-        blocks = gradient_blocks(own, batch, most)
-        parts = [vectors @ self.gradients(block).T for block in blocks]
-        return torch.cat(parts, 1)
+        return gradient_products(own, batch, vectors, most)
 
     def gradients(self, batch: Batch) -> Tensor:
         """The mean of each sample's gradient [B, P]."""
-        most = self._problem.budget.product
-        return self.mean(lambda at: per_sample_gradients(at, batch, most))
+        if len(self.shifts):
+            return mean_gradients(self._problem, self.all, batch)
+        own, most = self._problem.objective, self._problem.budget.product
+        return per_sample_gradients(own, batch, most)
 
     def _find(self) -> Tensor:
         """The shifts; none where `"auto"` sees that the prediction is no better with them."""
@@ -162,7 +147,7 @@ class Points:
                 share = Share(len(g))
             solved = self._solver(share.of(g), pairs).vectors
             parts.append(share.joined(solved))
-        shifts = torch.cat(parts)
+        shifts = SIZE * torch.cat(parts)
         require_solved(shifts)
         return shifts
 

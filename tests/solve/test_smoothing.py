@@ -5,7 +5,7 @@ import copy
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.solve import damping, problem, smoothing
+from pytorch_influence_functions.solve import averages, damping, problem, smoothing
 from pytorch_influence_functions.solve.paired import PairedRule
 from pytorch_influence_functions.solve.weighted import signs, weighted_gradients
 from torch import nn
@@ -81,7 +81,7 @@ def directly(model, seed=42):
     G = gauss_newton(model, x[:N]) + LAMBDA * torch.eye(sum(p.numel() for p in model.parameters()))
     plain = averaged(model, x[:N], t[:N], [model])
     halves = signs(N, SHIFTS // 2, seed).double()
-    shifts = torch.linalg.solve(G, (halves @ plain / N).T).T
+    shifts = 1.5 * torch.linalg.solve(G, (halves @ plain / N).T).T
     points = [shifted(model, sign * shift) for shift in shifts for sign in (1, -1)]
     g, v = averaged(model, x[:N], t[:N], points), averaged(model, x[N:], t[N:], points)
     solved = torch.linalg.solve(G, torch.cat([v, g]).T).T
@@ -232,7 +232,7 @@ def test_rule_of_smoothed_gradients():
         rule = PairedRule(found.problem, lambda g, value: value * shifts)
         value, halves = rule.error(1.5), rule.halves
         sums = weighted_gradients(found.problem, halves)
-    shifts = 1.5 * shifts
+    shifts = 1.5 * 1.5 * shifts  # the lambda that scales them here, and their size beside that of a retraining
     errors = []
     for i in range(N):
         one = x[i : i + 1], t[i : i + 1]
@@ -255,7 +255,7 @@ def test_the_chosen_damping_is_that_of_smoothed_gradients():
     for one in (plain, found):
         one.scores(held_out())
     chosen, said = found.report["damping_chosen"], found.report["smoothing"]
-    assert chosen["target"] == pytest.approx(0.1)
+    assert chosen["target"] == pytest.approx(0.2)
     assert chosen["error"] <= 1.1 * chosen["target"]
     assert found.report["damping"] < plain.report["damping"]
     assert said["error"] == pytest.approx(chosen["error"], rel=0.05)
@@ -313,7 +313,7 @@ def test_a_convex_model_is_left_as_it_is():
     assert torch.equal(found.scores((x[:2], t[:2])), plain.scores((x[:2], t[:2])))
     assert found.report["damping"] == plain.report["damping"]
     assert found.report["smoothing"]["shifts"] == 0
-    assert found.report["smoothing"]["error_without"] <= 0.05
+    assert found.report["smoothing"]["error_without"] <= 0.1
 
 
 @pytest.mark.parametrize(
@@ -339,24 +339,24 @@ def test_how_many_are_taken(monkeypatch):
     assert influence(mlp(), smoothing="auto").problem.shifts == 0
     monkeypatch.setattr(problem, "HALVED", N)
     found = influence(mlp(), smoothing="auto").problem
-    assert found.shifts == 16
+    assert found.shifts == 32
     work = found.product_work
-    for value, count in ((16.5, 16), (15.5, 14), (4, 4), (3.9, 0)):
+    for value, count in ((32.5, 32), (31.5, 30), (4, 4), (3.9, 0)):
         monkeypatch.setattr(problem, "SMOOTHING_WORK", value * work)
         assert influence(mlp(), smoothing="auto").problem.shifts == count
     assert influence(mlp(), smoothing=2).problem.shifts == 2
-    monkeypatch.setattr(problem, "SMOOTHING_WORK", 16 * work)
+    monkeypatch.setattr(problem, "SMOOTHING_WORK", 32 * work)
     # memory decides whether there are shifts, and never how many: the numbers would be others with each amount of it
     memories = [0.021, 0.025, 0.03, 0.04, 0.06, 0.1, 0.2, 0.5, 2]
     found = [influence(mlp(), smoothing="auto", max_memory=m).problem.shifts for m in memories]
-    assert set(found) == {0, 16}
+    assert set(found) == {0, 32}
     assert found == sorted(found)
 
 
 def test_automatic_shifts_are_those_of_their_number(few_are_enough):
     torch.manual_seed(1)
     model = mlp()
-    chosen, named = (influence(model, smoothing=m) for m in ("auto", 16))
+    chosen, named = (influence(model, smoothing=m) for m in ("auto", 32))
     assert torch.equal(chosen.scores(held_out()), named.scores(held_out()))
     assert chosen.report["smoothing"] == named.report["smoothing"]
 
@@ -377,13 +377,46 @@ def test_they_are_left_out_where_they_do_not_help(few_are_enough, monkeypatch):
     assert named.report["smoothing"]["shifts"] == 16
 
 
-def test_gradients_are_averaged_before_they_are_multiplied(monkeypatch):
-    """By blocks and by forward mode: the same numbers."""
+WAYS = {
+    "layers": {"averages.FEW": 0},
+    "layers, a point at a time": {"averages.FEW": 0, "averages.points_block": lambda *_: 1},
+    "layers, three points at a time": {"averages.FEW": 0, "averages.points_block": lambda *_: 3},
+    "forward mode": {"averages.FEW": 10**6},
+    "vmap": {"problem.whole_layers": lambda *_: [], "averages.MANY": 0},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_to_the_average_gives_the_same(name, way, monkeypatch):
+    torch.manual_seed(1)
+    model = MODELS[name]()
+    rooms = {"averages": averages, "problem": problem}
+    for place, value in WAYS[way].items():
+        room, attribute = place.split(".")
+        monkeypatch.setattr(rooms[room], attribute, value)
+    found = influence(model)
+    scores, own = directly(model)
+    assert_close(found.scores(held_out()), scores, rtol=1e-8, atol=1e-12)
+    assert_close(found.self_influence(), own, rtol=1e-8, atol=1e-12)
+    assert bool(found.problem.layers) == (way != "vmap")
+
+
+def test_layers_are_trusted_where_they_give_the_true_gradients(monkeypatch):
     torch.manual_seed(1)
     model = mlp()
-    expected = influence(model, solver="auto").scores(held_out())
-    monkeypatch.setattr(smoothing, "MANY", 0)
-    assert_close(influence(model, solver="auto").scores(held_out()), expected, rtol=1e-9, atol=1e-12)
+    scores, _ = directly(model)
+    wrong = problem.summed_gradients
+
+    def off(points, layers, batch):
+        return wrong(points, layers, batch) * 1.001
+
+    for room in (problem, averages):
+        monkeypatch.setattr(room, "summed_gradients", off)
+    monkeypatch.setattr(averages, "FEW", 0)
+    found = influence(model)
+    assert not found.problem.layers
+    assert_close(found.scores(held_out()), scores, rtol=1e-8, atol=1e-12)
 
 
 @pytest.mark.parametrize("value", [-2, 1, 3, 2.5, "some", True])
