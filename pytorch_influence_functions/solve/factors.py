@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model.budget import outer_block
+from ..model.budget import cached_block, outer_block
 from ..model.layers import Layer, gather, scatter
 from ..model.objective import Objective
 from ..model.outer_products import (
@@ -266,10 +266,11 @@ def _squares(
         ].square().transpose(0, 1)
     size = few(g[0], a, max_bytes)
     total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
+    size = min(size, cached_block(total.nbytes, a.device.type, len(a)))
     for draw in g:
         for x, y in zip(draw.split(size), a.split(size), strict=True):
-            W = turn(x.mT @ y)
-            total += (W * W).sum(0)  # `square` takes twice as long
+            for W in turn(x.mT @ y):
+                total.addcmul_(W, W)  # nothing is written but the sum
     return total
 
 

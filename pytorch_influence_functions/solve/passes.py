@@ -17,12 +17,12 @@ from torch.func import vjp, vmap
 
 from ..data.batch import Batch
 from ..model.budget import DIAGONAL_BLOCK
-from ..model.layer_passes import backward, by_parts, forward, layer_inputs
+from ..model.layer_passes import Inputs, backward, by_parts, forward
 from ..model.layers import Layer
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
-from ..model.usable import parameter_places, usable_layers
-from .directions import DRAWS, pseudo_gradients
+from ..model.usable import TRIED, parameter_places, usable_layers
+from .directions import pseudo_gradients
 from .positions import Positions
 from .problem import Problem
 from .sides import axes_of
@@ -37,7 +37,7 @@ class Seen(NamedTuple):
     """What the layers see of one batch, for D draws of output gradients."""
 
     batch: Batch
-    inputs: list[Tensor]
+    inputs: Inputs | list[Tensor]
     """Of each layer [B, T, groups, in]."""
     cotangents: list[Tensor]
     """The output gradients e [D, B, ...]."""
@@ -49,14 +49,24 @@ class Seen(NamedTuple):
     @property
     def bytes(self) -> int:
         """What it holds."""
+        inputs = self.inputs
+        seen = (
+            inputs.nbytes
+            if isinstance(inputs, Inputs)
+            else sum(x.nbytes for x in inputs)
+        )
         tensors = [
             *self.batch.leaves,
-            *self.inputs,
             *self.cotangents,
             *self.gradients,
             self.outside,
         ]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return seen + sum(t.numel() * t.element_size() for t in tensors)
+
+    @property
+    def widest(self) -> int:
+        """Bytes of the inputs of one layer at most."""
+        return max((x.nbytes for x in self.inputs), default=0)
 
 
 class Look(NamedTuple):
@@ -64,8 +74,8 @@ class Look(NamedTuple):
 
     top: int | None
     """Directions of the loss's Hessian that are taken one by one; None: all where they are few, else none."""
-    draws: int = DRAWS
-    """Where all directions would be too expensive."""
+    draws: int | None = None
+    """Where all directions would be too expensive; None: as many as `draws_of` says."""
     some: bool = False
     """Whether the inputs are those at a random part of their positions."""
 
@@ -127,7 +137,7 @@ class Passes:
             return
         if self._kept is None:
             # the diagonal outside the layers comes from this pass alone
-            many = DRAWS if len(self.outside) else 1
+            many = None if len(self.outside) else 1
             yield from self._read(Look(self.top, many, some=True))
             return
         yield from map(self.some, self._kept)
@@ -181,11 +191,6 @@ class Passes:
         return size, DIAGONAL_BLOCK
 
 
-TRIED = 4
-"""Samples whose gradients tell how a layer sees them: two may come in the order they are sorted in, or to the same
-expert, by chance."""
-
-
 def _tried(problem: Problem) -> Batch:
     """Samples from the whole set that the layers are tried on."""
     n, row = problem.samples.n, problem.objective.theta.nbytes
@@ -206,12 +211,15 @@ def seen_by_layers(
     inputs = (
         positions_of(problem).some_inputs(layers, one, batch)
         if look.some
-        else layer_inputs(layers, one, batch.size)
+        else Inputs(layers, one, batch.size)
     )
     es = pseudo_gradients(problem, one, batch, look.top, look.draws)
     gradients, sums = [], []
-    for e in es:
-        g, of_all = backward(layers, one, e, batch.size, len(outside) > 0)
+    for k, e in enumerate(es):
+        last = k == len(es) - 1
+        g, of_all = backward(
+            layers, one, e, batch.size, len(outside) > 0, last
+        )
         gradients.append(g)
         sums.append(
             objective.theta.new_zeros(0) if of_all is None else of_all[outside]
@@ -229,6 +237,8 @@ def positions_of(problem: Problem) -> Positions:
 
 def _stacked(lists: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """Lists of tensors of the same shapes -> one list of their stacks."""
+    if len(lists) == 1:
+        return [t.unsqueeze(0) for t in lists[0]]
     return [torch.stack(tensors) for tensors in zip(*lists, strict=True)]
 
 
@@ -257,7 +267,9 @@ def batch_size(
     count = sum(part[0, 0].numel() for part in seen.cotangents)
     # the loss's Hessian in the outputs, its eigenvectors and what they are computed in, all in double precision
     dense = 5 * 8 * count**2 if len(seen.cotangents[0]) > 1 else 0
-    return problem.budget.layer_batch(seen.bytes, problem.activations, dense)
+    return problem.budget.layer_batch(
+        seen.bytes, seen.widest, problem.activations, dense
+    )
 
 
 # ---- one batch
