@@ -216,14 +216,15 @@ def fit(
             moments.add(seen)
     factors = moments.factors()
     squares: dict[int, Tensor] = {}
-    max_bytes = passes.problem.budget.product
+    max_bytes, n = passes.problem.budget.product, 0
     for seen in passes:
+        n += seen.batch.size
         pairs = zip(seen.inputs, _kept(seen, keep), strict=True)
         for i, (x, g) in enumerate(pairs):
             _add(squares, i, factors.blocks[i].squares(g, x, max_bytes))
         if also is not None:
             also(factors, seen)
-    n, eigenvalues = passes.problem.samples.n, factors.eigenvalues.unsqueeze(0)
+    eigenvalues = factors.eigenvalues.unsqueeze(0)
     for i, layer in enumerate(passes.layers):
         scatter(layer, squares.pop(i).div_(n).unsqueeze(0), eigenvalues)
     return factors

@@ -33,6 +33,12 @@ EXPENSIVE = 1e9
 on one core."""
 
 
+HALVED = 256
+"""From so many samples on the eigenvectors come from a random half of them and the eigenvalues from the other where a
+pass is expensive. Of a ResNet-18 of width 16 and 256 samples the scores then rank them as exact factors do to 0.990, by
+all samples to 0.996; their size is 7 % above that of exact ones, else 4 %."""
+
+
 class Seen(NamedTuple):
     """What the layers see of one batch, for D draws of output gradients."""
 
@@ -116,7 +122,7 @@ class Passes:
             yield from self._kept
             return
         if self.expensive and self.top is None:
-            yield from self._read(look)  # it is the last time
+            yield from self._read(look, half=1)  # it is the last time
             return
         kept: list[Seen] | None = []
         for seen in self._read(look):
@@ -138,7 +144,7 @@ class Passes:
         if self._kept is None:
             # the diagonal outside the layers comes from this pass alone
             many = None if len(self.outside) else 1
-            yield from self._read(Look(self.top, many, some=True))
+            yield from self._read(Look(self.top, many, some=True), half=0)
             return
         yield from map(self.some, self._kept)
 
@@ -154,10 +160,21 @@ class Passes:
         ]
         return seen._replace(inputs=inputs)
 
-    def _read(self, look: Look) -> Iterator[Seen]:
+    def _half(self, which: int) -> list[int] | None:
+        """One random half of the samples, where they are many and all that is made of them is in the layers; or all."""
+        n = self.problem.samples.n
+        if n < HALVED or len(self.outside):
+            return None
+        generator = torch.Generator().manual_seed(self.problem.config.seed)
+        order = torch.randperm(n, generator=generator)
+        chosen: list[int] = order.chunk(2)[which].sort().values.tolist()
+        return chosen
+
+    def _read(self, look: Look, half: int | None = None) -> Iterator[Seen]:
         size, block = self._sizes
         total: Tensor | float = 0.0
-        for batch in self.problem.samples.ordered(size, text="EKFAC"):
+        indices = None if half is None else self._half(half)
+        for batch in self.problem.samples.ordered(size, indices, text="EKFAC"):
             for seen, sums in self._seen(batch, look):
                 total = total + sums
                 end = seen.batch.indices[-1] + 1
