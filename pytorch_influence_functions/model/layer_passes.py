@@ -150,6 +150,11 @@ class Inputs:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[i] for i in range(len(self)))
 
+    def once(self, i: int) -> Tensor | None:
+        """The input of the i-th layer as it is, if the layer was called once."""
+        xs = self._raw[i]
+        return _precise(xs[0], self._theta) if len(xs) == 1 else None
+
     @property
     def nbytes(self) -> int:
         """Bytes that they take as they are."""

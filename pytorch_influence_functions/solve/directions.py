@@ -47,8 +47,8 @@ def pseudo_gradients(
     """Output gradients e of a batch, as many tensors each as the model has outputs [B, ...].
 
     First the `top` largest eigenvectors of the loss's Hessian, then one draw of the rest; None: all eigenvectors where
-    they are few and a pass costs little, else `many` draws of the whole (None: as `draws_of` says). Random signs and draws are keyed by the
-    sample, so that they do not depend on the batch.
+    they are few and a pass costs little, else `many` draws of the whole (None: as `draws_of` says). Random signs and
+    draws are keyed by the sample, so that they do not depend on the batch.
     """
     y = [part.detach() for part in seen.y]
     known = likelihood(problem.objective, y, seen.rebuild, batch)

@@ -36,6 +36,8 @@ ROWS_FOR_DAMPING = 200
 """Rows that are exact in what preconditions the choice of the damping; twice as many where no product follows."""
 INVERSE_WORK = 2e9
 """Floating-point operations of one inverse with exact rows in the choice of the damping, which takes up to a dozen."""
+COLUMNS = 2**16
+"""Of J at a time in the products of its rows."""
 EKFAC_STEPS, PLAIN_STEPS = 4, 20
 """Conjugate gradients for the choice of the damping without a low-rank form: EKFAC alone preconditions less well than
 it does beside the largest rows, and nothing at all needs many."""
@@ -50,7 +52,7 @@ class LowRank:
 
     Attributes:
         factors: EKFAC of the rows that are not in `J`; its eigenvalues are d.
-        J: the largest rows in the eigenbasis, the largest first [m, P].
+        J: the largest rows in the eigenbasis, the largest in the layers first [m, P].
         weights: the share of each training sample in the trace of G [n].
     """
 
@@ -104,14 +106,23 @@ class Woodbury:
     J: Tensor
 
     def __post_init__(self) -> None:
-        B = self.J / self.D.sqrt()
-        gram = (B @ B.T).double()
+        gram = self.J.new_zeros(len(self.J), len(self.J), dtype=torch.double)
+        # a part at a time: no second J
+        for J, D in zip(
+            self.J.split(COLUMNS, 1), self.D.split(COLUMNS), strict=True
+        ):
+            B = J / D.sqrt()
+            gram += B @ B.T
         gram.diagonal().add_(1)
-        self.L = torch.linalg.cholesky(gram).to(B)
+        self.L = torch.linalg.cholesky(gram).to(self.J)
 
     def __call__(self, v: Tensor) -> Tensor:
         """The inverse of each row of v [K, P] -> [K, P]."""
-        scaled = self.factors.to_eigenbasis(v) / self.D
+        return self.of_turned(self.factors.to_eigenbasis(v))
+
+    def of_turned(self, v: Tensor) -> Tensor:
+        """The same of rows that are in the eigenbasis already."""
+        scaled = v / self.D
         inside: Tensor = torch.cholesky_solve(self.J @ scaled.T, self.L)
         return self.factors.from_eigenbasis(
             scaled - (inside.T @ self.J) / self.D
@@ -133,23 +144,18 @@ def low_rank(problem: Problem, rows: int) -> LowRank:
     passes = Passes(problem, FEW_DIRECTIONS if dear else DIRECTIONS)
     norms, exact, moments = _first_pass(passes)
     weights, candidates = norms.sum(0), norms[:exact]
-    taken = torch.zeros_like(norms, dtype=torch.bool)
-    if candidates.numel() and rows:
-        taken.view(-1)[
-            candidates.flatten().topk(min(rows, candidates.numel())).indices
-        ] = True
-    parts = [
-        problem.objective.theta.new_zeros(0, problem.objective.P),
-    ]
+    largest = candidates.flatten().topk(min(rows, candidates.numel())).indices
+    places = torch.full_like(norms, -1, dtype=torch.long)
+    places.view(-1)[largest] = torch.arange(len(largest), device=places.device)
+    J = problem.objective.theta.new_zeros(len(largest), problem.objective.P)
+    taken = places >= 0
     factors = fit(
         passes,
         ~taken,
         moments,
-        lambda found, seen: parts.extend(_rows(passes, found, taken, seen)),
+        lambda found, seen: _keep_rows(J, passes, found, places, seen),
     )
-    J = torch.cat(parts)
     J /= problem.samples.n**0.5
-    J = J[J.norm(dim=1).argsort(descending=True)]
     outside = factors.outside
     factors.eigenvalues[outside] = (
         factors.eigenvalues[outside] - J[:, outside].square().sum(0)
@@ -182,41 +188,70 @@ def _norms(seen: Seen) -> Tensor:
             [e.flatten(2).square().sum(2) for e in seen.cotangents]
         ).sum(0)
     layers = [
-        torch.stack([_outer_norms(x, draw) for draw in g])
+        _outer_norms(x, g)
         for x, g in zip(seen.inputs, seen.gradients, strict=True)
     ]
     return torch.stack(layers).sum(0)
 
 
 def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
-    r"""\|\sum_t g_t a_t^T\|^2 of each sample and all groups; a [B, T, groups, in], g [B, T, groups, out] -> [B]."""
-    a, g = a.transpose(1, 2), g.transpose(1, 2)
+    r"""\|\sum_t g_t a_t^T\|^2 of each draw and sample, all groups; a [B, T, groups, in], g [D, B, T, groups, out]
+    -> [D, B]."""
+    a, g = a.transpose(1, 2), g.transpose(2, 3)
     if is_one_hot(a):
-        return one_hot_norms(g, a)
+        return torch.stack([one_hot_norms(draw, a) for draw in g])
     if a.shape[2] == 1:
-        return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
-    if a.shape[2] ** 2 < a.shape[3] * g.shape[3]:
-        return ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3))
-    W = g.mT @ a
-    return (W * W).sum((1, 2, 3))
+        return (a.square().sum((2, 3)) * g.square().sum((3, 4))).sum(2)
+    if a.shape[2] ** 2 < a.shape[3] * g.shape[4]:
+        pairs = a @ a.mT
+        return torch.stack(
+            [(pairs * (draw @ draw.mT)).sum((1, 2, 3)) for draw in g]
+        )
+    return torch.stack(
+        [
+            torch.stack(
+                [_squared(x.mT @ y) for x, y in zip(draw, a, strict=True)]
+            )
+            for draw in g
+        ]
+    )
+
+
+def _squared(W: Tensor) -> Tensor:
+    """Its squared norm, without a copy."""
+    flat = W.flatten()
+    return flat @ flat
+
+
+def _keep_rows(
+    J: Tensor, passes: Passes, factors: Ekfac, places: Tensor, seen: Seen
+) -> None:
+    """Put the rows of a batch that are taken into J, at their places there [D, n], in the eigenbasis."""
+    own = places[:, torch.as_tensor(seen.batch.indices, device=places.device)]
+    draws, samples = (own >= 0).nonzero(as_tuple=True)
+    at = own[draws, samples]
+    for k, rows in _rows(passes, factors, draws, samples, seen):
+        J[at[k]] = rows
 
 
 def _rows(
-    passes: Passes, factors: Ekfac, taken: Tensor, seen: Seen
-) -> Iterator[Tensor]:
-    """The rows of a batch that are taken, in the eigenbasis [., P]."""
+    passes: Passes, factors: Ekfac, draws: Tensor, places: Tensor, seen: Seen
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of these (draw, place in the batch) pairs in the eigenbasis [., P], some at a time."""
     objective = passes.problem.objective
-    draws, places = taken[
-        :, torch.as_tensor(seen.batch.indices, device=taken.device)
-    ].nonzero(as_tuple=True)
     row = 8 * (
         objective.P * objective.theta.element_size()
         + activation_bytes(objective, seen.batch)
     )
     size = max(1, int(passes.problem.budget.product / row))
-    if len(draws):
-        for k, i in zip(draws.split(size), places.split(size), strict=True):
-            yield eigenbasis_rows(objective, factors, seen, k, i)
+    for start in range(0, len(draws), size):
+        some = slice(start, start + size)
+        yield (
+            some,
+            eigenbasis_rows(
+                objective, factors, seen, draws[some], places[some]
+            ),
+        )
 
 
 # ---- products with G, and the damping
@@ -229,6 +264,7 @@ class Shift:
         self.basis = basis
         self.product = heavy_product(problem, basis)
         self.steps = 2 if _steps_are_cheap(problem) else 0
+        self._turned: tuple[Tensor, Tensor] | None = None
         self.most = int((INVERSE_WORK / problem.objective.P) ** 0.5)
 
     def __call__(self, g: Tensor, damping: float) -> Tensor:
@@ -247,7 +283,13 @@ class Shift:
             except NegativeCurvatureError:
                 # a loss that is not convex in the model's output
                 self.steps = 0
-        return M(g)
+        return M.of_turned(self._in_eigenbasis(g))
+
+    def _in_eigenbasis(self, g: Tensor) -> Tensor:
+        """[K, P] -> [K, P], kept for the next damping, which is tried on the same."""
+        if self._turned is None or self._turned[0] is not g:
+            self._turned = g, self.basis.factors.to_eigenbasis(g)
+        return self._turned[1]
 
 
 def heavy_product(

@@ -150,14 +150,13 @@ class Passes:
 
     def some(self, seen: Seen) -> Seen:
         """With the inputs at a random part of their positions, where a pass is expensive."""
-        if not self.expensive:
+        if not (self.expensive and isinstance(seen.inputs, Inputs)):
             return seen
         positions = positions_of(self.problem)
-        pairs = enumerate(zip(self.layers, seen.inputs, strict=True))
-        inputs = [
-            positions.some_of(layer, i, x, seen.batch)
-            for i, (layer, x) in pairs
-        ]
+        counts = [g.shape[2] for g in seen.gradients]
+        inputs = positions.some_inputs(
+            self.layers, seen.inputs, counts, seen.batch
+        )
         return seen._replace(inputs=inputs)
 
     def _half(self, which: int) -> list[int] | None:
@@ -225,22 +224,21 @@ def seen_by_layers(
     """What the layers see of a batch, and for each draw the summed gradients outside them [D, outside]."""
     objective = problem.objective
     one = forward(objective, layers, batch)
-    inputs = (
-        positions_of(problem).some_inputs(layers, one, batch)
-        if look.some
-        else Inputs(layers, one, batch.size)
-    )
+    every = Inputs(layers, one, batch.size)
+    inputs: Inputs | list[Tensor] = every
     es = pseudo_gradients(problem, one, batch, look.top, look.draws)
     gradients, sums = [], []
     for k, e in enumerate(es):
         last = k == len(es) - 1
-        g, of_all = backward(
-            layers, one, e, batch.size, len(outside) > 0, last
-        )
+        g, of_all = backward(layers, one, e, batch.size, len(outside) > 0, last)
         gradients.append(g)
         sums.append(
             objective.theta.new_zeros(0) if of_all is None else of_all[outside]
         )
+    if look.some:
+        counts = [g.shape[1] for g in gradients[0]]
+        rule = positions_of(problem)
+        inputs = rule.some_inputs(layers, every, counts, batch)
     none = objective.theta.new_zeros(len(outside))
     return Seen(
         batch, inputs, _stacked(es), _stacked(gradients), none
