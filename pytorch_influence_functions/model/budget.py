@@ -30,9 +30,12 @@ UNTOLD = 4096 * MIB
 CACHE = {"cpu": 32 * MIB}
 """Blocks of per-sample gradients and stacks of products are about this large on a CPU: larger ones leave its caches
 (measured on an MLP of 4,800 and a CNN of 62,000 parameters). A GPU takes what fits."""
+NEAR = 4 * MIB
+"""About what stays in the cache of one core: gradients in larger blocks are summed and multiplied in up to five times
+the time, which goes to fresh pages of memory."""
 CURVATURE_BYTES = 256 * MIB
 """About this much is in work in one curvature product of a full stack."""
-LAYER_BYTES = 256 * MIB
+LAYER_BYTES = 128 * MIB
 """What the layers see of one batch on a CPU: larger batches of a ResNet were not faster."""
 STACK = 32
 """Vectors that go through the model together, where their size does not decide."""
@@ -124,11 +127,12 @@ class Budget:
         return _between(LEAST_BATCH, fitting, MOST_BATCH)
 
     def layer_batch(
-        self, seen: float, activations: float, outputs: float
+        self, seen: float, widest: float, activations: float, outputs: float
     ) -> int:
-        """Training samples in one pass of the layers, which see so many bytes of one.
+        """Training samples in one pass of the layers, which see so many bytes of one, the `widest` layer unfolded.
 
-        Three times what they see: of the batch before, of this one, and its turn into another basis.
+        What they see is held of the batch before and of this one; of a layer it is unfolded, copied and turned into
+        another basis.
         """
         most = (
             self.product
@@ -136,7 +140,9 @@ class Budget:
             else min(self.product, LAYER_BYTES)
         )
         return _between(
-            1, most / (3 * seen + 2 * activations + outputs), MOST_SEEN
+            1,
+            most / (2 * seen + 3 * widest + 2 * activations + outputs),
+            MOST_SEEN,
         )
 
     def precise_batch(self, activations: float) -> int:
@@ -204,6 +210,12 @@ def layer_block(activations: float, max_bytes: float) -> int:
 def points_block(samples: int, activations: float, max_bytes: float) -> int:
     """Points of the parameters at a time whose gradients of so many samples are summed by layer rules."""
     return max(1, layer_block(activations, max_bytes) // samples)
+
+
+def cached_block(gradient: float, device: str, most: int) -> int:
+    """Samples whose gradients of one layer, of so many bytes, are built and used before the next ones are: on a CPU
+    they stay in its cache meanwhile."""
+    return max(1, int(NEAR / gradient)) if device == "cpu" else most
 
 
 def outer_block(gradient: float, max_bytes: float) -> int:

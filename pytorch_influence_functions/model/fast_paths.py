@@ -18,7 +18,7 @@ from .gradients import (
     vmap_gradients,
 )
 from .trial import Trial, Way
-from .usable import covering_layers
+from .usable import TRIED, covering_layers
 
 logger = logging.getLogger(__name__)
 
@@ -38,9 +38,10 @@ class FastPaths:
         self._attempt("vmap", gradients_by_vmap)
         self._try_outputs()
         self._require_gradient()
-        self._attempt("forward", products_in_forward_mode)
-        self._attempt("stacked", stacked_products)
         self._try_layers()
+        if not self.objective.paths.layers:
+            self._attempt("forward", products_in_forward_mode)
+            self._attempt("stacked", stacked_products)
 
     def _try_outputs(self) -> None:
         """One call of the model for all samples, and the loss of each from its row of the outputs."""
@@ -65,7 +66,9 @@ class FastPaths:
     def _try_layers(self) -> None:
         """Per-sample gradients by the rules of layers, which pays for a convolution."""
         before = self.objective.paths
-        layers = covering_layers(self.objective, self.trial.batch)
+        batch = self.trial.batch
+        few = batch.rows(0, min(batch.size, TRIED))
+        layers = covering_layers(self.objective, few)
         self._set(layers=tuple(layers))
         if layers and not self.trial.holds(products_by_layers):
             self.objective.paths = before

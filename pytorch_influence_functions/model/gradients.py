@@ -81,6 +81,8 @@ def gradient_products(
 ) -> Tensor:
     """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of a batch -> [K, B]."""
     paths = objective.paths
+    if paths.layers and not batch.parts:
+        return by_layers(objective, batch, vectors, max_bytes)
     if batch.parts or not (paths.forward or paths.vmap):
         return torch.cat(
             [
@@ -93,8 +95,6 @@ def gradient_products(
         len(vectors) < few(objective, batch) or not paths.vmap
     ):
         return forward_products(objective, batch, vectors, max_bytes)
-    if paths.layers:
-        return by_layers(objective, batch, vectors, max_bytes)
     return torch.cat(
         [
             vectors @ per_sample_gradients(objective, block).T
@@ -114,13 +114,7 @@ def by_layers(
     size = layer_block(activation_bytes(objective, batch), max_bytes)
     starts = range(0, batch.size, size)
     blocks = [batch.rows(i, min(i + size, batch.size)) for i in starts]
-    return torch.cat(
-        [
-            layer_products(objective, objective.paths.layers, one, vectors)
-            for one in blocks
-        ],
-        1,
-    )
+    return layer_products(objective, objective.paths.layers, blocks, vectors)
 
 
 FEW, MANY = 4, 64

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.batch import Batch
+from .layer_kinds import Sums
 from .layers import Layer, LayoutError, joined
 from .objective import Objective
 from .outputs import attached, numbers_of
@@ -122,14 +123,43 @@ def _repeated(x: Tensor, size: int) -> Tensor:
     return x.expand(size, *x.shape[1:])
 
 
-def layer_inputs(
-    layers: Sequence[Layer], seen: Forward, size: int
-) -> list[Tensor]:
-    """Inputs of each layer [B, T, groups, in], all of its calls one after the other, in the precision of theta."""
-    return [
-        _inputs(layer, [_precise(x, seen.theta) for x in xs], seen.theta, size)
-        for layer, xs in zip(layers, seen.raw, strict=True)
-    ]
+class Inputs:
+    """Inputs of each layer [B, T, groups, in], all of its calls one after the other, in the precision of theta.
+
+    Each is made when it is asked for: those of a convolution take up to nine times as much unfolded as they are.
+    """
+
+    def __init__(
+        self, layers: Sequence[Layer], seen: Forward, size: int
+    ) -> None:
+        self._layers, self._theta, self._size = layers, seen.theta, size
+        self._raw = [
+            [x.new_empty(0) for x in xs] if isinstance(layer.rule, Sums) else xs
+            for layer, xs in zip(layers, seen.raw, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, i: int) -> Tensor:
+        if i >= len(self):
+            raise IndexError(i)
+        xs = [_precise(x, self._theta) for x in self._raw[i]]
+        return _inputs(self._layers[i], xs, self._theta, self._size)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[i] for i in range(len(self)))
+
+    def once(self, i: int) -> Tensor | None:
+        """The input of the i-th layer as it is, if the layer was called once."""
+        xs = self._raw[i]
+        return _precise(xs[0], self._theta) if len(xs) == 1 else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take as they are."""
+        held = {x.data_ptr(): x.nbytes for xs in self._raw for x in xs}
+        return sum(held.values())
 
 
 def _inputs(
@@ -153,8 +183,12 @@ def backward(
     e: list[Tensor],
     size: int,
     whole: bool = False,
+    last: bool = False,
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Output gradients of each layer [B, T, groups, out] for output gradients e; the parameters' [P] where `whole`."""
+    """Output gradients of each layer [B, T, groups, out] for output gradients e; the parameters' [P] where `whole`.
+
+    After the `last` one what the pass forward kept is let go.
+    """
     flat = [out for parts in seen.outs for out in parts]
     targets = [*flat, seen.theta] if whole else flat
     if not targets:
@@ -163,7 +197,7 @@ def backward(
         seen.y,
         targets,
         e,
-        retain_graph=True,
+        retain_graph=not last,
         allow_unused=True,
         materialize_grads=True,
     )

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..data.batch import Batch
-from .layer_passes import backward, forward, layer_inputs
+from .budget import cached_block
+from .layer_passes import Inputs, backward, forward
 from .layers import Layer, gather, joined, scatter
 from .objective import Objective
 from .outer_products import outer_products
@@ -22,15 +23,18 @@ from .outer_products import outer_products
 def layer_products(
     objective: Objective,
     layers: Sequence[Layer],
-    batch: Batch,
+    batches: Sequence[Batch],
     vectors: Tensor,
 ) -> Tensor:
-    """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of a batch -> [K, B]."""
-    total = vectors.new_zeros(len(vectors), batch.size)
-    inputs, gradients = seen_of_loss(objective, layers, batch)
-    for layer, a, g in zip(layers, inputs, gradients, strict=True):
-        M = outer_products(g.transpose(1, 2), a.transpose(1, 2))
-        total += gather(layer, vectors).flatten(1) @ M.flatten(1).mT
+    """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of some batches -> [K, samples]."""
+    s = [gather(layer, vectors).flatten(1) for layer in layers]
+    total = vectors.new_zeros(len(vectors), sum(one.size for one in batches))
+    parts = total.split([one.size for one in batches], 1)
+    for part, batch in zip(parts, batches, strict=True):
+        each = zip(s, *seen_of_loss(objective, layers, batch), strict=True)
+        for v, a, g in each:
+            _add_products(part, v, a.transpose(1, 2), g.transpose(1, 2))
+        del each, g  # before the next batch
     return total
 
 
@@ -51,9 +55,17 @@ def summed_gradients(
     return rows
 
 
+def _add_products(total: Tensor, v: Tensor, a: Tensor, g: Tensor) -> None:
+    """Add v_k . (sum_t g_t a_t^T) to [K, B]; v [K, numbers], a [B, groups, T, in], g [B, groups, T, out]."""
+    size = cached_block(v[0].nbytes, a.device.type, len(a))
+    pairs = zip(total.split(size, 1), g.split(size), a.split(size), strict=True)
+    for part, x, y in pairs:
+        part += v @ outer_products(x, y).flatten(1).mT
+
+
 def seen_of_loss(
     objective: Objective, layers: Sequence[Layer], batch: Batch
-) -> tuple[list[Tensor], list[Tensor]]:
+) -> tuple[Inputs, list[Tensor]]:
     """Inputs of each layer [B, T, groups, in], and the gradient of each sample's loss in its outputs."""
     seen = forward(objective, layers, batch)
     y = [part.detach().requires_grad_() for part in seen.y]
@@ -61,5 +73,5 @@ def seen_of_loss(
     e = torch.autograd.grad(
         losses, y, materialize_grads=True, allow_unused=True
     )
-    g, _ = backward(layers, seen, list(e), batch.size)
-    return layer_inputs(layers, seen, batch.size), g
+    g, _ = backward(layers, seen, list(e), batch.size, last=True)
+    return Inputs(layers, seen, batch.size), g

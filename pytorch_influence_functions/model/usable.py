@@ -22,6 +22,9 @@ from .outer_products import outer_products
 from .outputs import attached, numbers_of
 
 logger = logging.getLogger(__name__)
+TRIED = 4
+"""Samples whose gradients tell how a layer sees them: two may come in the order they are sorted in, or to the same
+expert, by chance."""
 
 
 def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:

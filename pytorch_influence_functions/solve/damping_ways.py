@@ -37,18 +37,25 @@ class Shift:
         self.basis, self.set_up = basis, problem.set_up
         self.product = heavy_product(problem, basis)
         self.steps = 2 if _steps_are_cheap(problem) else 0
+        self._turned: tuple[Tensor, Tensor] | None = None
         self.most = int((INVERSE_WORK / problem.objective.P) ** 0.5)
 
     def __call__(self, g: Tensor, damping: float) -> Tensor:
         """[K, P] -> [K, P]."""
         rows = ROWS_FOR_DAMPING if self.steps else 2 * ROWS_FOR_DAMPING
         M = self.basis.inverse(damping, min(rows, self.most))
-        if not self.steps:
-            return M(g)
-        stepped = self._stepped(g, damping, M)
-        if self.set_up.any(stepped is None):
+        if self.steps:
+            stepped = self._stepped(g, damping, M)
+            if not self.set_up.any(stepped is None):
+                return stepped  # type: ignore[return-value]
             self.steps = 0
-        return M(g) if stepped is None or not self.steps else stepped
+        return M.of_turned(self._in_eigenbasis(g))
+
+    def _in_eigenbasis(self, g: Tensor) -> Tensor:
+        """[K, P] -> [K, P], kept for the next damping, which is tried on the same."""
+        if self._turned is None or self._turned[0] is not g:
+            self._turned = g, self.basis.factors.to_eigenbasis(g)
+        return self._turned[1]
 
     def _stepped(self, g: Tensor, damping: float, M: Woodbury) -> Tensor | None:
         """None where the loss is not convex in the model's output."""

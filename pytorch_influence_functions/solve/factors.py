@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model.budget import outer_block
+from ..model.budget import cached_block, outer_block
 from ..model.layers import Layer, gather, scatter
 from ..model.objective import Objective
 from ..model.outer_products import (
@@ -210,7 +210,7 @@ class Moments:
     def factors(self) -> Ekfac:
         """The eigenvectors, each factor let go once they are there; eigenvalues outside the layers only."""
         n, outside = self.passes.problem.samples.n, self.passes.outside
-        share = self.passes.share
+        share = self.passes.share()
         blocks = [
             Block(
                 layer,
@@ -245,17 +245,19 @@ def fit(
             moments.add(seen)
     factors = moments.factors()
     squares: dict[int, Tensor] = {}
-    max_bytes = passes.problem.budget.product
+    max_bytes, n = passes.problem.budget.product, 0
     for seen in passes:
+        n += seen.batch.size
         pairs = zip(seen.inputs, _kept(seen, keep), strict=True)
         for i, (x, g) in enumerate(pairs):
             _add(squares, i, factors.blocks[i].squares(g, x, max_bytes))
         if also is not None:
             also(factors, seen)
-    n, eigenvalues = passes.problem.samples.n, factors.eigenvalues.unsqueeze(0)
+    eigenvalues, share = factors.eigenvalues.unsqueeze(0), passes.share()
+    of_all = int(share.total(torch.tensor(n)))
     for i, layer in enumerate(passes.layers):
-        found = passes.share.total(squares.pop(i))
-        scatter(layer, found.div_(n).unsqueeze(0), eigenvalues)
+        found = share.total(squares.pop(i))
+        scatter(layer, found.div_(of_all).unsqueeze(0), eigenvalues)
     return factors
 
 
@@ -301,10 +303,11 @@ def _squares(
         ].square().transpose(0, 1)
     size = few(g[0], a, max_bytes)
     total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
+    size = min(size, cached_block(total.nbytes, a.device.type, len(a)))
     for draw in g:
         for x, y in zip(draw.split(size), a.split(size), strict=True):
-            W = turn(x.mT @ y)
-            total += (W * W).sum(0)  # `square` takes twice as long
+            for W in turn(x.mT @ y):
+                total.addcmul_(W, W)  # nothing is written but the sum
     return total
 
 

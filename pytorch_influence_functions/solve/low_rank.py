@@ -34,12 +34,16 @@ DIRECTIONS, FEW_DIRECTIONS, DEAR = 9, 2, 3e10
 a product takes more floating-point operations than that: each is a backward pass in each of three sweeps."""
 
 
+COLUMNS = 2**16
+"""Of J at a time in the products of its rows."""
+
+
 class LowRank:
     """EKFAC's eigenbasis, the diagonal d in it, the largest rows J, and where the trace of G lies.
 
     Attributes:
         factors: EKFAC of the rows that are not in `J`; its eigenvalues are d.
-        J: the largest rows in the eigenbasis, the largest first [m, P].
+        J: the largest rows in the eigenbasis, the largest in the layers first [m, P].
         weights: the share of each training sample in the trace of G [n].
     """
 
@@ -98,14 +102,23 @@ class Woodbury:
     J: Tensor
 
     def __post_init__(self) -> None:
-        B = self.J / self.D.sqrt()
-        gram = (B @ B.T).double()
+        gram = self.J.new_zeros(len(self.J), len(self.J), dtype=torch.double)
+        # a part at a time: no second J
+        for J, D in zip(
+            self.J.split(COLUMNS, 1), self.D.split(COLUMNS), strict=True
+        ):
+            B = J / D.sqrt()
+            gram += B @ B.T
         gram.diagonal().add_(1)
-        self.L = torch.linalg.cholesky(gram).to(B)
+        self.L = torch.linalg.cholesky(gram).to(self.J)
 
     def __call__(self, v: Tensor) -> Tensor:
         """The inverse of each row of v [K, P] -> [K, P]."""
-        scaled = self.factors.to_eigenbasis(v) / self.D
+        return self.of_turned(self.factors.to_eigenbasis(v))
+
+    def of_turned(self, v: Tensor) -> Tensor:
+        """The same of rows that are in the eigenbasis already."""
+        scaled = v / self.D
         inside: Tensor = torch.cholesky_solve(self.J @ scaled.T, self.L)
         return self.factors.from_eigenbasis(
             scaled - (inside.T @ self.J) / self.D
@@ -141,23 +154,19 @@ def _fitted(passes: Passes, rows: int) -> LowRank:
     problem = passes.problem
     norms, exact, moments = _first_pass(passes)
     weights, candidates = norms.sum(0), norms[:exact]
-    taken = torch.zeros_like(norms, dtype=torch.bool)
-    if candidates.numel() and rows:
-        taken.view(-1)[
-            candidates.flatten().topk(min(rows, candidates.numel())).indices
-        ] = True
-    parts = [
-        problem.objective.theta.new_zeros(0, problem.objective.P),
-    ]
+    largest = candidates.flatten().topk(min(rows, candidates.numel())).indices
+    places = torch.full_like(norms, -1, dtype=torch.long)
+    places.view(-1)[largest] = torch.arange(len(largest), device=places.device)
+    J = problem.objective.theta.new_zeros(len(largest), problem.objective.P)
+    taken = places >= 0
     factors = fit(
         passes,
         ~taken,
         moments,
-        lambda found, seen: parts.extend(_rows(passes, found, taken, seen)),
+        lambda found, seen: _keep_rows(J, passes, found, places, seen),
     )
-    J = passes.share.joined(torch.cat(parts))
+    passes.share().total(J)
     J /= problem.samples.n**0.5
-    J = J[J.norm(dim=1).argsort(descending=True)]
     outside = factors.outside
     factors.eigenvalues[outside] = (
         factors.eigenvalues[outside] - J[:, outside].square().sum(0)
@@ -180,7 +189,7 @@ def _first_pass(passes: Passes) -> tuple[Tensor, int, Moments | None]:
         exact = directions(outputs, passes.top or 0)
         if moments is not None:
             moments.add(passes.some(seen))
-    return passes.share.joined(torch.cat(norms, 1), 1), exact, moments
+    return passes.share().joined(torch.cat(norms, 1), 1), exact, moments
 
 
 def _norms(seen: Seen) -> Tensor:
@@ -190,38 +199,67 @@ def _norms(seen: Seen) -> Tensor:
             [e.flatten(2).square().sum(2) for e in seen.cotangents]
         ).sum(0)
     layers = [
-        torch.stack([_outer_norms(x, draw) for draw in g])
+        _outer_norms(x, g)
         for x, g in zip(seen.inputs, seen.gradients, strict=True)
     ]
     return torch.stack(layers).sum(0)
 
 
 def _outer_norms(a: Tensor, g: Tensor) -> Tensor:
-    r"""\|\sum_t g_t a_t^T\|^2 of each sample and all groups; a [B, T, groups, in], g [B, T, groups, out] -> [B]."""
-    a, g = a.transpose(1, 2), g.transpose(1, 2)
+    r"""\|\sum_t g_t a_t^T\|^2 of each draw and sample, all groups; a [B, T, groups, in], g [D, B, T, groups, out]
+    -> [D, B]."""
+    a, g = a.transpose(1, 2), g.transpose(2, 3)
     if is_one_hot(a):
-        return one_hot_norms(g, a)
+        return torch.stack([one_hot_norms(draw, a) for draw in g])
     if a.shape[2] == 1:
-        return (a.square().sum((2, 3)) * g.square().sum((2, 3))).sum(1)
-    if a.shape[2] ** 2 < a.shape[3] * g.shape[3]:
-        return ((a @ a.mT) * (g @ g.mT)).sum((1, 2, 3))
-    W = g.mT @ a
-    return (W * W).sum((1, 2, 3))
+        return (a.square().sum((2, 3)) * g.square().sum((3, 4))).sum(2)
+    if a.shape[2] ** 2 < a.shape[3] * g.shape[4]:
+        pairs = a @ a.mT
+        return torch.stack(
+            [(pairs * (draw @ draw.mT)).sum((1, 2, 3)) for draw in g]
+        )
+    return torch.stack(
+        [
+            torch.stack(
+                [_squared(x.mT @ y) for x, y in zip(draw, a, strict=True)]
+            )
+            for draw in g
+        ]
+    )
+
+
+def _squared(W: Tensor) -> Tensor:
+    """Its squared norm, without a copy."""
+    flat = W.flatten()
+    return flat @ flat
+
+
+def _keep_rows(
+    J: Tensor, passes: Passes, factors: Ekfac, places: Tensor, seen: Seen
+) -> None:
+    """Put the rows of a batch that are taken into J, at their places there [D, n], in the eigenbasis."""
+    own = places[:, torch.as_tensor(seen.batch.indices, device=places.device)]
+    draws, samples = (own >= 0).nonzero(as_tuple=True)
+    at = own[draws, samples]
+    for k, rows in _rows(passes, factors, draws, samples, seen):
+        J[at[k]] = rows
 
 
 def _rows(
-    passes: Passes, factors: Ekfac, taken: Tensor, seen: Seen
-) -> Iterator[Tensor]:
-    """The rows of a batch that are taken, in the eigenbasis [., P]."""
+    passes: Passes, factors: Ekfac, draws: Tensor, places: Tensor, seen: Seen
+) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of these (draw, place in the batch) pairs in the eigenbasis [., P], some at a time."""
     objective = passes.problem.objective
-    draws, places = taken[
-        :, torch.as_tensor(seen.batch.indices, device=taken.device)
-    ].nonzero(as_tuple=True)
     row = 8 * (
         objective.P * objective.theta.element_size()
         + activation_bytes(objective, seen.batch)
     )
     size = max(1, int(passes.problem.budget.product / row))
-    if len(draws):
-        for k, i in zip(draws.split(size), places.split(size), strict=True):
-            yield eigenbasis_rows(objective, factors, seen, k, i)
+    for start in range(0, len(draws), size):
+        some = slice(start, start + size)
+        yield (
+            some,
+            eigenbasis_rows(
+                objective, factors, seen, draws[some], places[some]
+            ),
+        )

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
+
+
+Rows = TypeVar("Rows", Tensor, Sequence[int])
 
 
 class ProcessError(RuntimeError):
@@ -73,8 +76,8 @@ class Share:
             self.indices = range(mine[0] * block, last)
             self.count = len(self.indices)
 
-    def of(self, rows: Tensor) -> Tensor:
-        """Those of the rows [count, ...] that are this process's."""
+    def of(self, rows: Rows) -> Rows:
+        """Those of the rows [count, ...], or of the samples, that are this process's."""
         if self.indices is None:
             return rows
         return rows[self.indices[0] : self.indices[-1] + 1]

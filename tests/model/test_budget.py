@@ -77,7 +77,7 @@ def test_sizes_in_the_test_above_differ(monkeypatch):
     def sizes():
         model, loader, _ = case()
         problem = ptif.InfluenceFunction(model, loader, {"progress": False}).problem
-        of_layers = problem.budget.layer_batch(5000, problem.activations, 0)
+        of_layers = problem.budget.layer_batch(5000, 1000, problem.activations, 0)
         halves = problem.budget.halves(problem.row, 16)
         return of_layers, halves, problem.group_size(64, 10), problem.gradient_batch, problem.scoring_batch
 
@@ -163,7 +163,7 @@ def test_sizes_have_their_bounds():
     little, much = Budget(1000.0, 1000.0), Budget(1e15, 1e15)
     row, kept = 1e6, 1e5
     smallest = [
-        little.scoring_batch(kept), little.gradient_batch(kept, row), little.layer_batch(row, kept, 0),
+        little.scoring_batch(kept), little.gradient_batch(kept, row), little.layer_batch(row, row, kept, 0),
         little.precise_batch(kept), little.halves(row, 16), little.group(10, row, kept, 64), little.row_block(row),
     ]  # fmt: skip
     assert smallest == [1] * 7
@@ -174,7 +174,7 @@ def test_sizes_have_their_bounds():
         much.probed(row, 8), much.row_block(row), much.curvature_batch(1),
     ]  # fmt: skip
     assert largest == [256, 256, 16, 64, 8, 64, 512]
-    assert much.layer_batch(row, kept, 0) == int(budget.LAYER_BYTES / (3 * row + 2 * kept))
+    assert much.layer_batch(row, 3e6, kept, 0) == int(budget.LAYER_BYTES / (2 * row + 9e6 + 2 * kept))
     assert budget.gradient_block(9, 1, 1, 1e9) == 9
 
 

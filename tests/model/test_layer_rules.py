@@ -8,7 +8,7 @@ import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
 from pytorch_influence_functions.model import gradients, usable
-from pytorch_influence_functions.model.layer_passes import backward, forward, layer_inputs
+from pytorch_influence_functions.model.layer_passes import Inputs, backward, forward
 from pytorch_influence_functions.model.layers import gather, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.outer_products import one_hot_norms, outer_products
@@ -151,7 +151,7 @@ def add_gradients(objective, layers, batch, rows):
     y = [part.detach().requires_grad_() for part in seen.y]
     losses = objective.output_losses(seen.rebuild(y), batch).sum()
     g, _ = backward(layers, seen, list(torch.autograd.grad(losses, y)), batch.size)
-    for layer, a, d in zip(layers, layer_inputs(layers, seen, batch.size), g, strict=True):
+    for layer, a, d in zip(layers, Inputs(layers, seen, batch.size), g, strict=True):
         scatter(layer, outer_products(d.transpose(1, 2), a.transpose(1, 2), layer.classes), rows)
 
 

@@ -4,7 +4,7 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
-from pytorch_influence_functions.model.layer_passes import backward, forward, layer_inputs
+from pytorch_influence_functions.model.layer_passes import Inputs, backward, forward
 from pytorch_influence_functions.model.layers import LAYOUTS, gather, scatter
 from pytorch_influence_functions.model.objective import Objective
 from pytorch_influence_functions.model.probe import probe
@@ -105,7 +105,7 @@ def test_every_layer_gives_each_samples_gradient(name):
     assert [layer.name for layer in layers] == names
     truth = slow_gradients(objective.model, loader, range(N), {})
     found = torch.zeros_like(truth)
-    for layer, x, d in zip(layers, layer_inputs(layers, seen, N), g, strict=True):
+    for layer, x, d in zip(layers, Inputs(layers, seen, N), g, strict=True):
         scatter(layer, torch.einsum("btgo,btgi->bgoi", d, x), found)
     assert_close(found, truth, rtol=1e-8, atol=1e-11)
 
