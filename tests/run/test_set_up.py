@@ -10,7 +10,7 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.run import set_up
-from pytorch_influence_functions.solve import exact, factors, paired, smoothing
+from pytorch_influence_functions.solve import exact, factors, paired, passes, smoothing
 from pytorch_influence_functions.solve.set_up import Kept, Share
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,6 +23,7 @@ SOLVERS = {
     "Hessian": ({"solver": "exact", "damping": 0.5, "curvature": "hessian"}, 3),
     "low rank": ({"solver": "auto"}, 3),
     "smoothing": ({"solver": "ekfac", "smoothing": 4}, 3),
+    "expensive": ({"solver": "ekfac", "damping": 0.1}, 7),
     "preconditioner": ({"solver": "cg", "preconditioner": "ekfac", "damping": 0.1}, 3),
 }  # fmt: skip
 MADE = [
@@ -37,6 +38,13 @@ def groups_of_four(monkeypatch):
     # the small problems here are not for the dense solver
     monkeypatch.setattr("pytorch_influence_functions.solve.auto.EXACT_WORK", 0)
     monkeypatch.setattr("pytorch_influence_functions.solve.auto.ROWS", 40)
+
+
+@pytest.fixture(autouse=True)
+def expensive(request, monkeypatch):
+    """Eigenvectors from one half of the samples, eigenvalues from the other."""
+    if request.node.name.endswith("[expensive]"):
+        monkeypatch.setattr(passes, "EXPENSIVE", 0)
 
 
 def case(repeats):

@@ -5,7 +5,7 @@ import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.model.budget import Budget
 from pytorch_influence_functions.model.layers import gather, scatter
-from pytorch_influence_functions.solve import damping, directions, low_rank, passes, positions, weighted
+from pytorch_influence_functions.solve import damping, damping_ways, directions, low_rank, passes, positions, weighted
 from pytorch_influence_functions.solve.factors import build
 from pytorch_influence_functions.solve.weighted import weighted_gradients
 from torch import nn
@@ -155,20 +155,20 @@ def test_a_draw_is_no_row(expensive):
     problem = influence().problem
     with problem.guard():
         basis = low_rank.low_rank(problem, 10**6)
-        few = low_rank.Shift(problem, basis)
+        few = damping_ways.Shift(problem, basis)
     assert len(basis.J) == low_rank.FEW_DIRECTIONS * N
     assert float(basis.factors.eigenvalues.sum()) > 0
-    assert few.most == int((low_rank.INVERSE_WORK / problem.objective.P) ** 0.5)
+    assert few.most == int((damping_ways.INVERSE_WORK / problem.objective.P) ** 0.5)
 
 
 def test_the_choice_of_the_damping_inverts_few_rows(expensive, monkeypatch):
-    monkeypatch.setattr(low_rank, "INVERSE_WORK", 25 * 300)
+    monkeypatch.setattr(damping_ways, "INVERSE_WORK", 25 * 300)
     problem, rows = influence().problem, []
     with problem.guard():
         basis = low_rank.low_rank(problem, 60)
         inverse = basis.inverse
         monkeypatch.setattr(basis, "inverse", lambda damping, count: rows.append(count) or inverse(damping, count))
-        low_rank.Shift(problem, basis)(torch.ones(1, problem.objective.P), 0.1)
+        damping_ways.Shift(problem, basis)(torch.ones(1, problem.objective.P), 0.1)
     assert rows == [int((25 * 300 / problem.objective.P) ** 0.5)]
     assert 1 <= rows[0] < 10
 
