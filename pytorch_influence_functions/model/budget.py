@@ -108,9 +108,7 @@ class Budget:
 
     # ---- samples
 
-    def scoring_batch(
-        self, activations: float, most: int = MOST_SCORED
-    ) -> int:
+    def scoring_batch(self, activations: float, most: int = MOST_SCORED) -> int:
         """Samples at a time in products with their gradients, which hold no gradient longer than a block."""
         return _between(1, self.product / (4 * activations), most)
 
@@ -205,7 +203,8 @@ def layer_block(activations: float, max_bytes: float) -> int:
 
 def points_block(samples: int, activations: float, max_bytes: float) -> int:
     """Points of the parameters at a time whose gradients of so many samples are summed by layer rules."""
-    return max(1, layer_block(activations, max_bytes) // samples)
+    fitting = min(max_bytes, LAYER_BYTES) / (6 * activations)
+    return max(1, int(fitting / samples))
 
 
 def outer_block(gradient: float, max_bytes: float) -> int:

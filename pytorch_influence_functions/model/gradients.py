@@ -116,7 +116,7 @@ def by_layers(
     blocks = [batch.rows(i, min(i + size, batch.size)) for i in starts]
     return torch.cat(
         [
-            layer_products(objective, objective.paths.layers, one, vectors)
+            layer_products([objective], objective.paths.layers, one, vectors)
             for one in blocks
         ],
         1,

@@ -7,7 +7,7 @@ layer one more product, whatever the number of vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -20,16 +20,14 @@ from .outer_products import outer_products
 
 
 def layer_products(
-    objective: Objective,
+    points: Sequence[Objective],
     layers: Sequence[Layer],
     batch: Batch,
     vectors: Tensor,
 ) -> Tensor:
-    """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of a batch -> [K, B]."""
+    """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of a batch, over points -> [K, B]."""
     total = vectors.new_zeros(len(vectors), batch.size)
-    inputs, gradients = seen_of_loss(objective, layers, batch)
-    for layer, a, g in zip(layers, inputs, gradients, strict=True):
-        M = outer_products(g.transpose(1, 2), a.transpose(1, 2))
+    for layer, M in _summed(points, layers, batch):
         total += gather(layer, vectors).flatten(1) @ M.flatten(1).mT
     return total
 
@@ -37,18 +35,25 @@ def layer_products(
 def summed_gradients(
     points: Sequence[Objective], layers: Sequence[Layer], batch: Batch
 ) -> Tensor:
-    """The gradient of each sample, summed over several parameters of one model -> [B, P].
+    """The gradient of each sample, summed over the points -> [B, P]."""
+    rows = points[0].theta.new_zeros(batch.size, points[0].P)
+    for layer, M in _summed(points, layers, batch):
+        scatter(layer, M, rows)
+    return rows
+
+
+def _summed(
+    points: Sequence[Objective], layers: Sequence[Layer], batch: Batch
+) -> Iterator[tuple[Layer, Tensor]]:
+    """Each layer and the gradient of its weight, of each sample, summed over several parameters of one model.
 
     What a layer sees at another point counts as further positions, so that the sum is one product a layer.
     """
     seen = [seen_of_loss(at, layers, batch) for at in points]
-    rows = points[0].theta.new_zeros(batch.size, points[0].P)
     for k, layer in enumerate(layers):
         a = joined([inputs[k] for inputs, _ in seen], 1)
         g = joined([gradients[k] for _, gradients in seen], 1)
-        M = outer_products(g.transpose(1, 2), a.transpose(1, 2))
-        scatter(layer, M, rows)
-    return rows
+        yield layer, outer_products(g.transpose(1, 2), a.transpose(1, 2))
 
 
 def seen_of_loss(

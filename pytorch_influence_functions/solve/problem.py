@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from ..config import Config
 from ..data.batch import Batch
 from ..data.samples import Samples, varying_sample
-from ..model.budget import MOST_SEEN, Budget
+from ..model.budget import MOST_BATCH, Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
 from ..model.gradients import (
@@ -253,7 +253,7 @@ class Problem:
             return self.config.batch_size
         if self.shifts and self.layers:
             # of each point a call of the model: few large batches
-            return self.budget.scoring_batch(self.activations, MOST_SEEN)
+            return self.budget.scoring_batch(self.activations, MOST_BATCH)
         return self.budget.scoring_batch(self.activations)
 
     @property
