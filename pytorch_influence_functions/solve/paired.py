@@ -1,8 +1,8 @@
 r"""The damping rule of smoothed gradients: the smallest \lambda at which their prediction holds.
 
 Of the shifts in pairs (\Delta_p, -\Delta_p) that gradients are averaged over (`smoothing`), the change that these are
-to predict is the odd part a_pj = (\ell_j(\theta + \Delta_p) - \ell_j(\theta - \Delta_p)) / 2: an even part is the same for
-a half and for the rest, and tells nothing about the samples in it. The prediction p_pj = g_pj . \Delta_p takes the
+to predict is the odd part a_pj = (\ell_j(\theta + \Delta_p) - \ell_j(\theta - \Delta_p)) / 2: an even part is the same
+for a half and for the rest, and tells nothing about the samples in it. The prediction p_pj = g_pj . \Delta_p takes the
 gradient averaged over the *other* pairs, as a retraining is not one of the points that the scores average over. The
 error is that of `damping`, the median over j of \sqrt{\sum_p (a_pj - p_pj)^2 / \sum_p a_pj^2}.
 """
