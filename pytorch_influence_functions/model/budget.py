@@ -209,7 +209,8 @@ def layer_block(activations: float, max_bytes: float) -> int:
 
 def points_block(samples: int, activations: float, max_bytes: float) -> int:
     """Points of the parameters at a time whose gradients of so many samples are summed by layer rules."""
-    return max(1, layer_block(activations, max_bytes) // samples)
+    fitting = min(max_bytes, LAYER_BYTES) / (6 * activations)
+    return max(1, int(fitting / samples))
 
 
 def cached_block(gradient: float, device: str, most: int) -> int:

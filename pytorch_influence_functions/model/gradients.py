@@ -114,7 +114,7 @@ def by_layers(
     size = layer_block(activation_bytes(objective, batch), max_bytes)
     starts = range(0, batch.size, size)
     blocks = [batch.rows(i, min(i + size, batch.size)) for i in starts]
-    return layer_products(objective, objective.paths.layers, blocks, vectors)
+    return layer_products([objective], objective.paths.layers, blocks, vectors)
 
 
 FEW, MANY = 4, 64

@@ -7,7 +7,7 @@ layer one more product, whatever the number of vectors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -21,38 +21,46 @@ from .outer_products import outer_products
 
 
 def layer_products(
-    objective: Objective,
+    points: Sequence[Objective],
     layers: Sequence[Layer],
     batches: Sequence[Batch],
     vectors: Tensor,
 ) -> Tensor:
-    """g_i . s_k for each vector s_k of `vectors` [K, P] and each sample of some batches -> [K, samples]."""
+    """g_i . s_k, summed over the points, for each vector s_k of `vectors` [K, P] and each sample of some batches
+    -> [K, samples]."""
     s = [gather(layer, vectors).flatten(1) for layer in layers]
     total = vectors.new_zeros(len(vectors), sum(one.size for one in batches))
     parts = total.split([one.size for one in batches], 1)
     for part, batch in zip(parts, batches, strict=True):
-        each = zip(s, *seen_of_loss(objective, layers, batch), strict=True)
-        for v, a, g in each:
-            _add_products(part, v, a.transpose(1, 2), g.transpose(1, 2))
-        del each, g  # before the next batch
+        for v, (a, g) in zip(s, _seen(points, layers, batch), strict=True):
+            _add_products(part, v, a, g)
     return total
 
 
 def summed_gradients(
     points: Sequence[Objective], layers: Sequence[Layer], batch: Batch
 ) -> Tensor:
-    """The gradient of each sample, summed over several parameters of one model -> [B, P].
+    """The gradient of each sample, summed over the points -> [B, P]."""
+    rows = points[0].theta.new_zeros(batch.size, points[0].P)
+    each = zip(layers, _seen(points, layers, batch), strict=True)
+    for layer, (a, g) in each:
+        scatter(layer, outer_products(g, a), rows)
+    return rows
 
-    What a layer sees at another point counts as further positions, so that the sum is one product a layer.
+
+def _seen(
+    points: Sequence[Objective], layers: Sequence[Layer], batch: Batch
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """What each layer sees: inputs [B, groups, T, in] and gradients of its outputs [B, groups, T, out].
+
+    What it sees at another of several parameters of one model counts as further positions, so that the sum over these
+    is one product a layer.
     """
     seen = [seen_of_loss(at, layers, batch) for at in points]
-    rows = points[0].theta.new_zeros(batch.size, points[0].P)
-    for k, layer in enumerate(layers):
+    for k in range(len(layers)):
         a = joined([inputs[k] for inputs, _ in seen], 1)
         g = joined([gradients[k] for _, gradients in seen], 1)
-        M = outer_products(g.transpose(1, 2), a.transpose(1, 2))
-        scatter(layer, M, rows)
-    return rows
+        yield a.transpose(1, 2), g.transpose(1, 2)
 
 
 def _add_products(total: Tensor, v: Tensor, a: Tensor, g: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from ..model.gradients import (
     gradient_products,
     per_sample_gradients,
 )
-from ..model.layer_products import summed_gradients
+from ..model.layer_products import layer_products, summed_gradients
 from ..model.objective import Objective
 from .problem import Problem
 
@@ -42,7 +42,12 @@ def mean_gradients(problem: Problem, points: Points, batch: Batch) -> Tensor:
     if batch.parts or not problem.layers:
         return mean(points, lambda at: per_sample_gradients(at, batch, most))
     blocks = gradient_blocks(problem.objective, batch, most)
-    return torch.cat([_by_layers(problem, points, one) for one in blocks])
+
+    def gradients(some: Sequence[Objective], one: Batch) -> Tensor:
+        return summed_gradients(some, problem.layers, one)
+
+    rows = [_by_layers(problem, points, one, gradients) for one in blocks]
+    return torch.cat(rows)
 
 
 def mean_products(
@@ -60,18 +65,32 @@ def mean_products(
             points, lambda at: gradient_products(at, batch, vectors, most)
         )
     blocks = gradient_blocks(own, batch, most)
-    parts = [vectors @ mean_gradients(problem, points, b).T for b in blocks]
-    return torch.cat(parts, 1)
+    if not problem.layers:
+        parts = (mean_gradients(problem, points, one) for one in blocks)
+        return torch.cat([vectors @ part.T for part in parts], 1)
+
+    def products(some: Sequence[Objective], one: Batch) -> Tensor:
+        return layer_products(some, problem.layers, [one], vectors)
+
+    found = [_by_layers(problem, points, one, products) for one in blocks]
+    return torch.cat(found, 1)
 
 
-def _by_layers(problem: Problem, points: Points, batch: Batch) -> Tensor:
-    """By the rules of the layers, as many points at a time as the memory holds."""
+Summed = Callable[[Sequence[Objective], Batch], Tensor]
+"""Some points and a batch -> the sum of a value over the points."""
+
+
+def _by_layers(
+    problem: Problem, points: Points, batch: Batch, summed: Summed
+) -> Tensor:
+    """The mean of what the rules of the layers give, as many points at a time as the memory holds."""
     together = points_block(
         batch.size, problem.activations, problem.budget.product
     )
-    total, count, each = torch.zeros(()), 0, points()
+    each = points()
+    some = list(itertools.islice(each, together))
+    total, count = summed(some, batch), len(some)
     while some := list(itertools.islice(each, together)):
-        found = summed_gradients(some, problem.layers, batch)
-        total = total + found if count else found
+        total += summed(some, batch)
         count += len(some)
     return total / count

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..config import Config
 from ..data.batch import Batch
 from ..data.samples import Samples
-from ..model.budget import MOST_SEEN, Budget
+from ..model.budget import MOST_BATCH, Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
 from ..model.gradients import (
@@ -256,7 +256,7 @@ class Problem:
             return self.config.batch_size
         if self.shifts and self.layers:
             # of each point a call of the model: few large batches
-            return self.budget.scoring_batch(self.activations, MOST_SEEN)
+            return self.budget.scoring_batch(self.activations, MOST_BATCH)
         return self.budget.scoring_batch(self.activations)
 
     @property

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-
 Rows = TypeVar("Rows", Tensor, Sequence[int])
 
 

@@ -5,8 +5,8 @@ Retraining on a random half of the training set, counted twice, moves the parame
     \Delta = -(G + \lambda I)^{-1} (1/n) \sum_i \varepsilon_i \nabla \ell_i,     \varepsilon_i = 1 in the half, else -1.
 
 By Stein's lemma (Stein 1981) the best linear prediction of f(\theta + \Delta) over such shifts has the gradient
-E \nabla f(\theta + \Delta), not \nabla f(\theta). So with M shifts in pairs (\Delta, -\Delta), `paired.SIZE` times as large,
-since retraining goes further than the first order says,
+E \nabla f(\theta + \Delta), not \nabla f(\theta). So with M shifts in pairs (\Delta, -\Delta), `paired.SIZE` times as
+large, since retraining goes further than the first order says,
 
     v_k = mean_m \nabla \ell(z_k, \theta + \Delta_m),   g_i = mean_m \nabla \ell(z_i, \theta + \Delta_m),
     influence[k, i] = v_k^T (G + \lambda I)^{-1} g_i / n.
