@@ -89,6 +89,7 @@ def test_training_ends_at_the_loss_of_the_trained_model(memorised, monkeypatch):
     assert target == pytest.approx(float(F.cross_entropy(memorised[0](x[:80]), t[:80])))
 
 
+@pytest.mark.long
 def test_predictions_meet_the_losses_of_the_training_afresh(memorised, monkeypatch):
     """At `afresh` the mean predicted loss is the fresh model's; the damping lies between that and the evidence's."""
     model, loader = memorised
