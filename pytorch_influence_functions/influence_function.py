@@ -17,7 +17,8 @@ from .data.batch import as_batch
 from .model.door import check_mean
 from .model.gradients import gradient, require_finite
 from .model.objective import Objective, calc_loss
-from .solve.problem import choose_device, make_problem
+from .solve.device import choose_device
+from .solve.problem import make_problem
 from .solve.solvers import Solver
 
 __all__ = ["calc_loss", "grad_z", "hvp", "s_test"]

@@ -20,8 +20,8 @@ from ..member import Member
 from ..model.budget import MIB
 from ..show.entries import entry
 from ..solve.auto import foreseen
+from ..solve.device import choose_device
 from ..solve.exact import dense_form
-from ..solve.problem import choose_device
 from ..utils import as_json
 from .pilot import Measured, Peak, Pilot, extrapolated
 from .scores import fits_json

@@ -19,24 +19,18 @@ from ..data.samples import Samples, varying_sample
 from ..model.budget import MOST_BATCH, Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
-from ..model.gradients import (
-    activation_bytes,
-    agrees,
-    per_sample_gradients,
-    reuse,
-)
+from ..model.gradients import activation_bytes, per_sample_gradients, reuse
 from ..model.lanczos import extreme_eigenvalues
-from ..model.layer_products import summed_gradients
 from ..model.layers import Layer
 from ..model.linear import INSIDE
 from ..model.objective import Objective
 from ..model.parameters import coverage
 from ..model.probe import probe
-from ..model.usable import whole_layers
+from ..model.usable import trusted_layers
 from ..utils import random_state, warn
+from .device import choose_device
 from .errors import (
     CurvatureWarning,
-    DeviceWarning,
     NegativeCurvatureError,
     VaryingDataWarning,
 )
@@ -194,8 +188,7 @@ class Problem:
     def gradients_of_few(self, most: int) -> Tensor:
         """Gradients of at most `most` training samples at equal distances [k, P]: what is decided by them is the same
         for all test samples."""
-        n = self.samples.n
-        few = sorted({i * n // most for i in range(most)})
+        few = self._apart(most)
         batches = self.samples.ordered(self.gradient_batch, few)
         rows = [
             per_sample_gradients(self.objective, batch, self.budget.product)
@@ -203,20 +196,17 @@ class Problem:
         ]
         return torch.cat(rows)
 
+    def _apart(self, most: int) -> list[int]:
+        """At most so many training samples at equal distances."""
+        n = self.samples.n
+        return sorted({i * n // most for i in range(most)})
+
     @functools.cached_property
     def layers(self) -> list[Layer]:
         """Those whose rules give the whole gradient of each sample at any parameters; none where they do not."""
-        own, n = self.objective, self.samples.n
-        if own.paths.layers:
-            return list(own.paths.layers)
-        few = self.samples.take(sorted({i * n // TRIED for i in range(TRIED)}))
-        layers = whole_layers(own, few)
-        rows = [per_sample_gradients(own, one) for one in few.singles()]
-
-        def found() -> Tensor:
-            return summed_gradients([own], layers, few)
-
-        return layers if layers and agrees(found, torch.cat(rows)) else []
+        known = list(self.objective.paths.layers)
+        few = self.samples.take(self._apart(TRIED))
+        return known or trusted_layers(self.objective, few)
 
     # ---- how much at a time
 
@@ -342,32 +332,3 @@ def warn_if_varying(samples: Samples) -> None:
         "augmentation?), so its gradient is not one number; pass a loader over the data without augmentation",
         VaryingDataWarning,
     )
-
-
-def choose_device(gpu: int, model: nn.Module) -> torch.device:
-    """The device that `config["gpu"]` names.
-
-    Raises:
-        ValueError: there is no such CUDA device.
-    """
-    if gpu < 0:
-        if isinstance(model, nn.Module) and any(
-            p.is_cuda for p in model.parameters()
-        ):
-            warn(
-                "the model is on a CUDA device, but config['gpu'] = -1 computes on the CPU; set config['gpu'] to the "
-                "device's id to use it",
-                DeviceWarning,
-            )
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"config['gpu'] = {gpu}, but torch finds no CUDA here; set config['gpu'] = -1 for the CPU"
-        )
-    devices = torch.cuda.device_count()
-    if gpu >= devices:
-        raise ValueError(
-            f"config['gpu'] = {gpu}, but there are {devices} CUDA devices; give an id from 0 to {devices - 1}, "
-            "or -1 for the CPU"
-        )
-    return torch.device("cuda", gpu)
