@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..data.batch import Batch
-from .gradients import SMALL_BYTES, agrees
+from .gradients import SMALL_BYTES, agrees, per_sample_gradients
 from .layer_kinds import plain_linear
 from .layer_passes import forward, watched
+from .layer_products import summed_gradients
 from .layer_rules import parts_of
 from .layers import LAYOUTS, Layer, gather
 from .objective import Objective
@@ -77,6 +78,17 @@ def whole_layers(objective: Objective, batch: Batch) -> list[Layer]:
     places = [place for layer in layers for place in layer.places]
     covered = sum(place.stop - place.start for place in places)
     return layers if covered == objective.P else []
+
+
+def trusted_layers(objective: Objective, batch: Batch) -> list[Layer]:
+    """`whole_layers` whose gradients of these samples are the true ones; none where they are not."""
+    layers = whole_layers(objective, batch)
+    rows = [per_sample_gradients(objective, one) for one in batch.singles()]
+
+    def found() -> Tensor:
+        return summed_gradients([objective], layers, batch)
+
+    return layers if layers and agrees(found, torch.cat(rows)) else []
 
 
 def _true(

@@ -17,17 +17,11 @@ from ..data.samples import Samples
 from ..model.budget import MOST_BATCH, Budget
 from ..model.curvature import Curvature
 from ..model.door import explain
-from ..model.gradients import (
-    activation_bytes,
-    agrees,
-    per_sample_gradients,
-    reuse,
-)
+from ..model.gradients import activation_bytes, per_sample_gradients, reuse
 from ..model.lanczos import extreme_eigenvalues
-from ..model.layer_products import summed_gradients
 from ..model.layers import Layer
 from ..model.objective import Objective
-from ..model.usable import whole_layers
+from ..model.usable import trusted_layers
 from ..utils import random_state, warn
 from .errors import (
     CurvatureWarning,
@@ -192,8 +186,7 @@ class Problem:
     def gradients_of_few(self, most: int) -> Tensor:
         """Gradients of at most `most` training samples at equal distances [k, P]: what is decided by them is the same
         for all test samples."""
-        n = self.samples.n
-        few = sorted({i * n // most for i in range(most)})
+        few = self._apart(most)
         batches = self.samples.ordered(self.gradient_batch, few)
         rows = [
             per_sample_gradients(self.objective, batch, self.budget.product)
@@ -201,20 +194,17 @@ class Problem:
         ]
         return torch.cat(rows)
 
+    def _apart(self, most: int) -> list[int]:
+        """At most so many training samples at equal distances."""
+        n = self.samples.n
+        return sorted({i * n // most for i in range(most)})
+
     @functools.cached_property
     def layers(self) -> list[Layer]:
         """Those whose rules give the whole gradient of each sample at any parameters; none where they do not."""
-        own, n = self.objective, self.samples.n
-        if own.paths.layers:
-            return list(own.paths.layers)
-        few = self.samples.take(sorted({i * n // TRIED for i in range(TRIED)}))
-        layers = whole_layers(own, few)
-        rows = [per_sample_gradients(own, one) for one in few.singles()]
-
-        def found() -> Tensor:
-            return summed_gradients([own], layers, few)
-
-        return layers if layers and agrees(found, torch.cat(rows)) else []
+        known = list(self.objective.paths.layers)
+        few = self.samples.take(self._apart(TRIED))
+        return known or trusted_layers(self.objective, few)
 
     # ---- how much at a time
 

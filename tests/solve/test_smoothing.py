@@ -5,6 +5,7 @@ import copy
 import pytest
 import pytorch_influence_functions as ptif
 import torch
+from pytorch_influence_functions.model import usable
 from pytorch_influence_functions.solve import averages, damping, problem, smoothing
 from pytorch_influence_functions.solve.paired import PairedRule
 from pytorch_influence_functions.solve.weighted import signs, weighted_gradients
@@ -382,7 +383,7 @@ WAYS = {
     "layers, a point at a time": {"averages.FEW": 0, "averages.points_block": lambda *_: 1},
     "layers, three points at a time": {"averages.FEW": 0, "averages.points_block": lambda *_: 3},
     "forward mode": {"averages.FEW": 10**6},
-    "vmap": {"problem.whole_layers": lambda *_: [], "averages.MANY": 0},
+    "vmap": {"usable.whole_layers": lambda *_: [], "averages.MANY": 0},
 }
 
 
@@ -391,7 +392,7 @@ WAYS = {
 def test_every_way_to_the_average_gives_the_same(name, way, monkeypatch):
     torch.manual_seed(1)
     model = MODELS[name]()
-    rooms = {"averages": averages, "problem": problem}
+    rooms = {"averages": averages, "usable": usable}
     for place, value in WAYS[way].items():
         room, attribute = place.split(".")
         monkeypatch.setattr(rooms[room], attribute, value)
@@ -406,12 +407,12 @@ def test_layers_are_trusted_where_they_give_the_true_gradients(monkeypatch):
     torch.manual_seed(1)
     model = mlp()
     scores, _ = directly(model)
-    wrong = problem.summed_gradients
+    wrong = usable.summed_gradients
 
     def off(points, layers, batch):
         return wrong(points, layers, batch) * 1.001
 
-    for room in (problem, averages):
+    for room in (usable, averages):
         monkeypatch.setattr(room, "summed_gradients", off)
     monkeypatch.setattr(averages, "FEW", 0)
     found = influence(model)
