@@ -5,7 +5,7 @@ a sample labelled s counts as of the class c of largest p_c among those with p_c
 that are of one class that surely say how many labels are wrong; those of lowest score among the samples predicted to be
 of another class are taken for them: p_s a quarter of the way from the trained model's outputs (`out_of_sample.WAY`).
 In 18 cases (three data sets, 5 to 20 % of the labels flipped, `benchmarks/label_issues.py`) they were 16 % too few to
-35 % too many, 5 % too many in the mean. Scaled to the number of all samples labelled s, as in the paper, they were more.
+35 % too many, 5 % too many in the mean. Scaled to the number of all samples labelled s, as in the paper, more.
 
 Labels of several outputs, each by itself: the same with two classes. Numbers: the error beside its standard deviation,
 z, and a false discovery rate (Benjamini & Hochberg 1995).
