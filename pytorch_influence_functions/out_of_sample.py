@@ -20,8 +20,9 @@ WAY = 0.25
 """How far from the trained model's outputs to those without the sample its label is judged. The average precision of
 flipped labels was highest at 0.1 to 0.35 in the mean of 18 cases (digits, breast cancer, clusters; flips of any class
 or to the next one; networks with weight decay and such as had learned the labels by heart): 0.798, where the trained
-model's outputs have 0.788, those without the sample 0.78, and 5 folds 0.785. The noise of what the sample itself adds
-costs more there than its memory does."""
+model's outputs have 0.788, those without the sample 0.763, and 5 folds 0.785. On two sets that it was not
+chosen on a quarter of the way had 0.899 (wine) and 0.976 (iris), without the sample 0.883 and 0.958, 5 folds 0.933 and
+0.943. The noise of what the sample itself adds costs more there than its memory does."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,9 +4,8 @@ Classes, by counts (Northcutt et al. 2021, confident learning): t_c is the mean 
 a sample labelled s counts as of the class c of largest p_c among those with p_c >= t_c. The counts [s, c] of samples
 that are of one class that surely say how many labels are wrong; those of lowest score among the samples predicted to be
 of another class are taken for them: p_s a quarter of the way from the trained model's outputs (`out_of_sample.WAY`).
-Scaled to the number of all samples labelled s, as in the paper, they were 7 to
-58 % too many in each of 18 cases (three data sets, 5 to 20 % of the labels flipped); as they are, 14 % too few to 29 %
-too many, 6 % too many in the mean.
+In 18 cases (three data sets, 5 to 20 % of the labels flipped, `benchmarks/label_issues.py`) they were 16 % too few to
+35 % too many, 5 % too many in the mean. Scaled to the number of all samples labelled s, as in the paper, more.
 
 Labels of several outputs, each by itself: the same with two classes. Numbers: the error beside its standard deviation,
 z, and a false discovery rate (Benjamini & Hochberg 1995).
