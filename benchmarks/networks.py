@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import pytorch_influence_functions as ptif
+from pytorch_influence_functions.solve.factors import build
 
 CLASSES, TOKENS = 10, 64
 DAMPING = 1e-2
@@ -117,6 +118,13 @@ def next_token(y, t):
     return F.cross_entropy(y[:, :-1].flatten(0, 1), t[:, 1:].flatten())
 
 
+def mlp():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(3072, 256), nn.ReLU(),
+        nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, CLASSES),
+    )  # fmt: skip
+
+
 def images(n):
     labels = torch.randint(0, CLASSES, (n,))
     return (
@@ -142,10 +150,14 @@ NETWORKS = {
     "ViT, width 192": (ViT, images, 256, F.cross_entropy),
     "LSTM": (LSTM, tokens, 256, F.cross_entropy),
     "GPT, 4 layers": (GPT, text, 128, next_token),
+    "MLP": (mlp, images, 2048, F.cross_entropy),
 }
 """Model, data, training samples, loss."""
 QUICK = ["ResNet-18, width 16", "GPT, 4 layers"]
-WHATS = ["ekfac, 8 tests", "auto, 8 tests", "scores 1", "scores 8", "scores 64", "self-influence"]  # fmt: skip
+WHATS = [
+    "factors", "ekfac, 8 tests", "auto, 8 tests",
+    "scores 1", "scores 8", "scores 64", "self-influence",
+]  # fmt: skip
 
 
 def prepared(name):
@@ -186,7 +198,12 @@ def ours(name, what):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.process_time()
     influence = ptif.InfluenceFunction(model, train, **options)
-    if "tests" in what:
+    if what == "factors":  # without the trials of the model before them
+        problem = influence.problem
+        start = time.process_time()
+        with problem.guard():
+            build(problem)
+    elif "tests" in what:
         influence.scores((x[:8], t[:8]))
     else:
         influence.s_test((x[:1], t[:1]))  # the set-up is not measured here

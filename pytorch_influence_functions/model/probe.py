@@ -72,10 +72,11 @@ def probe(
     samples.shapes = shapes_of(alone[0]) if uniform else None
     trial.large = _large(objective, samples, batch, budget)
     FastPaths(trial).try_all()
+    needless = {"forward", "stacked"} if objective.paths.layers else set()
     slow = [
         name
         for name, allowed in objective.paths._asdict().items()
-        if allowed is False
+        if allowed is False and name not in needless
     ]
     if slow:
         logger.info(

@@ -73,7 +73,10 @@ class Positions(NamedTuple):
             return None
         places = self._places(batch, count, wanted, i, x.device)
         rows = layer.some_inputs(x, places)
-        return None if rows is None else rows * (count / wanted) ** 0.5
+        if rows is None:
+            return None
+        scaled: Tensor = rows * (count / wanted) ** 0.5
+        return scaled
 
     def _wanted(self, layer: Layer) -> int | None:
         """How many of a sample; None where there is nothing to choose from."""
