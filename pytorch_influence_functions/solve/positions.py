@@ -23,7 +23,7 @@ from ..model.layers import Layer
 ROWS_PER_INPUT, LEAST_POSITIONS = 8, 8
 """How many positions are taken for each input of the layer, over all training samples, and at least of each sample.
 Of a ResNet-18 at width 16 (up to 1024 positions, 256 samples, one draw) EKFAC's scores rank the training samples as
-with all positions and directions to 0.995, as they do with 32 rows."""
+with all positions and directions to 0.995 (two seeds)."""
 POSITIONS = 2
 """The stream of random positions, apart from those of draws and signs; each layer has its own after it."""
 
