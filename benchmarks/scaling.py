@@ -27,7 +27,8 @@ from pytorch_influence_functions.run.pilot import Peak
 N, K = 2_000, 16
 OVER_N = (500, 1_000, 2_000, 4_000, 8_000)
 OVER_K = (4, 8, 16, 32, 64)
-PROCESSES = (1, 2, 3, 4)
+PROCESSES, SHARED = (1, 2, 3, 4), 64
+"""Processes, and the test samples that they share."""
 SOLVERS = {
     "lissa": {"solver": "lissa", "recursion_depth": 60, "tolerance": None},
     "auto": {"solver": "auto"},
@@ -204,11 +205,11 @@ def tables(arguments):
     processes = PROCESSES[:2] if arguments.quick else PROCESSES
     by_n = {s: lambda n, s=s: (n, K, 1, s) for s in SOLVERS}
     by_k = {s: lambda k, s=s: (N, k, 1, s) for s in SOLVERS}
-    by_processes = {s: lambda p, s=s: (N, K, p, s) for s in SOLVERS}
+    by_processes = {s: lambda p, s=s: (N, SHARED, p, s) for s in SOLVERS}
     parts = [
         ("training samples", over_n, table(f"{K} test samples", "n", over_n, by_n)),
         ("test samples", over_k, table(f"{N:,} training samples", "K", over_k, by_k)),
-        ("processes", processes, table(f"n = {N:,}, K = {K}", "processes", processes, by_processes)),
+        ("processes", processes, table(f"n = {N:,}, K = {SHARED}", "processes", processes, by_processes)),
     ]  # fmt: skip
     draw(arguments.figure, parts)
 
