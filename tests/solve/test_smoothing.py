@@ -342,7 +342,7 @@ def test_how_many_are_taken(monkeypatch):
     found = influence(mlp(), smoothing="auto").problem
     assert found.shifts == 32
     work = found.product_work
-    for value, count in ((32.5, 32), (31.5, 30), (4, 4), (3.9, 0)):
+    for value, count in ((32.5, 32), (31.5, 30), (6, 6), (5.9, 0)):
         monkeypatch.setattr(problem, "SMOOTHING_WORK", value * work)
         assert influence(mlp(), smoothing="auto").problem.shifts == count
     assert influence(mlp(), smoothing=2).problem.shifts == 2
@@ -360,6 +360,17 @@ def test_automatic_shifts_are_those_of_their_number(few_are_enough):
     chosen, named = (influence(model, smoothing=m) for m in ("auto", 32))
     assert torch.equal(chosen.scores(held_out()), named.scores(held_out()))
     assert chosen.report["smoothing"] == named.report["smoothing"]
+
+
+def test_the_fewest_that_are_afforded_tell_whether_they_pay(few_are_enough, monkeypatch):
+    torch.manual_seed(1)
+    model = mlp()
+    work = influence(model, smoothing=0).problem.product_work
+    monkeypatch.setattr(problem, "SMOOTHING_WORK", 6 * work)
+    found = influence(model, smoothing="auto")
+    assert found.problem.shifts == 6
+    assert found.scores(held_out()).isfinite().all()
+    assert found.report["smoothing"].keys() >= {"error", "error_without", "noise"}
 
 
 def test_they_are_left_out_where_they_do_not_help(few_are_enough, monkeypatch):
