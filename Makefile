@@ -41,6 +41,7 @@ figures:
 	python examples/beyond_the_loss.py
 	python examples/leave_one_out.py
 	python examples/damping.py
+	python benchmarks/scaling.py
 
 # The pages of docs/ with a reference of every function, from their docstrings; a warning is an error.
 docs:

@@ -134,7 +134,9 @@ def test_every_picture_is_shown_and_drawn_by_make_figures():
     shown = {Path(target).name for text in TEXTS.values() for target in re.findall(r"!\[[^]]+\]\(([^)]+)", text)}
     assert shown == {path.name for path in (ROOT / "figs").iterdir()}
     recipe = re.search(r"^figures:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M)[1]
-    scripts = [(ROOT / script).read_text(encoding="utf-8") for script in re.findall(r"examples/\S+", recipe)]
+    scripts = [
+        (ROOT / script).read_text(encoding="utf-8") for script in re.findall(r"(?:examples|benchmarks)/\S+", recipe)
+    ]
     drawn = {name for script in scripts for name in shown if name in script}
     assert drawn == shown
 

@@ -55,6 +55,9 @@ def coupled(y, t):
     return (y.sum() - t.sum()) ** 2 + y.square().sum()
 
 
+torch.manual_seed(
+    0
+)  # the models here are as they are made: a class that one of them hardly ever draws has no error bar
 CASES = {
     "default": (nn.Linear(4, 3), (4,), ids(), None, Categorical),
     "object": (nn.Linear(4, 3), (4,), ids(), nn.CrossEntropyLoss(), Categorical),
