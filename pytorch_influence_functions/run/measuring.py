@@ -60,12 +60,12 @@ def measured(
     pilot = pilot_of(sizes[1])
     set_up = pilot.set_up()
     most = pilot.group(tests, indices[: few[1]], K)
-    memory = peak.bytes() + _grown(whole, pilot, few[1], G, K)
-    fewer = pilot.group(tests, indices[: few[0]], K)
     first = 0.0
     if K > G:  # what the first group does for all of them is no other's
         again = pilot.group(tests, indices[: few[1]], K)
         first, most = max(_seconds(most) - _seconds(again), 0.0), again
+    memory = peak.bytes() + _grown(whole, pilot, few[1], G, K)
+    fewer = pilot.group(tests, indices[: few[0]], K)
     reads = _stored(pilot).times(n / pilot.size)
     del pilot
     once = pilot_of(sizes[0]).set_up()
@@ -203,7 +203,9 @@ def _grown(
     n, K = problem.samples.n, all_tests
     numbers = K * n * (2 if chains > 1 else 1)
     read = fits_json(whole.config.json, numbers, item) * numbers * item
-    return scores + vectors + max(dense, 0.0) + OF_RESULT * n + read
+    # the solutions of a group are held until the next ones are there
+    before = together * chains * row if together < K else 0
+    return scores + vectors + before + max(dense, 0.0) + OF_RESULT * n + read
 
 
 def _is_exact(whole: Member) -> bool:
