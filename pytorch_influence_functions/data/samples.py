@@ -93,6 +93,10 @@ class Samples:
             self.device
         )
 
+    def spread(self, most: int) -> list[int]:
+        """Indices of at most so many samples at equal distances."""
+        return sorted({i * self.n // most for i in range(most)})
+
     def both(self, indices: Sequence[int]) -> tuple[Batch, list[Batch]]:
         """Two samples or more, read once: collated together, and each collated alone."""
         whole, each = self._fetch(apart=False).both(indices)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
@@ -48,56 +47,116 @@ def measured(
 ) -> dict[str, float]:
     """Memory, seconds and passes of a run on all samples, from those of two parts."""
     (whole,) = influence._members
-    n, K = whole.samples.n, len(indices)
-    G = max(1, min(whole.group_size, K))
-    sizes = _pilot_sizes(n)
-    few = (max(1, min(G, MOST_TESTS) // 4), min(G, MOST_TESTS))
+    run = _Run.of(whole, tests, indices)
     late = _warm_up(whole, model, loader, tests, indices[:1])
 
     def pilot_of(size: int) -> Pilot:
         return Pilot(whole, model, loader, size)
 
-    pilot = pilot_of(sizes[1])
-    set_up = pilot.set_up()
-    most = pilot.group(tests, indices[: few[1]], K)
-    first = 0.0
-    if K > G:  # what the first group does for all of them is no other's
-        again = pilot.group(tests, indices[: few[1]], K)
-        first, most = max(_seconds(most) - _seconds(again), 0.0), again
-    memory = peak.bytes() + _grown(whole, pilot, few[1], G, K)
-    fewer = pilot.group(tests, indices[: few[0]], K)
-    reads = _stored(pilot).times(n / pilot.size)
-    del pilot
-    once = pilot_of(sizes[0]).set_up()
-    pilot = pilot_of(sizes[0])
-    pair = pilot.set_up().least(once), set_up
-    ready = (
-        _at(pair, sizes, n, 2, 1.0)
-        if _is_quadratic(whole)
-        else _at(pair, sizes, n, 1, FIXED)
-    )
-    less = pilot.group(tests, indices[: few[0]], K)
-    grows = [_growth(*two, sizes, n) for two in zip(less, fewer, strict=True)]
-    groups = [
-        functools.reduce(
-            Measured.plus,
-            (stage.times(by) for stage, by in zip(stages, grows, strict=True)),
-        )
-        for stages in (fewer, most)
-    ]
-    full = _at(groups, few, G)
-    rest = _at(groups, few, K % G) if K % G else NOTHING
+    large = _larger(pilot_of(run.sizes[1]), run, peak)
+    once = pilot_of(run.sizes[0]).set_up()  # of two: it is short
+    small = _smaller(pilot_of(run.sizes[0]), run)
+    pair = small.set_up.least(once), large.set_up
+    power, fixed = (2, 1.0) if _is_quadratic(whole) else (1, FIXED)
+    ready = _at(pair, run.sizes, run.n, power, fixed)
+    reads = large.stored.times(run.n / run.sizes[1])
+    solving = _solving(run, small, large)
     return {
-        "memory": memory / MIB,
+        "memory": large.memory / MIB,
         "loading": late,
-        "set_up": ready.seconds + first + reads.seconds,
-        "solving": (K // G) * full.seconds + rest.seconds,
-        "writing": _writing(whole, K),
-        "passes": (
-            ready.passed + reads.passed + (K // G) * full.passed + rest.passed
-        )
-        / n,
+        "set_up": ready.seconds + large.first + reads.seconds,
+        "solving": solving.seconds,
+        "writing": _writing(whole, run.K),
+        "passes": (ready.passed + reads.passed + solving.passed) / run.n,
     }
+
+
+class _Run(NamedTuple):
+    """The run that is measured for, and the sizes of its pilots."""
+
+    whole: Member
+    tests: Samples
+    indices: Sequence[int]
+    sizes: tuple[int, int]
+    """Training samples of the two pilots."""
+    few: tuple[int, int]
+    """Test samples of their groups."""
+    G: int
+    """Test samples together in the run."""
+
+    @classmethod
+    def of(cls, whole: Member, tests: Samples, indices: Sequence[int]) -> _Run:
+        """Those of a run over these test samples."""
+        G = max(1, min(whole.group_size, len(indices)))
+        most = min(G, MOST_TESTS)
+        sizes = _pilot_sizes(whole.samples.n)
+        return cls(whole, tests, indices, sizes, (max(1, most // 4), most), G)
+
+    @property
+    def n(self) -> int:
+        """Training samples."""
+        return self.whole.samples.n
+
+    @property
+    def K(self) -> int:
+        """Test samples."""
+        return len(self.indices)
+
+    def group(self, pilot: Pilot, count: int) -> list[Measured]:
+        """The stages of a group of so many test samples."""
+        return pilot.group(self.tests, self.indices[:count], self.K)
+
+
+class _Small(NamedTuple):
+    """What the smaller pilot took."""
+
+    set_up: Measured
+    fewer: list[Measured]
+
+
+class _Large(NamedTuple):
+    """What the larger pilot took, and the bytes that the run will hold."""
+
+    set_up: Measured
+    fewer: list[Measured]
+    most: list[Measured]
+    first: float
+    """Seconds of what its first group did for all of them."""
+    stored: Measured
+    memory: float
+
+
+def _smaller(pilot: Pilot, run: _Run) -> _Small:
+    return _Small(pilot.set_up(), run.group(pilot, run.few[0]))
+
+
+def _larger(pilot: Pilot, run: _Run, peak: Peak) -> _Large:
+    set_up = pilot.set_up()
+    most, first = run.group(pilot, run.few[1]), 0.0
+    if run.K > run.G:
+        again = run.group(pilot, run.few[1])
+        first, most = max(_seconds(most) - _seconds(again), 0.0), again
+    memory = peak.bytes() + _grown(run, pilot)
+    fewer = run.group(pilot, run.few[0])
+    return _Large(set_up, fewer, most, first, _stored(pilot), memory)
+
+
+def _solving(run: _Run, small: _Small, large: _Large) -> Measured:
+    """All groups of the run."""
+    pairs = zip(small.fewer, large.fewer, strict=True)
+    grows = [_growth(*pair, run.sizes, run.n) for pair in pairs]
+    groups = [_whole(large.fewer, grows), _whole(large.most, grows)]
+    count, left = divmod(run.K, run.G)
+    rest = _at(groups, run.few, left) if left else NOTHING
+    return _at(groups, run.few, run.G).times(count).plus(rest)
+
+
+def _whole(stages: Sequence[Measured], grows: Sequence[float]) -> Measured:
+    """A group on all training samples."""
+    total = NOTHING
+    for stage, by in zip(stages, grows, strict=True):
+        total = total.plus(stage.times(by))
+    return total
 
 
 def _stored(pilot: Pilot) -> Measured:
@@ -182,13 +241,12 @@ def _writing(whole: Member, tests: int) -> float:
     return tests * (time.perf_counter() - begin)
 
 
-def _grown(
-    whole: Member, pilot: Pilot, tests: int, together: int, all_tests: int
-) -> float:
+def _grown(run: _Run, pilot: Pilot) -> float:
     """Bytes that the run holds and the pilot did not: scores of all, vectors of a whole group, a dense matrix.
 
     And the array of scores, where the result file is written from it.
     """
+    whole, tests, together = run.whole, run.few[1], run.G
     problem, row = whole.problem, whole.problem.row
     item, chains = (
         problem.objective.theta.element_size(),
@@ -200,7 +258,7 @@ def _grown(
     dense = 0.0
     if _is_exact(whole):
         dense = dense_form(problem)[1] - dense_form(pilot.member.problem)[1]
-    n, K = problem.samples.n, all_tests
+    n, K = run.n, run.K
     numbers = K * n * (2 if chains > 1 else 1)
     read = fits_json(whole.config.json, numbers, item) * numbers * item
     # the solutions of a group are held until the next ones are there

@@ -71,7 +71,7 @@ def _img_wise(task: Task, earlier: Earlier) -> Iterator[Group]:
     begin = time.perf_counter()
     influence, team = task.influence, task.team
     for group in shares.solutions(
-        influence, task.tests, task.left, earlier, team, task.set_up
+        influence, task.tests, task.left, earlier, task.set_up
     ):
         scores, chains = shares.scores(influence, group, team)
         seconds = (time.perf_counter() - begin) / len(group.indices)
@@ -147,7 +147,6 @@ def _store_solutions(task: Task, folder: Path, progress: Progress) -> Tensor:
         shares.solutions,
         influence,
         tests,
-        team=task.team,
         set_up=task.set_up,
     )
     return save_solutions(
@@ -166,7 +165,7 @@ def _help_to_store(task: Task) -> None:
     rows, report = team.told((0, nothing))
     earlier = Earlier(len(task.indices), report)
     for _ in shares.solutions(
-        influence, task.tests, task.indices[rows:], earlier, team, task.set_up
+        influence, task.tests, task.indices[rows:], earlier, task.set_up
     ):
         pass
 

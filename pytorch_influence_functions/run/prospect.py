@@ -25,7 +25,7 @@ def curvature_text(problem: Problem) -> str:
     except ValueError:
         return ""
     values = spectrum(problem, outputs)
-    implied = damping_by_evidence(problem, outputs).value
+    implied = damping_by_evidence(problem, outputs, values).value
     named = problem.config.fixed_damping
     dampings = {"the evidence's damping": implied}
     if named is not None:

@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +34,13 @@ class RunSetUp:
     """
 
     def __init__(self, team: Team, files: RunFiles | None) -> None:
-        self._team, self._files = team, files
-        self.size = team.size
-
-    def share(self, items: range) -> Sequence[int]:
-        """This process's part."""
-        return self._team.share(items)
-
-    def joined(self, part: Tensor, dim: int) -> Tensor:
-        """The parts of all processes along a dimension."""
-        return self._team.joined(part, dim)
-
-    def total(self, part: Tensor) -> Tensor:
-        """The sum over all processes."""
-        return self._team.total(part)
-
-    def every(self, value: Any) -> list[Any]:
-        """The values of all processes."""
-        return self._team.every(value)
+        self.team, self._files = team, files
 
     def kept(self, name: str, make: Callable[[], Kept]) -> Kept:
         """What the first process finds in its files, on all of them; else what they make, which it writes there."""
         path = None if self._files is None else self._files.kept(name)
         found = None if path is None else read(path)
-        if self._team.told(found is not None):
+        if self.team.told(found is not None):
             return self._handed(found)
         made = make()
         if path is not None:
@@ -65,21 +48,19 @@ class RunSetUp:
         return made
 
     def _handed(self, found: Kept | None) -> Kept:
-        if self._team.size == 1 and found is not None:
+        if self.team.size == 1 and found is not None:
             return found
         tensors = {} if found is None else found.tensors
         outline = {
             name: (tuple(t.shape), t.dtype) for name, t in tensors.items()
         }
-        facts, known = self._team.told(
-            (found.facts if found else None, outline)
-        )
+        facts, known = self.team.told((found.facts if found else None, outline))
         empty = {
             name: torch.empty((0, *shape[1:]), dtype=dtype)
             for name, (shape, dtype) in known.items()
         }
         whole = {
-            name: self._team.joined(tensors.get(name, part), 0)
+            name: self.team.joined(tensors.get(name, part), 0)
             for name, part in empty.items()
         }
         return Kept(whole, facts)

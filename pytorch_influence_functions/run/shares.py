@@ -10,9 +10,9 @@ from ..data.samples import Samples
 from ..influence import InfluenceFunction
 from ..solve.errors import NegativeCurvatureError
 from ..solve.groups import Earlier, Group, split
-from ..solve.set_up import Helper
 from ..solve.solvers import ONE_CURVATURE
 from .distributed import Team
+from .set_up import RunSetUp
 
 
 def solutions(
@@ -20,14 +20,13 @@ def solutions(
     tests: Samples,
     indices: Sequence[int],
     earlier: Earlier,
-    team: Team,
-    set_up: Helper,
+    set_up: RunSetUp,
 ) -> Iterator[Group]:
     """The solutions of each group of test samples, of which each process solves a part."""
     if indices:
         influence.prepare(set_up)
     for part in split(indices, influence.group_size):
-        group = _solved(influence, tests, part, earlier, team)
+        group = _solved(influence, tests, part, earlier, set_up.team)
         earlier = Earlier(earlier.total, influence.report)
         yield group
 

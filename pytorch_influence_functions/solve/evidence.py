@@ -47,14 +47,17 @@ HALVINGS = 60
 def damping_by_evidence(
     problem: Problem,
     outputs: Outputs,
+    values: Tensor | None = None,
 ) -> Damping:
     r"""\lambda at which the evidence is largest.
 
     Args:
         problem: the model and its training set.
         outputs: of the model; of numbers the noise has to tell the scale of the loss.
+        values: its `spectrum`, where it is known.
     """
-    values = spectrum(problem, outputs)
+    if values is None:
+        values = spectrum(problem, outputs)
     n = problem.samples.n
     size = float(problem.objective.theta.double().square().sum())
     noisy = outputs.kind == "numbers"

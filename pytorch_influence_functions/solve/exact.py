@@ -165,8 +165,8 @@ def _rows_are_cheaper(problem: Problem) -> bool:
     rows, P = dual_rows(problem), problem.objective.P
     if rows is None:
         return False
-    rows *= problem.run_size // problem.samples.n
-    return 2 * rows * P <= FASTER * problem.product_work
+    whole = rows * problem.run_size / problem.samples.n
+    return 2 * whole * P <= FASTER * problem.product_work
 
 
 def _curvature_of_rows(problem: Problem) -> Tensor:

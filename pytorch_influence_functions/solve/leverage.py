@@ -236,5 +236,5 @@ class Leverage:
 def outputs_of(problem: Problem) -> Outputs:
     """What the loss goes by, as some training samples tell; errors as of `Outputs`."""
     samples = problem.samples
-    few = sorted({i * samples.n // TRIED for i in range(TRIED)})
-    return Outputs(problem.objective, samples.take(few))
+    few = samples.take(samples.spread(TRIED))
+    return Outputs(problem.objective, few)

@@ -147,9 +147,7 @@ def sampled_scores(
     problem: Problem, chains: Tensor, most: int = SAMPLED_SCORES
 ) -> Row:
     """g_i . s of at most so many training samples for stacks of solutions [r, K, P] -> [r, K, samples]."""
-    n = problem.samples.n
-    count = min(n, most)
-    indices = [int(i * n / count) for i in range(count)]
+    indices = problem.samples.spread(most)
     vectors = chains.flatten(0, 1)
     parts = []
     for batch in problem.samples.ordered(problem.scoring_batch, indices):

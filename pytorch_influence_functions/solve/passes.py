@@ -21,7 +21,7 @@ from ..model.layer_passes import Inputs, backward, by_parts, forward
 from ..model.layers import Layer
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
-from ..model.usable import TRIED, parameter_places, usable_layers
+from ..model.usable import parameter_places, usable_layers
 from .directions import pseudo_gradients
 from .positions import Positions
 from .problem import Problem
@@ -105,7 +105,7 @@ class Passes:
         self.problem, self.top, objective = problem, top, problem.objective
         # those that were tried already for the scores are all there are
         self.layers = [*objective.paths.layers] or usable_layers(
-            objective, _tried(problem)
+            objective, problem.tried
         )
         self.axes = axes_of(problem, self.layers)
         outside = torch.ones(objective.P, dtype=torch.bool)
@@ -126,12 +126,13 @@ class Passes:
             yield from self._read(look, half=1)  # it is the last time
             return
         kept: list[Seen] | None = []
+        count = self.share().count
         for seen in self._read(look):
             yield seen
             if kept is not None:
                 kept.append(seen)
                 if (
-                    seen.bytes / seen.batch.size * self.share().count
+                    seen.bytes / seen.batch.size * count
                     > self.problem.budget.product / 4
                 ):
                     kept = None
@@ -160,10 +161,13 @@ class Passes:
         )
         return seen._replace(inputs=inputs)
 
-    def share(self, half: int | None = None) -> Share:
-        """The part of the training set, or of a half of it, that this process passes over."""
+    def share(self) -> Share:
+        """The part of the training set that this process passes over."""
+        return self._share_of(self.problem.samples.n)
+
+    def _share_of(self, count: int) -> Share:
         _, block = self._sizes
-        return self.problem.set_up.share(len(self._chosen(half)), block)
+        return self.problem.set_up.share(count, block)
 
     def _chosen(self, which: int | None) -> Sequence[int]:
         """One random half of the samples, where they are many and all that is made of them is in the layers; or all."""
@@ -178,10 +182,9 @@ class Passes:
     def _read(self, look: Look, half: int | None = None) -> Iterator[Seen]:
         size, block = self._sizes
         total: Tensor | float = 0.0
-        chosen, share = self._chosen(half), self.share(half)
-        for batch in self.problem.samples.ordered(
-            size, share.of(chosen), text="EKFAC"
-        ):
+        chosen = self._chosen(half)
+        mine = self._share_of(len(chosen)).of(chosen)
+        for batch in self.problem.samples.ordered(size, mine, text="EKFAC"):
             for seen, sums in self._seen(batch, look):
                 total = total + sums
                 end = seen.batch.indices[-1] + 1
@@ -213,13 +216,6 @@ class Passes:
         while DIAGONAL_BLOCK % size:
             size -= 1
         return size, DIAGONAL_BLOCK
-
-
-def _tried(problem: Problem) -> Batch:
-    """Samples from the whole set that the layers are tried on."""
-    n, row = problem.samples.n, problem.objective.theta.nbytes
-    count = problem.budget.probed(row, TRIED)
-    return problem.samples.take([i * n // count for i in range(count)])
 
 
 def seen_by_layers(

@@ -21,7 +21,7 @@ from ..model.gradients import activation_bytes, per_sample_gradients, reuse
 from ..model.lanczos import extreme_eigenvalues
 from ..model.layers import Layer
 from ..model.objective import Objective
-from ..model.usable import trusted_layers
+from ..model.usable import TRIED, trusted_layers
 from ..utils import random_state, warn
 from .errors import (
     CurvatureWarning,
@@ -43,8 +43,6 @@ HALVED = 100
 SMOOTHING_WORK = 6e10
 """Floating-point operations that their passes over the training set may take in all: some seconds on one core, as the
 products with G may."""
-TRIED = 4
-"""Samples that the rules of the layers are tried on."""
 LEAST_STEPS, ABOVE_LEAST = 30, 1.5
 """Lanczos steps for the least eigenvalue, as many as a solution takes, and the damping over it that is advised: the
 eigenvalue is found from above, and LiSSA's minibatches have lower ones."""
@@ -186,7 +184,7 @@ class Problem:
     def gradients_of_few(self, most: int) -> Tensor:
         """Gradients of at most `most` training samples at equal distances [k, P]: what is decided by them is the same
         for all test samples."""
-        few = self._apart(most)
+        few = self.samples.spread(most)
         batches = self.samples.ordered(self.gradient_batch, few)
         rows = [
             per_sample_gradients(self.objective, batch, self.budget.product)
@@ -194,17 +192,17 @@ class Problem:
         ]
         return torch.cat(rows)
 
-    def _apart(self, most: int) -> list[int]:
-        """At most so many training samples at equal distances."""
-        n = self.samples.n
-        return sorted({i * n // most for i in range(most)})
-
     @functools.cached_property
     def layers(self) -> list[Layer]:
         """Those whose rules give the whole gradient of each sample at any parameters; none where they do not."""
         known = list(self.objective.paths.layers)
-        few = self.samples.take(self._apart(TRIED))
-        return known or trusted_layers(self.objective, few)
+        return known or trusted_layers(self.objective, self.tried)
+
+    @property
+    def tried(self) -> Batch:
+        """Samples from the whole set that the rules of the layers are tried on."""
+        count = self.budget.probed(self.row, TRIED)
+        return self.samples.take(self.samples.spread(count))
 
     # ---- how much at a time
 

@@ -103,8 +103,7 @@ class ScoreErrors:
     @functools.cached_property
     def _gradient_size(self) -> float:
         """Root of the mean squared norm of training samples' gradients."""
-        n = self.problem.samples.n
-        few = sorted({i * n // SAMPLED for i in range(SAMPLED)})
+        few = self.problem.samples.spread(SAMPLED)
         squares = [
             per_sample_gradients(
                 self.problem.objective, batch, self.problem.budget.product

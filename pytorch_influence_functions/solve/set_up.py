@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from torch import Tensor
 
-Rows = TypeVar("Rows", Tensor, Sequence[int])
+Rows = TypeVar("Rows", Tensor, Sequence[int], list[list[int]])
 
 
 class ProcessError(RuntimeError):
@@ -28,10 +28,12 @@ class Kept(NamedTuple):
     """Plain values."""
 
 
-class Helper(Protocol):
-    """The processes of a run, and its files."""
+class Team(Protocol):
+    """The processes of a run."""
 
-    size: int
+    @property
+    def size(self) -> int:
+        """How many there are."""
 
     def share(self, items: range) -> Sequence[int]:
         """This process's part, in the order of the ranks."""
@@ -45,6 +47,14 @@ class Helper(Protocol):
     def every(self, value: Any) -> list[Any]:
         """The values of all processes."""
 
+
+class Helper(Protocol):
+    """The processes of a run, and its files."""
+
+    @property
+    def team(self) -> Team:
+        """The processes."""
+
     def kept(self, name: str, make: Callable[[], Kept]) -> Kept:
         """What an earlier start of the run made, else what is made now, which the next one will find."""
 
@@ -55,7 +65,7 @@ class Share:
     Args:
         count: of the things to be done.
         block: so many of them stay together.
-        helper: who shares them, where there are enough blocks; None: they are all this process's.
+        team: who shares them, where there are enough blocks; None: they are all this process's.
 
     Attributes:
         indices: of this process; None: all.
@@ -63,14 +73,14 @@ class Share:
     """
 
     def __init__(
-        self, count: int, block: int = 1, helper: Helper | None = None
+        self, count: int, block: int = 1, team: Team | None = None
     ) -> None:
         blocks = -(-count // block)
-        self._helper = helper if helper and helper.size <= blocks else None
+        self._team = team if team and 1 < team.size <= blocks else None
         self.indices: Sequence[int] | None = None
         self.count = count
-        if self._helper is not None:
-            mine = self._helper.share(range(blocks))
+        if self._team is not None:
+            mine = self._team.share(range(blocks))
             last = min(count, (mine[-1] + 1) * block)
             self.indices = range(mine[0] * block, last)
             self.count = len(self.indices)
@@ -83,11 +93,11 @@ class Share:
 
     def joined(self, part: Tensor, dim: int = 0) -> Tensor:
         """What all processes found, along a dimension."""
-        return part if self._helper is None else self._helper.joined(part, dim)
+        return part if self._team is None else self._team.joined(part, dim)
 
     def total(self, part: Tensor) -> Tensor:
         """The sum of what all processes found, in the place of the part."""
-        return part if self._helper is None else self._helper.total(part)
+        return part if self._team is None else self._team.total(part)
 
 
 class SetUp:
@@ -107,14 +117,12 @@ class SetUp:
 
     def share(self, count: int, block: int = 1) -> Share:
         """This process's part of `count` things, of which a block stays together; all where they are few."""
-        helper = self._helper
-        return Share(
-            count, block, helper if helper and helper.size > 1 else None
-        )
+        team = self._helper.team if self._helper else None
+        return Share(count, block, team)
 
     def any(self, found: bool) -> bool:
         """Whether one of the processes found it."""
-        return any(self._helper.every(found)) if self._helper else found
+        return any(self._helper.team.every(found)) if self._helper else found
 
     def kept(self, name: str, make: Callable[[], Kept]) -> Kept:
         """What `make` returns, or returned in an earlier start of the run."""

@@ -98,8 +98,7 @@ def _pilot_gradients(
         tests = Samples(
             test_loader, device=device, name="test_loader", progress=progress
         )
-    count = min(PILOTS, tests.n)
-    indices = [i * tests.n // count for i in range(count)]
+    indices = tests.spread(PILOTS)
     return torch.cat(
         [
             per_sample_gradients(problem.objective, tests.sample(i))

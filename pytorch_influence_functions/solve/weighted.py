@@ -84,8 +84,7 @@ def block_gradients(problem: Problem, blocks: list[list[int]]) -> Tensor:
     r"""(1/n) \sum_{i in block} \nabla \ell_i of each block, in one pass -> [blocks, P]."""
     rows = []
     share = problem.set_up.share(len(blocks))
-    for k in share.indices or range(len(blocks)):
-        block = blocks[k]
+    for block in share.of(blocks):
         batches = problem.samples.ordered(problem.scoring_batch, block)
         rows.append(
             torch.stack(
