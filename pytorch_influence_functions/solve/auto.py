@@ -13,6 +13,7 @@ However it is solved, the damping is chosen by one rule (`damping`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable
 
@@ -35,7 +36,7 @@ from .factors import build
 from .lissa import lissa
 from .low_rank import LowRank, Woodbury, low_rank
 from .problem import FASTER_ON_CUDA, Problem
-from .set_up import ProcessError
+from .set_up import Kept, ProcessError
 from .solution import CERTIFIED, Damping, Prepared, Solution
 from .system import System
 
@@ -229,27 +230,24 @@ def _by_low_rank(
     product = heavy_product(problem, basis)
     enough = basis.held(ROWS_WITH_STEP) >= ENOUGH
     few = ROWS_WITH_STEP if enough else None
-    inverses: dict[int | None, Woodbury] = {}
-    lengths: list[float] = []
 
+    @functools.cache
     def inverse(rows: int | None) -> Woodbury:
-        if rows not in inverses:
-            inverses[rows] = basis.inverse(damping.value, rows)
-        return inverses[rows]
+        return basis.inverse(damping.value, rows)
+
+    @functools.cache
+    def step_length() -> float:
+        return _step_length(problem, basis, damping.value, inverse(few))
 
     def damped(v: Tensor) -> Tensor:
         return product(v) + damping.value * v
 
     def solve(v: Tensor, tests: int) -> Solution:
         work = tests * problem.product_work
-        stepping = tests <= STEPPED and work <= WORK
+        stepping = _pays_to_step(problem, tests)
         M = inverse(few if stepping else None)
         s = M(v)
-        length = 0.0
-        if stepping:
-            if not lengths:
-                lengths.append(_step_length(problem, damped, M))
-            length = lengths[0]
+        length = step_length() if stepping else 0.0
         if length:
             s.add_(M(v - damped(s)), alpha=length)
         most = f"{tests} test samples (at most {STEPPED})"
@@ -264,11 +262,13 @@ def _by_low_rank(
         )
 
     def again(v: Tensor) -> Tensor:
-        return inverse(next(iter(inverses), None))(v)
+        return inverse(few if step_length.cache_info().currsize else None)(v)
 
     def self_products() -> Tensor:
         return by_gradients(problem, inverse(None).quadratic)
 
+    if problem.shifts and _pays_to_step(problem, problem.shifts // 2):
+        step_length()  # for the shifts, while the other processes help
     return Prepared(
         system,
         solve,
@@ -278,15 +278,32 @@ def _by_low_rank(
     )
 
 
-def _step_length(
-    problem: Problem, product: Callable[[Tensor], Tensor], M: Woodbury
-) -> float:
-    """How far to go along d = M (v - (G + lambda I) M v): the median of exact line searches, 0 where they fail.
+def _pays_to_step(problem: Problem, tests: int) -> bool:
+    """Whether so many test samples take the step along their residual."""
+    return tests <= STEPPED and tests * problem.product_work <= WORK
 
-    They are those of a few training samples' gradients, so that a test sample's score does not depend on its group.
-    """
+
+def _step_length(
+    problem: Problem, basis: LowRank, damping: float, M: Woodbury
+) -> float:
+    """How far to go along d = M (v - (G + lambda I) M v): the median of exact line searches, 0 where they fail."""
+
+    def make() -> Kept:
+        length = float(_line_searches(problem, basis, damping, M).median())
+        return Kept({}, length if 0 < length < 10 else 0.0)
+
+    length: float = problem.set_up.kept("step_length", make).facts
+    return length
+
+
+def _line_searches(
+    problem: Problem, basis: LowRank, damping: float, M: Woodbury
+) -> Tensor:
+    """Of a few training samples' gradients, so that a test sample's score does not depend on its group."""
+    product = heavy_product(problem, basis, together=True)
     v = problem.gradients_of_few(LINE_SEARCHES)
-    r = v - product(M(v))
+    s = M(v)
+    r = v - product(s) - damping * s
     d = M(r)
-    length = float(((r * d).sum(1) / (d * product(d)).sum(1)).median())
-    return length if 0 < length < 10 else 0.0
+    curved = (d * product(d)).sum(1) + damping * d.square().sum(1)
+    return (r * d).sum(1) / curved

@@ -15,6 +15,7 @@ from .factors import Ekfac
 from .low_rank import LowRank, Woodbury, low_rank
 from .paired import choose_damping, error_curve
 from .problem import Problem
+from .set_up import Share
 from .solution import Damping
 
 ROWS_FOR_DAMPING = 200
@@ -72,16 +73,25 @@ class Shift:
 
 
 def heavy_product(
-    problem: Problem, basis: LowRank
+    problem: Problem, basis: LowRank, together: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    """V -> G V over the training samples that hold nearly all of its trace."""
-    indices = basis.heaviest(SHARE)
+    """V -> G V over the training samples that hold nearly all of its trace.
+
+    Args:
+        problem: the model and its training set.
+        basis: where the trace lies.
+        together: all processes that set up the run ask for the product of the same V, each takes a part of the samples.
+    """
     G = problem.with_gauss_newton().curvature
+    indices = basis.heaviest(SHARE)
+    share = Share(len(indices))
+    if together:
+        share = problem.set_up.share(len(indices))
 
     def product(v: Tensor) -> Tensor:
-        return G.over(problem.samples.ordered(problem.batch, indices), v) * (
-            len(indices) / problem.samples.n
-        )
+        batches = problem.samples.ordered(problem.batch, share.of(indices))
+        part = G.over(batches, v) * (share.count / problem.samples.n)
+        return share.total(part)
 
     return product
 

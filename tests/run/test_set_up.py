@@ -10,7 +10,7 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.run import set_up
-from pytorch_influence_functions.solve import exact, factors, paired, passes, smoothing
+from pytorch_influence_functions.solve import auto, exact, factors, paired, passes, smoothing
 from pytorch_influence_functions.solve.set_up import Kept, Share
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -28,7 +28,7 @@ SOLVERS = {
 }  # fmt: skip
 MADE = [
     (factors, "fit"), (paired, "_chosen"), (exact, "_all_rows"), (exact, "dense_curvature"),
-    (exact, "_curvature_of_rows"), (smoothing.Points, "_made"),
+    (exact, "_curvature_of_rows"), (smoothing.Points, "_made"), (auto, "_line_searches"),
 ]  # fmt: skip
 
 
@@ -133,28 +133,49 @@ def test_every_type_comes_back_as_it_was(tmp_path):
         assert torch.equal(found.tensors[name], tensor)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be copied here")
+def worked(monkeypatch, folder, place, what):
+    """Leave a file for each call of a function, with its floating-point operations."""
+    function = getattr(place, what)
+
+    def counted(*arguments):
+        with FlopCounterMode(display=False) as work:
+            found = function(*arguments)
+        path = folder / f"{len(list(folder.iterdir()))}_{os.getpid()}.txt"
+        path.write_text(str(work.get_total_flops()))
+        return found
+
+    monkeypatch.setattr(place, what, counted)
+
+
+def shared(folder, name):
+    """A run in one process and in two -> both results, and the largest part of the work of the two."""
+    alone = run(folder / "one", name)
+    (path,) = folder.glob("*.txt")
+    both = run(folder / "two", name, num_processes=2)
+    work = [int(other.read_text()) for other in folder.glob("*.txt") if other != path]
+    assert len(work) == 2
+    return alone, both, max(work) / int(path.read_text())
+
+
+needs_copies = pytest.mark.skipif(not hasattr(os, "fork"), reason="processes cannot be copied here")
+
+
+@needs_copies
 @pytest.mark.parametrize("name", SOLVERS)
 def test_processes_share_it(tmp_path, monkeypatch, name):
     """The same numbers as of one process, with about half of its work for each."""
-    prepare = ptif.influence.Member.prepare
-
-    def counted(self, helper):
-        with FlopCounterMode(display=False) as work:
-            prepare(self, helper)
-        path = tmp_path / f"{len(list(tmp_path.iterdir()))}_{os.getpid()}.txt"
-        path.write_text(str(work.get_total_flops()))
-
-    monkeypatch.setattr(ptif.influence.Member, "prepare", counted)
-    expected = run(tmp_path / "one", name)
-    (alone,) = tmp_path.glob("*.txt")
-    found = run(tmp_path / "two", name, num_processes=2)
+    worked(monkeypatch, tmp_path, ptif.influence.Member, "prepare")
+    expected, found, part = shared(tmp_path, name)
     np.testing.assert_allclose(influences(found), influences(expected), rtol=1e-6, atol=1e-12)
     damping = [result.meta["solver"]["damping"] for result in (found, expected)]
     assert damping[0] == pytest.approx(damping[1], rel=1e-6)
-    work = [int(path.read_text()) for path in tmp_path.glob("*.txt") if path != alone]
-    assert len(work) == 2
-    assert max(work) < 0.75 * int(alone.read_text())
+    assert part < 0.7
+
+
+@needs_copies
+def test_processes_share_the_line_searches(tmp_path, monkeypatch):
+    worked(monkeypatch, tmp_path, auto, "_line_searches")
+    assert shared(tmp_path, "low rank")[2] < 0.7
 
 
 def test_few_things_are_everybodys():
