@@ -1,15 +1,17 @@
 """What a run costs over training samples n, test samples K and processes, and what it holds and writes at n = 10^6.
 
 Each run is a copy (fork) of this process with one thread a process; the memory is the peak of the resident set over
-what is held before. Times are of the processor, since others may share the machine: for several processes that of all
-of them over their number, which is the wall time where each has a core to itself. Prints Markdown tables and draws
-`figs/scaling.png`.
+what is held before. Times over n and K are of the processor, since others may share the machine. Those of several
+processes are by the clock, and beside them that of the processors, all together over their number; each is the median
+of rounds in which all numbers of processes take their turn, as is how many times faster than one. Prints Markdown
+tables and draws `figs/scaling.png`.
 """
 
 import argparse
 import multiprocessing
 import os
 import resource
+import statistics
 import tempfile
 import time
 import warnings
@@ -27,8 +29,8 @@ from pytorch_influence_functions.run.pilot import Peak
 N, K = 2_000, 16
 OVER_N = (500, 1_000, 2_000, 4_000, 8_000)
 OVER_K = (4, 8, 16, 32, 64)
-PROCESSES, SHARED = (1, 2, 3, 4), 64
-"""Processes, and the test samples that they share."""
+PROCESSES, SHARED = (1, 2, 3, 4), 128
+"""Processes, and the test samples that they share: of LiSSA a group of 64 for each of two."""
 SOLVERS = {
     "lissa": {"solver": "lissa", "recursion_depth": 60, "tolerance": None},
     "auto": {"solver": "auto"},
@@ -142,6 +144,45 @@ def table(title, name, values, cases):
     return found
 
 
+def by_processes(counts, rounds):
+    """Print what several processes bring -> the seconds by the clock, by solver."""
+    print(
+        f"\nn = {N:,}, K = {SHARED}; median of {rounds} rounds: seconds by the clock (times faster) | "
+        "of a processor (times faster)\n\n| processes | "
+        + " | ".join(f"{solver} | of a processor" for solver in SOLVERS)
+        + " |"
+    )
+    print("|---" * (1 + 2 * len(SOLVERS)) + "|")
+    found = {
+        solver: [
+            [elsewhere(N, SHARED, count, solver) for count in counts]
+            for _ in range(rounds)
+        ]
+        for solver in SOLVERS
+    }
+    for i, count in enumerate(counts):
+        cells = [
+            f"{middle(taken, i, kind):.1f} ({faster(taken, i, kind):.2f})"
+            for taken in found.values()
+            for kind in ("wall", "cpu")
+        ]
+        print(f"| {count} | " + " | ".join(cells) + " |", flush=True)
+    return {
+        solver: [middle(taken, i, "wall") for i in range(len(counts))]
+        for solver, taken in found.items()
+    }
+
+
+def middle(taken, i, kind):
+    """Median over the rounds."""
+    return statistics.median(one[i][kind] for one in taken)
+
+
+def faster(taken, i, kind):
+    """Median over the rounds of how many times faster than one process."""
+    return statistics.median(one[0][kind] / one[i][kind] for one in taken)
+
+
 def draw(path, parts):
     import matplotlib
 
@@ -179,10 +220,24 @@ def main():
     parser.add_argument(
         "--large-only", action="store_true", help="no tables, no figure"
     )
+    parser.add_argument(
+        "--processes-only",
+        action="store_true",
+        help="only what several processes bring; no figure",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=5,
+        help="of the times of several processes, of which the median counts",
+    )
     parser.add_argument("--figure", default="figs/scaling.png")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if not arguments.large_only:
+    if arguments.processes_only:
+        warm_up()
+        by_processes(PROCESSES[:2], arguments.rounds)
+    elif not arguments.large_only:
         tables(arguments)
     for tests in MILLION if arguments.million else ():
         found = elsewhere(1_000_000, tests, 1, "linear")
@@ -200,20 +255,24 @@ def main():
         )
 
 
+def warm_up():
+    """What is imported late is no cost of a run."""
+    for solver in SOLVERS:
+        one(200, 2, 1, solver)
+
+
 def tables(arguments):
     """Print what a run costs over n, K and processes, and draw it."""
-    for solver in SOLVERS:
-        one(200, 2, 1, solver)  # what is imported late is no cost of a run
+    warm_up()
     step = 2 if arguments.quick else 1
     over_n, over_k = OVER_N[::step], OVER_K[::step]
     processes = PROCESSES[:2] if arguments.quick else PROCESSES
     by_n = {s: lambda n, s=s: (n, K, 1, s) for s in SOLVERS}
     by_k = {s: lambda k, s=s: (N, k, 1, s) for s in SOLVERS}
-    by_processes = {s: lambda p, s=s: (N, SHARED, p, s) for s in SOLVERS}
     parts = [
         ("training samples", over_n, table(f"{K} test samples", "n", over_n, by_n)),
         ("test samples", over_k, table(f"{N:,} training samples", "K", over_k, by_k)),
-        ("processes", processes, table(f"n = {N:,}, K = {SHARED}", "processes", processes, by_processes)),
+        ("processes", processes, by_processes(processes, arguments.rounds)),
     ]  # fmt: skip
     draw(arguments.figure, parts)
 

@@ -91,6 +91,10 @@ class InfluenceFunction:
         """How many test samples are solved together."""
         return self._members[0].group_size
 
+    def shared_group_size(self, processes: int) -> int:
+        """How many test samples so many processes solve together."""
+        return self._members[0].shared_group_size(processes)
+
     @property
     def report(self) -> dict[str, Any]:
         """What the last computation did, as plain values: solver, curvature, damping and how they were chosen.

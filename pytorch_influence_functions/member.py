@@ -75,6 +75,10 @@ class Member(Scoring):
         """How many test samples are solved together."""
         return self.solver.group_size
 
+    def shared_group_size(self, processes: int) -> int:
+        """How many test samples so many processes solve together."""
+        return self.solver.shared_group_size(processes)
+
     def go_on(
         self, budget: float, curvature: str, pilot_of: int | None = None
     ) -> None:

@@ -74,7 +74,7 @@ class Collected:
         self,
         entries: dict[str, dict[str, Any]],
     ) -> None:
-        """Keep test samples that an earlier start did, summed in groups as it did."""
+        """Keep test samples that an earlier start did."""
         size = self.influence.group_size
         keys = list(entries)
         for start in range(0, len(keys), size):
@@ -94,8 +94,9 @@ class Collected:
         scores: Tensor,
     ) -> None:
         self.influences |= {key: Entry(one) for key, one in entries.items()}
-        # torch would hold a copy of all scores in double precision
-        self.total += np.add.reduce(scores.numpy(), 0, dtype=np.float64)
+        # one at a time: the sum does not depend on which of them came together
+        for row in scores.numpy():
+            self.total += row
 
     def finish(
         self,

@@ -25,8 +25,9 @@ def solutions(
     """The solutions of each group of test samples, of which each process solves a part."""
     if indices:
         influence.prepare(set_up)
-    for part in split(indices, influence.group_size):
-        group = _solved(influence, tests, part, earlier, set_up.team)
+    team = set_up.team
+    for part in split(indices, influence.shared_group_size(team.size)):
+        group = _solved(influence, tests, part, earlier, team)
         earlier = Earlier(earlier.total, influence.report)
         yield group
 

@@ -27,6 +27,9 @@ from .system import Residual
 logger = logging.getLogger(__name__)
 MANY_TOGETHER = 512
 """Test samples in one group at most, for solvers whose cost hardly grows with them."""
+JOINED = 3
+"""Vectors [P] that are held for each test sample that another process solved, beside the chains: its solution, as a
+part and joined, and a block of what the scores are made from."""
 OWN_SYSTEM = "it is an approximation; config['solver'] = 'cg' with its preconditioner solves the system itself"
 
 
@@ -140,6 +143,12 @@ class Solver:
     def group_size(self) -> int:
         """How many test samples are solved together."""
         return self.problem.group_size(self.row.together, self.row.held)
+
+    def shared_group_size(self, processes: int) -> int:
+        """The same of so many processes: each solves a group of its own, but holds the solutions and scores of all."""
+        together = processes * self.row.together
+        held = self.problem.group_size(together, JOINED)
+        return min(held, processes * self.group_size)
 
     def prepared(self) -> Prepared:
         """The solver, set up now if it is not yet."""

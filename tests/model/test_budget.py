@@ -86,6 +86,22 @@ def test_sizes_in_the_test_above_differ(monkeypatch):
     assert all(few < many for few, many in zip(sizes(), plenty, strict=True))
 
 
+def test_processes_solve_a_group_each_as_long_as_the_solutions_fit(monkeypatch):
+    def sizes():
+        model, loader, _ = case()
+        influence = ptif.InfluenceFunction(model, loader, {"progress": False, "solver": "cg"})
+        alone, *together = (influence.shared_group_size(processes) for processes in (1, 2, 50))
+        assert alone == influence.group_size
+        return alone, *together
+
+    assert sizes() == (64, 128, 3200)
+    monkeypatch.setattr(budget, "free_bytes", lambda _: 0.5 * MIB)
+    alone, two, fifty = sizes()
+    assert 1 < alone < 64
+    assert two == 2 * alone
+    assert two < fifty < 8 * alone  # all hold the solutions of all
+
+
 def test_what_is_free_does_not_decide_the_way():
     free, told = Budget.of(None, torch.device("cpu")), Budget.of(100, torch.device("cpu"))
     assert free.ways == budget.UNTOLD
