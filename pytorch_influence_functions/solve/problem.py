@@ -38,6 +38,8 @@ SHIFTS, FEWEST_SHIFTS = 32, 6
 """Shifts that gradients are averaged over where these may be as many as pay, and how many at least tell if they do.
 Datamodeling score at one lambda with 16, 32, 64 shifts: digits (MLP 64-64-10, three models) 0.803, 0.806, 0.807; a
 two-class table 0.705, 0.710, 0.716; twelve classes of clusters 0.687, 0.690, 0.691."""
+HELD_OF_A_PAIR = 2
+"""Vectors that are held for each pair at the worst moment: as a part, and joined with the others."""
 HALVED = 100
 """Training samples at least: the sum over half of fewer is far from Gaussian, and retraining itself costs little."""
 SMOOTHING_WORK = 6e10
@@ -168,7 +170,7 @@ class Problem:
         """How many shifts the work allows, at most `SHIFTS`; 0 where they are too few to pay or do not fit memory."""
         count = 2 * int(min(SHIFTS, SMOOTHING_WORK / self.product_work) // 2)
         # all of them or none, so that free memory decides of the way and never of how many
-        fit = count // 2 * 8 * self.row <= self.budget.held_ways
+        fit = count // 2 * HELD_OF_A_PAIR * self.row <= self.budget.held_ways
         enough = self.samples.n >= HALVED and count >= FEWEST_SHIFTS and fit
         return count if enough else 0
 

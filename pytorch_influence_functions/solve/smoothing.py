@@ -147,7 +147,7 @@ class Points:
                 share = Share(len(g))
             solved = self._solver(share.of(g), pairs).vectors
             parts.append(share.joined(solved))
-        shifts = SIZE * torch.cat(parts)
+        shifts = torch.cat(parts).mul_(SIZE)
         require_solved(shifts)
         return shifts
 
