@@ -13,12 +13,10 @@ However it is solved, the damping is chosen by one rule (`damping`).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from ..data.reader import UnreadableError
 from ..model.gradients import NonFiniteError
@@ -28,31 +26,24 @@ from .damping_ways import (
     damping_by_ekfac,
     damping_by_low_rank,
     damping_by_steps,
-    heavy_product,
 )
-from .ekfac import by_gradients, solver
+from .ekfac import solver
 from .exact import dense_form, exact
 from .factors import build
 from .lissa import lissa
-from .low_rank import LowRank, Woodbury, low_rank
+from .low_rank import low_rank
 from .problem import FASTER_ON_CUDA, Problem
-from .set_up import Kept, ProcessError
-from .solution import CERTIFIED, Damping, Prepared, Solution
-from .system import System
+from .set_up import ProcessError
+from .solution import Damping, Prepared
+from .stepped import by_low_rank
 
 logger = logging.getLogger(__name__)
 EXACT_WORK, EXACT_SIZE = 1e10, 2000
 """Floating-point operations, and the size of the dense matrix, up to which `exact` costs little: about a second."""
-ROWS, ROWS_WITH_STEP, ENOUGH = 1000, 500, 0.7
-"""Rows of G that are exact, and how many of them where a step follows, which makes up for the others: if the fewer hold
-that share of its trace. Correlation with the exact scores with 500 | 1000 rows and a step: digits, where 500 hold 0.78,
-0.999 | 1.000; tables of twelve and of 26 classes, where they hold 0.41 and 0.37, 0.991 | 0.998 and 0.970 | 0.992."""
+ROWS = 1000
+"""Rows of G that are exact at most; the correlation with the exact scores is in `stepped`."""
 FEWEST_ROWS = 32
 """Where less fit the memory, it is EKFAC alone."""
-STEPPED = 400
-"""Up to this many test samples in all take the step."""
-LINE_SEARCHES = 8
-"""Training samples whose line search decides the length of the step; they agree within a few percent."""
 Way = Callable[[Problem, Damping | None], Prepared | None]
 
 
@@ -125,7 +116,7 @@ def _low_rank(problem: Problem, damping: Damping | None) -> Prepared | None:
     dense = f"a dense matrix of size {size} costs {_dense_work(problem):.1e} operations"
     why = f"{dense} ({EXACT_WORK:.0e} would be little), {len(basis.J)} exact rows of G fit"
     return _because(
-        _by_low_rank(problem, basis, damping), "low rank plus EKFAC", why
+        by_low_rank(problem, basis, damping), "low rank plus EKFAC", why
     )
 
 
@@ -217,93 +208,3 @@ def affordable_rows(problem: Problem) -> int:
     faster = FASTER_ON_CUDA if problem.objective.device.type == "cuda" else 1
     worth = (faster * WORK / problem.objective.P) ** 0.5
     return int(min(ROWS, problem.budget.rows(problem.row), worth))
-
-
-# ---- the low-rank form as a solver
-
-
-def _by_low_rank(
-    problem: Problem, basis: LowRank, damping: Damping
-) -> Prepared:
-    """Solve with the low-rank form, and a step along its residual where there are few test samples."""
-    system = System(problem, damping.value)
-    product = heavy_product(problem, basis)
-    enough = basis.held(ROWS_WITH_STEP) >= ENOUGH
-    few = ROWS_WITH_STEP if enough else None
-
-    @functools.cache
-    def inverse(rows: int | None) -> Woodbury:
-        return basis.inverse(damping.value, rows)
-
-    @functools.cache
-    def step_length() -> float:
-        return _step_length(problem, basis, damping.value, inverse(few))
-
-    def damped(v: Tensor) -> Tensor:
-        return product(v) + damping.value * v
-
-    def solve(v: Tensor, tests: int) -> Solution:
-        work = tests * problem.product_work
-        stepping = _pays_to_step(problem, tests)
-        M = inverse(few if stepping else None)
-        s = M(v)
-        length = step_length() if stepping else 0.0
-        if length:
-            s.add_(M(v - damped(s)), alpha=length)
-        most = f"{tests} test samples (at most {STEPPED})"
-        reason = f"{most}, {work:.1e} operations for a product each (at most {WORK:.0e})"
-        logger.debug(
-            "%d exact rows, a step of %.3g: %s", len(M.J), length, reason
-        )
-        return Solution(
-            s,
-            report={"rows": len(M.J), "step": length, "step_why": reason},
-            certified=None if work <= WORK else CERTIFIED,
-        )
-
-    def again(v: Tensor) -> Tensor:
-        return inverse(few if step_length.cache_info().currsize else None)(v)
-
-    def self_products() -> Tensor:
-        return by_gradients(problem, inverse(None).quadratic)
-
-    if problem.shifts and _pays_to_step(problem, problem.shifts // 2):
-        step_length()  # for the shifts, while the other processes help
-    return Prepared(
-        system,
-        solve,
-        damping.report,
-        self_products=self_products,
-        again=again,
-    )
-
-
-def _pays_to_step(problem: Problem, tests: int) -> bool:
-    """Whether so many test samples take the step along their residual."""
-    return tests <= STEPPED and tests * problem.product_work <= WORK
-
-
-def _step_length(
-    problem: Problem, basis: LowRank, damping: float, M: Woodbury
-) -> float:
-    """How far to go along d = M (v - (G + lambda I) M v): the median of exact line searches, 0 where they fail."""
-
-    def make() -> Kept:
-        length = float(_line_searches(problem, basis, damping, M).median())
-        return Kept({}, length if 0 < length < 10 else 0.0)
-
-    length: float = problem.set_up.kept("step_length", make).facts
-    return length
-
-
-def _line_searches(
-    problem: Problem, basis: LowRank, damping: float, M: Woodbury
-) -> Tensor:
-    """Of a few training samples' gradients, so that a test sample's score does not depend on its group."""
-    product = heavy_product(problem, basis, together=True)
-    v = problem.gradients_of_few(LINE_SEARCHES)
-    s = M(v)
-    r = v - product(s) - damping * s
-    d = M(r)
-    curved = (d * product(d)).sum(1) + damping * d.square().sum(1)
-    return (r * d).sum(1) / curved

@@ -5,7 +5,7 @@ import math
 import pytest
 import pytorch_influence_functions as ptif
 import torch
-from pytorch_influence_functions.solve import auto, damping, search
+from pytorch_influence_functions.solve import auto, damping, search, stepped
 from pytorch_influence_functions.solve.exact import dense_curvature
 from pytorch_influence_functions.solve.factors import build
 from pytorch_influence_functions.solve.low_rank import low_rank
@@ -215,13 +215,13 @@ def test_tiny_problems_are_exact():
 
 def test_few_rows_and_a_step(low_rank_only, monkeypatch, caplog):
     monkeypatch.setattr(auto, "ROWS", 60)
-    monkeypatch.setattr(auto, "ROWS_WITH_STEP", 40)
+    monkeypatch.setattr(stepped, "ROWS", 40)
     pair = network()
     caplog.set_level("INFO")
     influence, loader = influence_of(pair, solver="auto", damping=0.02)
     exact, _ = influence_of(pair, solver="exact", damping=0.02)
     truth = exact.scores(loader)
-    stepped = influence.scores(loader)
+    with_step = influence.scores(loader)
     assert "takes low rank plus EKFAC: a dense matrix of size" in caplog.text
     assert influence.report["rows"] == 40
     assert influence.report["step"] > 0.5
@@ -230,11 +230,11 @@ def test_few_rows_and_a_step(low_rank_only, monkeypatch, caplog):
         s = influence.s_test(loader)
     rest = (v - s @ G - 0.02 * s).norm(dim=1) / v.norm(dim=1)
     assert_close(influence.relative_residual, rest)
-    monkeypatch.setattr(auto, "STEPPED", 59)
+    monkeypatch.setattr(stepped, "STEPPED", 59)
     plain = influence.scores(loader)
     assert influence.report["rows"] == 60
     assert influence.report["step"] == 0
-    errors = [(found - truth).norm() / truth.norm() for found in (stepped, plain)]
+    errors = [(found - truth).norm() / truth.norm() for found in (with_step, plain)]
     assert errors[0] < 0.05
     assert errors[1] < 0.2
 
@@ -355,7 +355,7 @@ def test_a_loss_inside_the_model_is_refused_and_has_a_hessian_where_it_is_asked_
 @pytest.mark.parametrize("solver", ["ekfac", "auto"])
 @pytest.mark.parametrize("name", ["mlp", "cnn_batchnorm_dropout", "per_pixel", "dataclass_batch", "refuses_vmap"])
 def test_self_influence_is_the_diagonal_without_a_certificate(name, solver, low_rank_only, monkeypatch):
-    monkeypatch.setattr(auto, "STEPPED", 0)
+    monkeypatch.setattr(stepped, "STEPPED", 0)
     influence, loader = influence_of(name, solver=solver, damping=0.1)
     monkeypatch.setattr(System, "certificate", None)
     assert_close(influence.self_influence(), influence.scores(loader).diagonal())
@@ -430,7 +430,7 @@ def test_the_residual_costs_no_more_than_the_solution(low_rank_only, monkeypatch
 
     monkeypatch.setattr("pytorch_influence_functions.solve.problem.Problem.product_work", auto.WORK / 10)
     part, few_read = found()
-    monkeypatch.setattr(auto, "CERTIFIED", None)
+    monkeypatch.setattr(stepped, "CERTIFIED", None)
     whole, all_read = found()
     assert few_read <= 256 < 600 <= all_read
     assert whole.max() < 0.1 < part.max()
