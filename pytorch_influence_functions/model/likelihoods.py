@@ -183,7 +183,7 @@ def _product_in_double(
     own = list(y)
     try:
         product = loss_hessian(
-            objective.double(),
+            objective.double_of_outputs(),
             [part.double() for part in y],
             rebuild,
             batch,

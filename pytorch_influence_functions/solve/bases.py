@@ -27,7 +27,7 @@ class Basis(NamedTuple):
     U: Tensor
     """[groups, r, r]"""
     V: Tensor | None = None
-    """The reflectors below the diagonal, as LAPACK keeps them [groups, d, r]."""
+    """The reflectors beyond the diagonal, a row each, as LAPACK keeps them in columns [groups, r, d]."""
     tau: Tensor | None = None
     """[groups, r]"""
 
@@ -37,7 +37,7 @@ class Basis(NamedTuple):
         side = self.V
         if side is None:
             side = self.U
-        return side.shape[-2]
+        return side.shape[-1]
 
     def turned(self, x: Tensor) -> Tensor:
         """x Q of x [..., groups, T, d]."""
@@ -67,7 +67,7 @@ def _reflected(x: Tensor, V: Tensor, tau: Tensor, *, forth: bool) -> Tensor:
     """x H, or x H^T; of columns, since LAPACK's are one after the other."""
     rows = x.movedim(-3, 0)
     columns = rows.flatten(1, -2).mT
-    done = torch.ormqr(V, tau, columns, transpose=forth).mT
+    done = torch.ormqr(V.mT, tau, columns, transpose=forth).mT
     return done.reshape(rows.shape).movedim(0, -3)
 
 
@@ -103,7 +103,7 @@ class Moment:
             rows = torch.cat([x.flatten(0, 1) for x in self._rows])
             return of_rows(share.joined(rows, 0).transpose(0, 1))
         total = share.total(self._summed())
-        return Basis(torch.linalg.eigh(total)[1])
+        return Basis(_eigenvectors(total))
 
     def _summed(self) -> Tensor:
         """The sum [groups, d, d], in the place of the rows."""
@@ -120,5 +120,11 @@ def of_rows(x: Tensor) -> Basis:
     r = x.shape[1]
     V, tau = torch.geqrf(x.mT)
     R = V[:, :r].triu()
-    U = torch.linalg.eigh(R @ R.mT)[1]
-    return Basis(U, V, tau)
+    U = _eigenvectors(R @ R.mT)
+    return Basis(U, V.mT.contiguous(), tau)
+
+
+def _eigenvectors(A: Tensor) -> Tensor:
+    """In the order in memory in which they are kept for another start, which finds the same numbers to the last bit."""
+    vectors: Tensor = torch.linalg.eigh(A)[1]
+    return vectors.contiguous()

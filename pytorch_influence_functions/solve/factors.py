@@ -80,10 +80,15 @@ class Ekfac:
         return (squares / (self.eigenvalues + damping)).sum(1)
 
     def apply(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """f(G) of each row of v [K, P] -> [K, P], f of the eigenvalues."""
-        return self.from_eigenbasis(
-            self.to_eigenbasis(v) * function(self.eigenvalues)
-        )
+        """f(G) of each row of v [K, P] -> [K, P], f of the eigenvalues; one layer after the other, for the memory."""
+        values = function(self.eigenvalues).unsqueeze(0)
+        result = v * values
+        for block in self.blocks:
+            layer = block.layer
+            W = block.to_eigenbasis(gather(layer, v))
+            W = W * gather(layer, values)
+            scatter(layer, block.from_eigenbasis(W), result)
+        return result
 
     @property
     def mean_eigenvalue(self) -> float:
