@@ -125,29 +125,24 @@ def likelihood(
     """
     if objective.refused is not None or objective.direct:
         raise NotImplementedError(objective.refused or PENALTY)
-    product = loss_hessian_in_double(objective, y, rebuild, batch)
-    flat = _joined([part.detach() for part in y])
+    # one sample's numbers do for all of them: R couples none with another
     u = [
-        draws.normal(0, range(len(part)), part[0].numel(), part.device, i)
+        draws.normal(0, [0], part[0].numel(), part.device, i)
+        .view(1, *part.shape[1:])
+        .expand_as(part)
         for i, part in enumerate(y)
     ]
-    Ru = _joined(
-        product(
-            [number.view(part.shape) for number, part in zip(u, y, strict=True)]
-        )
-    )
-    known = _categorical(y, torch.cat(u, 1), Ru) or _independent(
-        product, y, torch.cat(u, 1), Ru
-    )
+    product, Ru = _product_in_double(objective, y, rebuild, batch, u)
+    known = _categorical(y, u, Ru) or _independent(product, y, u, Ru)
     if known is not None:
         return known
-    count = flat.shape[1]
+    count = sum(part[0].numel() for part in y)
     if count > DENSE_OUTPUTS:
         raise NotImplementedError(
             f"config['solver']: the loss couples the {count} outputs of a sample in a way that is not known (it is no "
             f"cross-entropy), and its Hessian is built for up to {DENSE_OUTPUTS}; use config['solver'] = 'cg'"
         )
-    return Dense(_dense(product, y).to(flat))
+    return Dense(_dense(product, y).to(y[0]))
 
 
 def loss_hessian(
@@ -173,77 +168,116 @@ def loss_hessian_in_double(
     objective: Objective, y: Sequence[Tensor], rebuild: Rebuild, batch: Batch
 ) -> Product:
     """`loss_hessian` in double precision, where the loss runs in it: the curvature of well-fitted samples is small."""
+    zeros = [torch.zeros_like(part) for part in y]
+    return _product_in_double(objective, y, rebuild, batch, zeros)[0]
+
+
+def _product_in_double(
+    objective: Objective,
+    y: Sequence[Tensor],
+    rebuild: Rebuild,
+    batch: Batch,
+    u: list[Tensor],
+) -> tuple[Product, list[Tensor]]:
+    """The map u -> R u, and R u of the u that it is tried with."""
     own = list(y)
     try:
         product = loss_hessian(
-            objective.double(), [part.double() for part in y], rebuild, batch
+            objective.double_of_outputs(),
+            [part.double() for part in y],
+            rebuild,
+            batch,
         )
-        product([torch.zeros_like(part, dtype=torch.float64) for part in own])
-        return product
+        return product, product([part.double() for part in u])
     except (
         RuntimeError,
         TypeError,
     ):
         # constants of another precision inside the loss
-        return loss_hessian(objective, own, rebuild, batch)
+        product = loss_hessian(objective, own, rebuild, batch)
+        return product, product(u)
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
 
 
-def _matches(found: Tensor, expected: Tensor) -> bool:
-    """Whether each row is the expected one up to rounding on its own scale; [B, C] each."""
-    slack = (
-        ROUNDING
-        * torch.finfo(expected.dtype).eps
-        * expected.abs().amax(1, keepdim=True)
-    )
-    return bool(
-        (
-            (found - expected).abs() <= slack + torch.finfo(expected.dtype).tiny
-        ).all()
-    )
+def _largest(x: Tensor) -> Tensor:
+    """The largest size of a number of each sample [B, ...] -> [B]."""
+    numbers = x.reshape(len(x), -1)
+    largest: Tensor = torch.linalg.vector_norm(numbers, torch.inf, 1)
+    return largest
+
+
+def _slack(x: Tensor) -> Tensor:
+    """How far a sample's numbers [B, ...] may be off by rounding on its own scale -> [B]."""
+    known = torch.finfo(x.dtype)
+    return ROUNDING * known.eps * _largest(x) + known.tiny
+
+
+def _matches(
+    found: Tensor,
+    expected: Tensor,
+) -> bool:
+    """Whether each sample's numbers are the expected ones up to rounding; [B, ...] each."""
+    off = _largest(found - expected)
+    return bool((off <= _slack(expected)).all())
 
 
 def _categorical(
-    y: Sequence[Tensor], u: Tensor, Ru: Tensor
+    y: Sequence[Tensor],
+    u: Sequence[Tensor],
+    Ru: Sequence[Tensor],
 ) -> Categorical | None:
     """The categorical likelihood of one tensor of outputs that alone has a curvature, or None."""
-    ends = torch.tensor([part[0].numel() for part in y]).cumsum(0).tolist()
-    curved = [
-        k
-        for k, end in enumerate(ends)
-        if bool(Ru[:, end - y[k][0].numel() : end].any())
-    ]
+    curved = [k for k, part in enumerate(Ru) if bool(part.any())]
     if len(curved) != 1:
         return None
     k = curved[0]
-    one, start = y[k], ends[k] - y[k][0].numel()
-    for dim in _class_dimensions(one):
-        places = start + torch.arange(one[0].numel(), device=one.device).view(
-            one.shape[1:]
-        )
-        places = places.movedim(dim - 1, -1).reshape(-1, one.shape[dim])
-        p = (
-            one.detach()
-            .double()
-            .softmax(dim)
-            .movedim(dim, -1)
-            .reshape(len(one), *places.shape)
-        )
-        along, product = u[:, places], Ru[:, places]
-        S = p * (along - (p * along).sum(-1, keepdim=True))
-        c = (product * S).sum(-1) / S.square().sum(-1).clamp_min(
-            torch.finfo(S.dtype).tiny
-        )
-        if bool((c > -1e-6).all()) and _matches(
-            (c.unsqueeze(-1) * S).flatten(1), product.double().flatten(1)
-        ):
-            return Categorical(
-                p.to(one), c.clamp_min(0).to(one), places, ends[-1]
-            )
+    sizes = [part[0].numel() for part in y]
+    start = sum(sizes[:k])
+    outputs = sum(sizes)
+    for dim in _class_dimensions(y[k]):
+        found = _of_classes(dim, y[k].detach(), u[k], Ru[k])
+        if found is None:
+            continue
+        p, c = found
+        places = torch.arange(sizes[k], device=p.device) + start
+        places = places.view_as(y[k][:1])
+        return Categorical(p, c, _classes_last(places, dim)[0], outputs)
     return None
+
+
+def _classes_last(x: Tensor, dim: int) -> Tensor:
+    """[B, ...] with the classes in one dimension -> [B, N, C]."""
+    return x.movedim(dim, -1).reshape(len(x), -1, x.shape[dim])
+
+
+def _of_classes(
+    dim: int,
+    y: Tensor,
+    u: Tensor,
+    Ru: Tensor,
+) -> tuple[Tensor, Tensor] | None:
+    """Probabilities [B, N, C] and weights [B, N], if the products are those of classes in this dimension."""
+    # those of a position sum to zero: where they do not, no more is looked at
+    off = _largest(Ru.sum(dim))
+    if bool((off > y.shape[dim] * _slack(Ru)).any()):
+        return None
+    u = _classes_last(u, dim)
+    Ru = _classes_last(Ru, dim).double()
+    p = _classes_last(y, dim).double().softmax(-1)
+    mean = (p * u).sum(-1, keepdim=True)
+    S = (u - mean).mul_(p)
+    squares = S.square().sum(-1)
+    squares.clamp_min_(torch.finfo(S.dtype).tiny)
+    c = (Ru * S).sum(-1) / squares
+    if bool((c <= -1e-6).any()):
+        return None
+    S.mul_(c.unsqueeze(-1))
+    if not _matches(S, Ru):
+        return None
+    return p.to(y), c.clamp_min(0).to(y)
 
 
 def _class_dimensions(y: Tensor) -> list[int]:
@@ -260,13 +294,21 @@ def _class_dimensions(y: Tensor) -> list[int]:
 
 
 def _independent(
-    product: Product, y: Sequence[Tensor], u: Tensor, Ru: Tensor
+    product: Product,
+    y: Sequence[Tensor],
+    u: Sequence[Tensor],
+    Ru: Sequence[Tensor],
 ) -> Independent | None:
     d = _joined(product([torch.ones_like(part) for part in y]))
-    return Independent(d.to(y[0])) if _matches(d * u.to(d), Ru) else None
+    if not _matches(d * _joined(u).to(d), _joined(Ru)):
+        return None
+    return Independent(d.to(y[0]))
 
 
-def _dense(product: Product, y: Sequence[Tensor]) -> Tensor:
+def _dense(
+    product: Product,
+    y: Sequence[Tensor],
+) -> Tensor:
     """R of each sample from a product with each unit vector -> [B, C, C]."""
     sizes = [part[0].numel() for part in y]
     columns = []

@@ -6,6 +6,7 @@ this object alone: nothing else in the package knows what a batch looks like.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -188,6 +189,15 @@ class Objective(Parametrised):
         return [*leaves, theta], lambda parts: Direct(
             rebuild(parts[:-1]), parts[-1]
         )
+
+    def double_of_outputs(self) -> Objective:
+        """The same losses of outputs in double precision, without a copy of parameters that they do not depend on."""
+        if self.model_loss is not None:
+            return self.double()
+        twin = copy.copy(self)
+        twin.cast = torch.float64
+        twin.dtype = torch.float64
+        return twin
 
     def output_losses(self, outputs: Any, batch: Batch) -> Tensor:
         """Loss of each sample of a batch from the model's outputs -> [B]."""

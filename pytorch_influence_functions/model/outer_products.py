@@ -17,15 +17,6 @@ def second_moment(x: Tensor) -> Tensor:
     return flat.mT @ flat
 
 
-def rotated(x: Tensor, Q: Tensor | None) -> Tensor:
-    """[..., T, groups, d] in the basis Q [groups, d, d] -> [..., groups, T, d]; None is the basis of the axes."""
-    x = x.transpose(-2, -3)
-    if Q is None:
-        return x
-    # one matrix times all rows is one product, not one a sample
-    return x @ (Q[0] if len(Q) == 1 else Q)
-
-
 def outer_products(g: Tensor, a: Tensor, classes: int | None = None) -> Tensor:
     """Of each sample; g [B, groups, T, out], a [B, groups, T, in] -> [B, groups, out, in].
 

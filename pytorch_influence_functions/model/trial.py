@@ -96,7 +96,9 @@ class Trial:
         double = self.objective.double()
         try:
             losses = [double.losses(double.theta, one) for one in self.alone]
-            truth = [gradient(double, one) for one in self.alone]
+            truth = double.theta.new_empty(self.truth.shape)
+            for i, one in enumerate(self.alone):
+                truth[i] = gradient(double, one)
             double.rounded = precision_of_loss(double, self.alone[0])
         except torch.OutOfMemoryError:
             raise
@@ -110,7 +112,7 @@ class Trial:
             self.batch,
             self.alone,
             torch.cat(losses).detach(),
-            torch.stack(truth),
+            truth,
             self.large,
         )
 

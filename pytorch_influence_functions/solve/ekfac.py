@@ -18,7 +18,8 @@ from ..model.outer_products import (
     is_one_hot,
     one_hot_weighted_squares,
 )
-from .factors import Ekfac, build, few
+from .blocks import few
+from .factors import Ekfac, build
 from .paired import choose_damping
 from .passes import batch_size
 from .problem import Problem

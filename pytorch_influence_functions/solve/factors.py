@@ -11,75 +11,17 @@ input that is one: their block is exact. Parameters outside such layers have a d
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..model.budget import cached_block, outer_block
-from ..model.layers import Layer, gather, scatter
+from ..model.layers import gather, scatter
 from ..model.objective import Objective
-from ..model.outer_products import (
-    one_hot_squares,
-    outer_products,
-    rotated,
-    second_moment,
-)
+from .bases import Basis, Moment
+from .blocks import Block
 from .passes import Passes, Seen, output_rows
 from .problem import Problem
 from .set_up import Kept, Share
-
-
-class Block(NamedTuple):
-    """Eigenvectors of the two factors of a layer's groups; None are the axes."""
-
-    layer: Layer
-    Q_in: Tensor | None
-    """[groups, in, in]"""
-    Q_out: Tensor | None
-    """[groups, out, out]"""
-
-    def rotated(self, g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """What the layer sees, in the eigenbasis: [..., T, groups, out], [B, T, groups, in] -> [..., groups, T, .]."""
-        return rotated(g, self.Q_out), rotated(a, self.Q_in)
-
-    def to_eigenbasis(self, W: Tensor) -> Tensor:
-        """[K, groups, out, in] -> the same shape."""
-        W = W if self.Q_out is None else self.Q_out.mT @ W
-        return W if self.Q_in is None else W @ self.Q_in
-
-    def from_eigenbasis(self, W: Tensor) -> Tensor:
-        """The inverse of `to_eigenbasis`."""
-        W = W if self.Q_out is None else self.Q_out @ W
-        return W if self.Q_in is None else W @ self.Q_in.mT
-
-    def squares(self, g: Tensor, a: Tensor, max_bytes: float) -> Tensor:
-        """Sum over draws and samples of the squared gradients in the eigenbasis; g and a as they are seen.
-
-        What the layer sees is turned into the eigenbasis, or the gradients are: for many positions of a small layer
-        there are fewer of these.
-        """
-        if self._turns_first(g, a, len(g)):
-            left, right = self.rotated(g, a)
-            return _squares(left, right, self.layer.classes, max_bytes)
-        left, right = rotated(g, None), rotated(a, None)
-        return _squares(left, right, None, max_bytes, self.to_eigenbasis)
-
-    def products(self, g: Tensor, a: Tensor) -> Tensor:
-        """Gradients of samples in the eigenbasis; [R, T, groups, out], [R, T, groups, in] -> [R, groups, out, in]."""
-        if self._turns_first(g, a, 1):
-            left, right = self.rotated(g, a)
-            return outer_products(left, right, self.layer.classes)
-        left, right = rotated(g, None), rotated(a, None)
-        return self.to_eigenbasis(outer_products(left, right))
-
-    def _turns_first(self, g: Tensor, a: Tensor, draws: int) -> bool:
-        """Whether it is less work to turn what the layer sees than the gradients, of so many draws."""
-        if self.layer.classes is not None:
-            return True
-        T, outputs, inputs = g.shape[-3], g.shape[-1], a.shape[-1]
-        seen = T * (inputs**2 + draws * outputs**2)
-        return seen <= draws * outputs * inputs * (outputs + inputs)
 
 
 class Ekfac:
@@ -138,10 +80,15 @@ class Ekfac:
         return (squares / (self.eigenvalues + damping)).sum(1)
 
     def apply(self, v: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-        """f(G) of each row of v [K, P] -> [K, P], f of the eigenvalues."""
-        return self.from_eigenbasis(
-            self.to_eigenbasis(v) * function(self.eigenvalues)
-        )
+        """f(G) of each row of v [K, P] -> [K, P], f of the eigenvalues; one layer after the other, for the memory."""
+        values = function(self.eigenvalues).unsqueeze(0)
+        result = v * values
+        for block in self.blocks:
+            layer = block.layer
+            W = block.to_eigenbasis(gather(layer, v))
+            W = W * gather(layer, values)
+            scatter(layer, block.from_eigenbasis(W), result)
+        return result
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -161,7 +108,11 @@ def tensors_of(factors: Ekfac) -> dict[str, Tensor]:
     result = {"eigenvalues": factors.eigenvalues}
     for i, block in enumerate(factors.blocks):
         pair = {f"Q_in_{i}": block.Q_in, f"Q_out_{i}": block.Q_out}
-        result |= {name: Q for name, Q in pair.items() if Q is not None}
+        for name, Q in pair.items():
+            parts = {} if Q is None else Q._asdict()
+            for key, part in parts.items():
+                if part is not None:
+                    result[f"{name}_{key}"] = part
     return result
 
 
@@ -169,8 +120,15 @@ def of_tensors(passes: Passes, tensors: dict[str, Tensor]) -> Ekfac:
     """The inverse of `tensors_of`."""
     device = passes.problem.objective.device
     here = {name: tensor.to(device) for name, tensor in tensors.items()}
+
+    def basis(name: str) -> Basis | None:
+        U, V, tau = (here.get(f"{name}_{key}") for key in Basis._fields)
+        if U is None:
+            return None
+        return Basis(U, V, tau)
+
     blocks = [
-        Block(layer, here.get(f"Q_in_{i}"), here.get(f"Q_out_{i}"))
+        Block(layer, basis(f"Q_in_{i}"), basis(f"Q_out_{i}"))
         for i, layer in enumerate(passes.layers)
     ]
     return Ekfac(blocks, here["eigenvalues"], passes.outside)
@@ -190,8 +148,8 @@ class Moments:
 
     def __init__(self, passes: Passes, keep: Tensor | None = None) -> None:
         self.passes, self.keep = passes, keep
-        self.A: dict[int, Tensor] = {}
-        self.S: dict[int, Tensor] = {}
+        self.A: dict[int, Moment] = {}
+        self.S: dict[int, Moment] = {}
         self.outside = passes.problem.objective.theta.new_zeros(
             len(passes.outside)
         )
@@ -203,9 +161,9 @@ class Moments:
         pairs = zip(seen.inputs, _kept(seen, self.keep), strict=True)
         for i, (x, g) in enumerate(pairs):
             if (i, "in") not in axes:
-                _add(self.A, i, second_moment(x))
+                self.A.setdefault(i, Moment()).add(x)
             if (i, "out") not in axes:
-                _add(self.S, i, second_moment(g.flatten(0, 1)))
+                self.S.setdefault(i, Moment()).add(g.flatten(0, 1))
 
     def factors(self) -> Ekfac:
         """The eigenvectors, each factor let go once they are there; eigenvalues outside the layers only."""
@@ -214,8 +172,8 @@ class Moments:
         blocks = [
             Block(
                 layer,
-                _eigenvectors(self.A, i, n, share),
-                _eigenvectors(self.S, i, n, share),
+                _eigenvectors(self.A, i, share),
+                _eigenvectors(self.S, i, share),
             )
             for i, layer in enumerate(self.passes.layers)
         ]
@@ -278,44 +236,10 @@ def _kept(seen: Seen, keep: Tensor | None) -> list[Tensor]:
 
 
 def _eigenvectors(
-    sums: dict[int, Tensor], i: int, n: int, share: Share
-) -> Tensor | None:
-    """Those of the i-th sum over n samples, which is let go; None where the axes stand for them."""
-    if i not in sums:
-        return None
-    vectors: Tensor = torch.linalg.eigh(share.total(sums.pop(i)).div_(n))[1]
-    return vectors
-
-
-def _squares(
-    g: Tensor,
-    a: Tensor,
-    classes: int | None,
-    max_bytes: float,
-    turn: Callable[[Tensor], Tensor] = lambda W: W,
-) -> Tensor:
-    """Sum over draws and samples of (turn(sum_t g_t a_t^T))^2; g [D, B, groups, T, out], a [B, groups, T, in]."""
-    if classes is not None:
-        return one_hot_squares(g, a, classes)
-    if g.shape[3] == 1:
-        return g[:, :, :, 0].square().sum(0).permute(1, 2, 0) @ a[
-            :, :, 0
-        ].square().transpose(0, 1)
-    size = few(g[0], a, max_bytes)
-    total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
-    size = min(size, cached_block(total.nbytes, a.device.type, len(a)))
-    for draw in g:
-        for x, y in zip(draw.split(size), a.split(size), strict=True):
-            for W in turn(x.mT @ y):
-                total.addcmul_(W, W)  # nothing is written but the sum
-    return total
-
-
-def few(g: Tensor, a: Tensor, max_bytes: float) -> int:
-    """How many samples' gradients of a layer to hold at once; g [B, groups, T, out], a [B, groups, T, in]."""
-    return outer_block(
-        g.shape[1] * g.shape[3] * a.shape[3] * a.element_size(), max_bytes
-    )
+    moments: dict[int, Moment], i: int, share: Share
+) -> Basis | None:
+    """Those of the i-th moment, which is let go; None where the axes stand for them."""
+    return moments.pop(i).basis(share) if i in moments else None
 
 
 def eigenbasis_rows(

@@ -143,7 +143,7 @@ def test_factors_that_do_not_fit_become_diagonals(caplog, monkeypatch):
     assert "the factor of 2 (in, 121, 0 MiB) is too large" in caplog.text
     assert "the factor of 0" not in caplog.text
     first, second = factors.blocks
-    sizes = [Q if Q is None else Q.shape[-1] for block in (first, second) for Q in (block.Q_in, block.Q_out)]
+    sizes = [Q if Q is None else Q.size for block in (first, second) for Q in (block.Q_in, block.Q_out)]
     assert sizes == [7, 120, None, 3]
     # on these axes its numbers are the second moments of the gradients, which the whole ones diagonalise better
     whole, _ = factors_of(8)

@@ -4,6 +4,7 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.data.samples import Samples
+from pytorch_influence_functions.model import usable
 from pytorch_influence_functions.model.layer_passes import Inputs, backward, forward
 from pytorch_influence_functions.model.layers import LAYOUTS, gather, scatter
 from pytorch_influence_functions.model.objective import Objective
@@ -119,6 +120,33 @@ def test_layers_that_are_not_true_are_left_out_alone(caplog):
     assert [r.getMessage() for r in caplog.records if "left out" in r.getMessage()] == [
         "EKFAC: tied is left out, its gradient is no sum of outer products by sample"
     ]
+
+
+class InCompany(nn.Module):
+    """Of several samples more by a part, in one precision: as where a ReLU's input near zero has another sign there."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.out = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        more = 1e-3 if len(x) > 1 and x.dtype == torch.float32 else 0
+        return self.out(torch.tanh(self.first(x)) * (1 + more))
+
+
+@pytest.mark.parametrize("decides", [True, False])
+def test_double_precision_decides_how_layers_are_seen(decides, monkeypatch):
+    """Of a model in single precision: where it may not, samples go through the layers one at a time."""
+    torch.manual_seed(0)
+    x, t = torch.randn(N, 4).float(), torch.arange(N) % 3
+    loader = DataLoader(TensorDataset(x, t), batch_size=N)
+    objective, samples = Objective(InCompany().float()), Samples(loader, progress=False)
+    probe(objective, samples)
+    if not decides:
+        monkeypatch.setattr(usable, "IN_DOUBLE", {})
+    with objective.active():
+        layers = usable_layers(objective, samples.take([0, 3]))
+    assert [(layer.name, layer.alone) for layer in layers] == [("first", not decides), ("out", not decides)]
 
 
 def test_gather_and_scatter_are_inverse():
