@@ -179,7 +179,7 @@ def test_label_issues(kind):
 def test_labels_that_are_changed(kind):
     """The mean gradient of the samples that are no issue along the shift where one sample has its predicted label."""
     pytest.importorskip("pandas")
-    models, loader, options, dense = members(kind)
+    models, loader, options, _ = members(kind)
     table = ptif.label_issues(models, loader, **options, **OPTIONS)
     issue = table["is_label_issue"].to_numpy()
     right = np.flatnonzero(~issue | issue.all())
