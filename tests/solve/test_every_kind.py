@@ -49,12 +49,16 @@ class Dense:
         J, r, *_ = self.rows[i]
         return J.T @ r
 
-    def shift(self, change):
-        """The joint shift where samples i get weights and labels, change = {i: (w, label)}: a zero of its gradient."""
+    def shift(self, change, among=None):
+        """The joint shift where samples i get weights and labels, change = {i: (w, label)}: a zero of its gradient.
+
+        Among the combinations of the columns of `among` [P, m], where they are given.
+        """
         A = self.A.clone()
         for i in change:
             J, _, R, _ = self.rows[i]
             A -= J.T @ R @ J / N
+        D = torch.eye(len(A)) if among is None else among
         delta = torch.zeros(len(A))
         for _ in range(30):
             F, H = A @ delta, A.clone()
@@ -63,9 +67,15 @@ class Dense:
                 loss, there = self.loss(i, label), y + J @ delta
                 F += J.T @ (w * torch.func.grad(loss)(there) - r) / N
                 H += w * J.T @ hessian(loss)(there) @ J / N
-            delta = delta - torch.linalg.solve(H, F)
-        assert float(F.norm()) < 1e-10
+            delta = delta - D @ torch.linalg.solve(D.T @ H @ D, D.T @ F)
+        assert float((D.T @ F).norm()) < 1e-10
         return delta.detach()
+
+    def relabelled(self, i, label):
+        """The shift along the solutions for the sample's gradient by each of its labels."""
+        J, r, _, y = self.rows[i]
+        both = torch.stack([r, torch.func.grad(self.loss(i, label))(y)], 1)
+        return self.shift({i: (1.0, label)}, self.inverse @ J.T @ both.detach())
 
     def changed(self, change):
         delta = self.shift(change)
@@ -163,6 +173,28 @@ def test_label_issues(kind):
 
     expected = torch.stack([dropped(one, rows) for one, rows in zip(dense, each, strict=True)]).mean(0)
     assert_close(torch.from_numpy(table["change_if_dropped"].to_numpy()), expected.detach(), rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_that_are_changed(kind):
+    """The mean gradient of the samples that are no issue along the shift where one sample has its predicted label."""
+    pytest.importorskip("pandas")
+    models, loader, options, _ = members(kind)
+    table = ptif.label_issues(models, loader, **options, **OPTIONS)
+    issue = table["is_label_issue"].to_numpy()
+    right = np.flatnonzero(~issue | issue.all())
+    pairs = zip(table["given_label"], table["predicted_label"], strict=True)
+    others = {i: new for i, (old, new) in enumerate(pairs) if new != old}
+    assert len(others) > 1
+
+    def changed(one):
+        g = torch.stack([one.g(i) for i in right]).mean(0)
+        shifts = [one.relabelled(i, others[i]) if i in others else torch.zeros_like(g) for i in range(N)]
+        return torch.stack(shifts) @ g
+
+    expected = mean(kind, changed).detach()
+    assert expected.abs().max() > 1e-4
+    assert_close(torch.from_numpy(table["change_if_relabelled"].to_numpy()), expected, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS)
