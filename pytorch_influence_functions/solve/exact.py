@@ -47,14 +47,18 @@ def exact(problem: Problem, damping: Damping) -> Prepared:
             "'cg' or 'ekfac', fewer config['parameters'], or a larger config['max_memory']"
         )
     dual = size < P and damping.value > 0
-    inverse = (
+    inverse, rest_of = (
         _dual(problem, damping.value)
         if dual
         else _primal(problem, damping.value)
     )
 
+    def direct(v: Tensor) -> Tensor:
+        return inverse(v.double()).to(v)
+
     def solve(v: Tensor, tests: int) -> Solution:
-        s, rest = inverse(v.double())
+        s = inverse(v.double())
+        rest = rest_of(v.double(), s)
         residual = Residual.exact(rest, v.double())
         single = Residual(
             *(part.to(v) for part in (residual.relative, residual.stderr, rest))
@@ -70,7 +74,8 @@ def exact(problem: Problem, damping: Damping) -> Prepared:
         System(problem, damping.value),
         solve,
         {**damping.report, **form},
-        again=lambda v: inverse(v.double())[0].to(v),
+        again=direct,
+        direct=direct,
     )
 
 
@@ -85,8 +90,8 @@ def dense_form(problem: Problem) -> tuple[int, float]:
     return rows, double * (2 * rows**2 + rows * P)
 
 
-Inverse = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""v [K, P] -> s and the residual v - (H + lambda I) s, both [K, P], in double precision."""
+Inverse = tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+"""v [K, P] -> s, and v, s -> the residual v - (H + lambda I) s, all [K, P], in double precision."""
 
 
 def _primal(problem: Problem, damping: float) -> Inverse:
@@ -97,18 +102,18 @@ def _primal(problem: Problem, damping: float) -> Inverse:
     H = kept.tensors["H"].to(problem.objective.device).double()
     H = (H + H.T) / 2
     damped = H + damping * torch.eye(len(H), dtype=H.dtype, device=H.device)
+
+    def rest(v: Tensor, s: Tensor) -> Tensor:
+        return v - s @ damped
+
     L, failed = torch.linalg.cholesky_ex(damped)
     if int(failed) == 0:
         _require_regular(L.diagonal().square(), damped, damping)
-        return lambda v: _with_residual(
-            torch.cholesky_solve(v.T, L).T, v, damped
-        )
+        return lambda v: torch.cholesky_solve(v.T, L).T, rest
     # an indefinite Hessian
     LU, pivots, _ = torch.linalg.lu_factor_ex(damped)
     _require_regular(LU.diagonal().abs(), damped, damping)
-    return lambda v: _with_residual(
-        torch.linalg.lu_solve(LU, pivots, v.T).T, v, damped
-    )
+    return lambda v: torch.linalg.lu_solve(LU, pivots, v.T).T, rest
 
 
 def _dense(problem: Problem, damping: float) -> Tensor:
@@ -135,12 +140,6 @@ def _require_regular(pivots: Tensor, damped: Tensor, damping: float) -> None:
         )
 
 
-def _with_residual(
-    s: Tensor, v: Tensor, damped: Tensor
-) -> tuple[Tensor, Tensor]:
-    return s, v - s @ damped
-
-
 def _dual(problem: Problem, damping: float) -> Inverse:
     def make() -> Kept:
         A, signs = _all_rows(problem)
@@ -152,12 +151,14 @@ def _dual(problem: Problem, damping: float) -> Inverse:
     )
     solve = _factor(A @ A.T, damping * signs)
 
-    def inverse(v: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(v: Tensor) -> Tensor:
         inside = solve(A @ v.T).T
-        s = (v - inside @ A) / damping
-        return s, v - ((s @ A.T) * signs) @ A - damping * s
+        return (v - inside @ A) / damping
 
-    return inverse
+    def rest(v: Tensor, s: Tensor) -> Tensor:
+        return v - ((s @ A.T) * signs) @ A - damping * s
+
+    return inverse, rest
 
 
 def _rows_are_cheaper(problem: Problem) -> bool:

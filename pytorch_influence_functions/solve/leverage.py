@@ -215,8 +215,12 @@ class Leverage:
         tests: int,
     ) -> Tensor:
         """A^{-1} of each row [m, P] -> [m, P]; `tests` of them in all."""
+        direct = self.solver.prepared().direct
         parts = []
         for part in split(range(len(rows)), self.solver.group_size):
+            if direct is not None:
+                parts.append(direct(rows[part]))
+                continue
             solution = self.solver(rows[part], tests)
             if solution.residual is None:
                 self.largest = LARGEST_FOUND

@@ -56,6 +56,7 @@ class Prepared:
             cheaper way than to solve for each.
         again: what a residual [K, P] is solved with to find what solutions are off by; None: `solve` is an iteration,
             which would leave out the same directions again.
+        direct: the solution for a stack without its residual, where it is none but rounding.
     """
 
     system: System
@@ -63,6 +64,7 @@ class Prepared:
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     self_products: Callable[[], Tensor] | None = None
     again: Callable[[Tensor], Tensor] | None = None
+    direct: Callable[[Tensor], Tensor] | None = None
 
     def residual(self, v: Tensor, solution: Solution) -> Residual:
         """The residual of a solution for v [K, P]; measured here where the solver did not."""

@@ -6,6 +6,7 @@ import pytest
 import pytorch_influence_functions as ptif
 import torch
 from pytorch_influence_functions.solve import ekfac, passes
+from pytorch_influence_functions.solve.solvers import prepare
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -101,6 +102,22 @@ def test_every_solver_is_the_dense_solve(name, way, curvature):
     assert_close(found, expected, rtol=1e-6, atol=1e-7 * float(expected.abs().max()))
     influence.scores(tests)
     assert influence.relative_residual.max() < 1e-7
+
+
+@pytest.mark.parametrize("curvature", ["ggn", "hessian"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_solution_without_its_residual(name, curvature):
+    """With factors in parameters and in outputs, and of an indefinite Hessian."""
+    problem = influence_of(name, curvature=curvature, damping=1e-3, solver="exact").problem
+    v = gradients(name, 3)
+    with problem.guard():
+        prepared = prepare(problem)
+        found = prepared.direct(v)
+        solution = prepared.solve(v, 3)
+    H = dense(name, curvature) + 1e-3 * torch.eye(v.shape[1])
+    expected = torch.linalg.solve(H, v.T).T
+    assert_close(found, expected, rtol=1e-6, atol=1e-7 * float(expected.abs().max()))
+    assert_close(found, solution.vectors)
 
 
 @pytest.mark.parametrize("damping", [0.02, 5.0, 500.0])
