@@ -28,19 +28,27 @@ def rank_correlations(x: Floats, y: Floats) -> tuple[float, Floats]:
     With X_{ij} = sign(x_i - x_j), the row sums of X are twice the centred average ranks, and those of the rest without
     pair j are the row sums less column j.
     """
-    X, Y = np.sign(x[:, None] - x), np.sign(y[:, None] - y)
-    p, q = X.sum(1), Y.sum(1)
-    rest = ~np.eye(len(x), dtype=bool)
-    without = _cosine(((p[:, None] - X) * rest).T, ((q[:, None] - Y) * rest).T)
-    return float(_cosine(p, q)), without
+    p, ranks_without = _centred_ranks(x)
+    q, others_without = _centred_ranks(y)
+    return float(_cosine(p, q)), _cosine(ranks_without, others_without)
+
+
+def _centred_ranks(x: Floats) -> tuple[Floats, Floats]:
+    """Twice the centred average ranks of x [m], and a row of those without each of the m numbers in turn [m, m]."""
+    signs = np.sign(x[:, None] - x)
+    ranks = signs.sum(1)
+    without = ranks[:, None] - signs
+    np.fill_diagonal(without, 0)
+    return ranks, without.T
 
 
 def _cosine(a: Floats, b: Floats) -> Any:
     """Cosine along the last axis; 0 where a vector is 0."""
-    scale = np.sqrt((a * a).sum(-1) * (b * b).sum(-1))
-    return np.where(
-        scale > 0, (a * b).sum(-1) / np.where(scale > 0, scale, 1), 0.0
-    )
+    product = (a * b).sum(-1)
+    squares = (a * a).sum(-1) * (b * b).sum(-1)
+    scale = np.sqrt(squares)
+    known = scale > 0
+    return np.where(known, product / np.where(known, scale, 1), 0.0)
 
 
 def array_of(values: Any) -> Floats:

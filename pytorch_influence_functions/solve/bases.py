@@ -34,10 +34,7 @@ class Basis(NamedTuple):
     @property
     def size(self) -> int:
         """d"""
-        side = self.V
-        if side is None:
-            side = self.U
-        return side.shape[-1]
+        return (self.U if self.V is None else self.V).shape[-1]
 
     def turned(self, x: Tensor) -> Tensor:
         """x Q of x [..., groups, T, d]."""

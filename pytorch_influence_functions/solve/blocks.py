@@ -33,18 +33,17 @@ class Block(NamedTuple):
 
     def to_eigenbasis(self, W: Tensor) -> Tensor:
         """[K, groups, out, in] -> the same shape."""
-        if self.Q_out is not None:
-            W = self.Q_out.turned(W.mT).mT
-        if self.Q_in is not None:
-            W = self.Q_in.turned(W)
-        return W
+        return self._by(Basis.turned, W)
 
     def from_eigenbasis(self, W: Tensor) -> Tensor:
         """The inverse of `to_eigenbasis`."""
+        return self._by(Basis.returned, W)
+
+    def _by(self, turn: Callable[[Basis, Tensor], Tensor], W: Tensor) -> Tensor:
         if self.Q_out is not None:
-            W = self.Q_out.returned(W.mT).mT
+            W = turn(self.Q_out, W.mT).mT
         if self.Q_in is not None:
-            W = self.Q_in.returned(W)
+            W = turn(self.Q_in, W)
         return W
 
     def squares(self, g: Tensor, a: Tensor, max_bytes: float) -> Tensor:

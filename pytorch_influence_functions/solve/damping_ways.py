@@ -84,9 +84,8 @@ def heavy_product(
     """
     G = problem.with_gauss_newton().curvature
     indices = basis.heaviest(SHARE)
-    share = Share(len(indices))
-    if together:
-        share = problem.set_up.share(len(indices))
+    shared = problem.set_up.share if together else Share
+    share = shared(len(indices))
 
     def product(v: Tensor) -> Tensor:
         batches = problem.samples.ordered(problem.batch, share.of(indices))
