@@ -54,11 +54,19 @@ def column(part, place):
     return part.locator(f"tbody tr td:nth-child({place})").all_inner_texts()
 
 
+# Noted after the paint, on a busy machine some time after. An observer is told; asking again and again would evaluate
+# a string in the page, which the page's own Content-Security-Policy refuses.
+FIRST_PAINT = """() => new Promise((resolve) => {
+    const observer = new PerformanceObserver((list) => {
+        for (const entry of list.getEntriesByName("first-contentful-paint")) resolve(entry.startTime);
+    });
+    observer.observe({ type: "paint", buffered: true });
+})"""
+
+
 def test_first_content_is_there_at_once(page):
-    painted = "performance.getEntriesByName('first-contentful-paint')[0]"
-    page.wait_for_function(painted)  # noted after the paint, on a busy machine some time after
-    paint = page.evaluate(f"{painted}.startTime")
-    assert paint < 5000  # 250 with two cores that ten others use; a second is what is promised on a free machine
+    paint = page.evaluate(FIRST_PAINT)
+    assert 0 < paint < 5000  # 250 with two cores that ten others use; a second is what is promised on a free machine
     assert section(page).get_by_role("status").inner_text() == "Rows 1 to 10 of 1000"
 
 
