@@ -61,7 +61,7 @@ memory:
 
 # Two runs, each killed at 20 random moments and started again.
 kills:
-	KILLS=20 python -m pytest -q tests/run/test_resume.py -k killed
+	KILLS=20 python -m pytest -q -m "long or not long" tests/run/test_resume.py -k killed
 
 # A hundred calls and constructions in one process, also with exceptions and Ctrl-C: no memory, file or process is left.
 left-behind:
