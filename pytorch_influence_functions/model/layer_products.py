@@ -17,7 +17,11 @@ from .budget import cached_block
 from .layer_passes import Inputs, backward, forward
 from .layers import Layer, gather, joined, scatter
 from .objective import Objective
-from .outer_products import outer_products
+from .outer_products import (
+    add_one_hot_products,
+    is_one_hot,
+    outer_products,
+)
 
 
 def layer_products(
@@ -28,12 +32,19 @@ def layer_products(
 ) -> Tensor:
     """g_i . s_k, summed over the points, for each vector s_k of `vectors` [K, P] and each sample of some batches
     -> [K, samples]."""
-    s = [gather(layer, vectors).flatten(1) for layer in layers]
+    s = [gather(layer, vectors) for layer in layers]
+    s = [
+        v if layer.classes else v.flatten(1)
+        for v, layer in zip(s, layers, strict=True)
+    ]
     total = vectors.new_zeros(len(vectors), sum(one.size for one in batches))
     parts = total.split([one.size for one in batches], 1)
     for part, batch in zip(parts, batches, strict=True):
         for v, (a, g) in zip(s, _seen(points, layers, batch), strict=True):
-            _add_products(part, v, a, g)
+            if is_one_hot(a):
+                add_one_hot_products(part, v, a, g)
+            else:
+                _add_products(part, v, a, g)
     return total
 
 
@@ -44,7 +55,7 @@ def summed_gradients(
     rows = points[0].theta.new_zeros(batch.size, points[0].P)
     each = zip(layers, _seen(points, layers, batch), strict=True)
     for layer, (a, g) in each:
-        scatter(layer, outer_products(g, a), rows)
+        scatter(layer, outer_products(g, a, layer.classes), rows)
     return rows
 
 

@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+LOOKED_UP = 2**20
+"""Numbers of the vectors' rows that are looked up at a time: 4 MiB, as much as stays in a cache."""
+
 
 def second_moment(x: Tensor) -> Tensor:
     """Sum of x x^T over samples and positions, x [B, T, groups, d] -> [groups, d, d]."""
@@ -52,9 +55,13 @@ def merged(g: Tensor, a: Tensor) -> Merged:
     pairs, which = (sample * span + places[sample, t]).unique(
         return_inverse=True
     )
-    sums = g.new_zeros(*g.shape[:-4], len(pairs), g.shape[-1])
-    sums.index_add_(-2, which, g[..., sample, 0, t, :])
-    return Merged(sums, pairs // span, pairs % span)
+    shape = (*g.shape[:-4], len(pairs), g.shape[-1])
+    sums = g.new_zeros(shape)
+    each = g[..., sample, 0, t, :]
+    sums.index_add_(-2, which, each)
+    owner = pairs // span
+    place = pairs % span
+    return Merged(sums, owner, place)
 
 
 def one_hot_squares(g: Tensor, a: Tensor, classes: int) -> Tensor:
@@ -68,13 +75,38 @@ def one_hot_squares(g: Tensor, a: Tensor, classes: int) -> Tensor:
 def one_hot_weighted_squares(g: Tensor, a: Tensor, w: Tensor) -> Tensor:
     """Sum of w (outer products)^2 of each sample; g [B, 1, T, out], w [1, out, classes] -> [B]."""
     each = merged(g, a)
-    squares = each.sums.square() * w[0].T[each.place]
-    return g.new_zeros(len(g)).index_add_(0, each.sample, squares.sum(1))
+    weights = w[0].T[each.place]
+    squares = each.sums.square() * weights
+    totals = squares.sum(1)
+    return g.new_zeros(len(g)).index_add_(0, each.sample, totals)
 
 
 def one_hot_norms(g: Tensor, a: Tensor) -> Tensor:
     """Squared norm of the outer products of each sample; g [B, 1, T, out] -> [B]."""
     each = merged(g, a)
-    return g.new_zeros(len(g)).index_add_(
-        0, each.sample, each.sums.square().sum(1)
+    squares = each.sums.square()
+    totals = squares.sum(1)
+    return g.new_zeros(len(g)).index_add_(0, each.sample, totals)
+
+
+def add_one_hot_products(
+    total: Tensor, v: Tensor, a: Tensor, g: Tensor
+) -> None:
+    """Add v_k . (outer products) of each sample to [K, B]; v [K, 1, out, classes], a [B, 1, T, 1], g [B, 1, T, out].
+
+    The rows of v for the places there are, a few at a time, in place of the outer products, which are mostly zero.
+    """
+    each = merged(g, a)
+    rows = v[:, 0].mT
+    numbers = rows[:, 0].numel()
+    together = max(1, LOOKED_UP // max(1, numbers))
+    parts = zip(
+        each.sums.split(together),
+        each.sample.split(together),
+        each.place.split(together),
+        strict=True,
     )
+    for sums, sample, place in parts:
+        looked_up = rows[:, place]
+        products = (looked_up * sums).sum(2)
+        total.index_add_(1, sample, products)

@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
 from .parameters import embeddings
+from .recurrent import step_by_step
 
 LOCK = threading.RLock()
 """Held while a model is computed with. One for the process, not one a model: the random state, the level of forward
@@ -68,6 +69,7 @@ def differentiable(model: nn.Module, device: torch.device) -> Iterator[None]:
         stack.enter_context(_no_fast_attention())
         stack.enter_context(_no_checkpoints())
         stack.enter_context(_plain_embeddings(model))
+        stack.enter_context(step_by_step(model))
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             # cuDNN's recurrent kernels have no second derivative, nor a first one in evaluation mode
             stack.enter_context(torch.backends.cudnn.flags(enabled=False))

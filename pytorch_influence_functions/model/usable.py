@@ -5,18 +5,17 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from ..data.batch import Batch
+from .candidates import candidates, left_out
 from .gradients import SMALL_BYTES, agrees, per_sample_gradients
-from .layer_kinds import plain_linear
-from .layer_passes import forward, watched
+from .layer_passes import forward
 from .layer_products import summed_gradients
-from .layer_rules import parts_of
 from .layers import LAYOUTS, Layer, gather
 from .objective import Objective
 from .outer_products import outer_products
@@ -34,17 +33,7 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
 
     A layer for which none does (weights used elsewhere too, samples that cannot be found in it) is left out, alone.
     """
-    places = parameter_places(objective)
-    named = objective.model.named_modules()
-    layers = [
-        layer
-        for name, module in named
-        for layer in (
-            *_layers(name, module, places),
-            *_inside(name, module, places),
-        )
-    ]
-    layers = _seen(objective, layers, batch)
+    layers = candidates(objective, batch)
     if not layers:
         return []
     try:
@@ -60,13 +49,13 @@ def usable_layers(objective: Objective, batch: Batch) -> list[Layer]:
 def covering_layers(objective: Objective, batch: Batch) -> list[Layer]:
     """Layers whose rules give the whole gradient of each sample of a batch; none where they do not, or not faster.
 
-    Without a convolution per-sample gradients by `vmap` are outer products as well, and cost no more, nor do small
-    ones.
+    Without a convolution or a recurrent layer per-sample gradients by `vmap` are outer products as well, and cost no
+    more, nor do small ones.
     """
     modules = objective.model.modules()
-    convolutions = any(isinstance(module, _ConvNd) for module in modules)
+    faster = any(isinstance(one, (_ConvNd, nn.RNNBase)) for one in modules)
     large = objective.theta.nbytes > SMALL_BYTES
-    return whole_layers(objective, batch) if convolutions and large else []
+    return whole_layers(objective, batch) if faster and large else []
 
 
 def whole_layers(objective: Objective, batch: Batch) -> list[Layer]:
@@ -74,7 +63,7 @@ def whole_layers(objective: Objective, batch: Batch) -> list[Layer]:
     if not (objective.paths.batched and objective.paths.outputs):
         return []
     layers = usable_layers(objective, batch)
-    if any(layer.alone or layer.classes is not None for layer in layers):
+    if any(layer.alone for layer in layers):
         return []
     places = [place for layer in layers for place in layer.places]
     covered = sum(place.stop - place.start for place in places)
@@ -112,7 +101,7 @@ def _true(
             right = _shared(objective, layer, batch)
             right = right or _alone(objective, layer, singles)
         if right is None:
-            _left_out(
+            left_out(
                 layer.name, "its gradient is no sum of outer products by sample"
             )
         else:
@@ -244,99 +233,3 @@ def _is_right(
         if not agrees(functools.partial(found, one), expected, within):
             return False
     return True
-
-
-def _layers(
-    name: str, module: nn.Module, places: dict[str, slice]
-) -> list[Layer]:
-    """A module's parameters that are trained: one layer, or its weight and its bias apart."""
-    prefix = f"{name}." if name else ""
-    weight, bias = places.get(f"{prefix}weight"), places.get(f"{prefix}bias")
-    try:
-        parts = parts_of(module, weight is not None, bias is not None)
-    except NotImplementedError as error:
-        _left_out(name, str(error))
-        return []
-    layers = []
-    for part in parts:
-        own = (
-            name
-            if len(parts) == 1
-            else f"{prefix}{'weight' if part.weight else 'bias'}"
-        )
-        layers.append(
-            Layer(
-                own,
-                module,
-                weight if part.weight else None,
-                bias if part.bias else None,
-                part.rule,
-            )
-        )
-    return layers
-
-
-def _inside(
-    name: str, module: nn.Module, places: dict[str, slice]
-) -> list[Layer]:
-    """Linear maps that attention takes the parameters of, without calling a module."""
-    if not isinstance(module, nn.MultiheadAttention):
-        return []
-    width = module.embed_dim
-    maps = (("in_proj_", 3 * width), ("out_proj.", width))
-    layers = []
-    for part, outputs in maps:
-        own = f"{name}.{part}" if name else part
-        weight, bias = places.get(f"{own}weight"), places.get(f"{own}bias")
-        if weight is not None:
-            rule = plain_linear(outputs)
-            layers.append(
-                Layer(own[:-1], module, weight, bias, rule, inside=True)
-            )
-    return layers
-
-
-def _seen(
-    objective: Objective, layers: Sequence[Layer], batch: Batch
-) -> list[Layer]:
-    """The layers that the model calls, and whether it changes what they return in place."""
-    outputs: list[list[tuple[Any, int]]] = [[] for _ in layers]
-
-    def keep(i: int, _: Tensor, output: Any) -> Any:
-        outputs[i].append((output, getattr(output, "_version", 0)))
-        return output
-
-    theta = objective.theta.detach().requires_grad_()
-    with watched(layers, theta, keep):
-        for one in batch.singles():  # each may take a way of its own
-            objective.batch_outputs(theta, one)
-    result = []
-    for layer, calls in zip(layers, outputs, strict=True):
-        if not all(
-            isinstance(output, Tensor) and output.requires_grad
-            for output, _ in calls
-        ):
-            _left_out(
-                layer.name, "what it returns is no tensor with a gradient"
-            )
-        elif calls:
-            changed = any(
-                output._version != version for output, version in calls
-            )
-            result.append(layer._replace(copied=changed))
-    return result
-
-
-def _left_out(name: str, why: str) -> None:
-    logger.info("EKFAC: %s is left out, %s", name, why)
-
-
-def parameter_places(objective: Objective) -> dict[str, slice]:
-    """Where each parameter lies in theta."""
-    ends = torch.tensor(objective.sizes).cumsum(0).tolist()
-    return {
-        name: slice(end - size, end)
-        for name, size, end in zip(
-            objective.names, objective.sizes, ends, strict=True
-        )
-    }

@@ -17,11 +17,12 @@ from torch.func import vjp, vmap
 
 from ..data.batch import Batch
 from ..model.budget import DIAGONAL_BLOCK
+from ..model.candidates import parameter_places
 from ..model.layer_passes import Inputs, backward, by_parts, forward
 from ..model.layers import Layer
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
-from ..model.usable import parameter_places, usable_layers
+from ..model.usable import usable_layers
 from .directions import pseudo_gradients
 from .positions import Positions
 from .problem import Problem
