@@ -15,7 +15,7 @@ from torch import Tensor
 from ..data.batch import Batch
 from .budget import cached_block
 from .layer_passes import Inputs, backward, forward
-from .layers import Layer, gather, joined, scatter
+from .layers import Layer, gather, joined, scatter, unfolded
 from .objective import Objective
 from .outer_products import outer_products
 
@@ -28,13 +28,31 @@ def layer_products(
 ) -> Tensor:
     """g_i . s_k, summed over the points, for each vector s_k of `vectors` [K, P] and each sample of some batches
     -> [K, samples]."""
-    s = [gather(layer, vectors).flatten(1) for layer in layers]
     total = vectors.new_zeros(len(vectors), sum(one.size for one in batches))
     parts = total.split([one.size for one in batches], 1)
+    gathered: dict[int, Tensor] = {}
     for part, batch in zip(parts, batches, strict=True):
-        for v, (a, g) in zip(s, _seen(points, layers, batch), strict=True):
+        for i, (a, g) in enumerate(_seen(points, layers, batch)):
+            layer = layers[i]
+            rows = total.shape[1] * a.shape[2]
+            kernel = unfolded(layer)
+            if kernel and rows < len(vectors) * layer.fan_out:
+                # less to put in order, and to hold, than the vectors
+                v = vectors[:, layer.weight]
+                a = _folded(a, *kernel)
+            elif i in gathered:
+                v = gathered[i]
+            else:
+                v = gather(layer, vectors).flatten(1)
+                gathered[i] = v
             _add_products(part, v, a, g)
     return total
+
+
+def _folded(a: Tensor, channels: int, taps: int) -> Tensor:
+    """Unfolded inputs [..., taps channels], as the weight has them [..., channels taps]."""
+    a = a.unflatten(-1, (taps, channels))
+    return a.mT.flatten(-2)
 
 
 def summed_gradients(
