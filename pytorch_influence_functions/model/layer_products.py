@@ -19,6 +19,10 @@ from .layers import Layer, gather, joined, scatter, unfolded
 from .objective import Objective
 from .outer_products import outer_products
 
+LONGER = 4
+"""What a convolution sees of the samples is put in the order of its weight, up to so many times as long as the vectors:
+they need not be copied then, and the copying is little beside the products."""
+
 
 def layer_products(
     points: Sequence[Objective],
@@ -36,8 +40,7 @@ def layer_products(
             layer = layers[i]
             rows = total.shape[1] * a.shape[2]
             kernel = unfolded(layer)
-            if kernel and rows < len(vectors) * layer.fan_out:
-                # less to put in order, and to hold, than the vectors
+            if kernel and rows < LONGER * len(vectors) * layer.fan_out:
                 v = vectors[:, layer.weight]
                 a = _folded(a, *kernel)
             elif i in gathered:

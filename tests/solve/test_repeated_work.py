@@ -71,8 +71,8 @@ def test_a_few_rows_at_a_time_are_turned_alike(monkeypatch):
     with problem.guard():
         factors, v = build(problem), stack(problem)
         found = []
-        for cache in (budget.CACHE["cpu"], 2 * 8 * 72):  # of the first layer two rows, of the others fewer
-            monkeypatch.setitem(budget.CACHE, "cpu", cache)
+        for near in (budget.NEAR, 8 * 72):  # of the first layer two rows, of the others fewer
+            monkeypatch.setattr(budget, "NEAR", near)
             turned = factors.to_eigenbasis(v)
             found.append((turned, factors.from_eigenbasis(turned), factors(v), factors.power(v, 0.1, -0.5)))
     for few, whole in zip(*found, strict=True):
@@ -154,8 +154,8 @@ def test_a_likelihood_is_looked_at_once_a_batch(monkeypatch):
 def test_rows_that_are_not_finite_are_found_a_few_at_a_time(monkeypatch):
     rows = torch.ones(5, 7)
     rows[1, 6], rows[4, 0] = torch.nan, -torch.inf
-    for cache in (budget.CACHE["cpu"], 2 * 8 * 7):
-        monkeypatch.setitem(budget.CACHE, "cpu", cache)
+    for near in (budget.NEAR, 8 * 7):
+        monkeypatch.setattr(budget, "NEAR", near)
         assert finite_rows(rows).tolist() == [True, False, True, True, False]
         assert finite_rows(rows[:0]).tolist() == []
         assert finite_rows(rows[:2, :0]).tolist() == [True, True]
