@@ -18,7 +18,12 @@ from torch.func import grad, jvp, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..data.batch import UNCUT, Batch
-from .budget import forward_stack, gradient_block, layer_block
+from .budget import (
+    forward_stack,
+    gradient_block,
+    layer_block,
+    rows_block,
+)
 from .layer_products import layer_products
 from .objective import Objective
 
@@ -29,11 +34,23 @@ class NonFiniteError(ValueError):
     """A loss or gradient is NaN or infinite."""
 
 
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which rows of [K, P] are finite [K]; a few at a time, since what is made on the way is larger than they are."""
+    numbers = rows.shape[1]
+    size = rows_block(
+        numbers * rows.element_size(),
+        rows.device.type,
+        len(rows),
+    )
+    parts = rows.split(size)
+    return torch.cat([part.isfinite().all(1) for part in parts])
+
+
 def require_finite(
     rows: Tensor, indices: Sequence[int], name: str, what: str
 ) -> None:
     """Raise `NonFiniteError` that names the first sample whose row is NaN or infinite."""
-    finite = rows.isfinite() if rows.dim() == 1 else rows.isfinite().all(dim=1)
+    finite = rows.isfinite() if rows.dim() == 1 else finite_rows(rows)
     if not bool(finite.all()):
         index = int(indices[int((~finite).nonzero()[0])])
         raise NonFiniteError(

@@ -15,13 +15,17 @@ from torch import Tensor
 from ..data.batch import Batch
 from .budget import cached_block
 from .layer_passes import Inputs, backward, forward
-from .layers import Layer, gather, joined, scatter
+from .layers import Layer, gather, joined, scatter, unfolded
 from .objective import Objective
 from .outer_products import (
     add_one_hot_products,
     is_one_hot,
     outer_products,
 )
+
+LONGER = 4
+"""What a convolution sees of the samples is put in the order of its weight, up to so many times as long as the vectors:
+they need not be copied then, and the copying is little beside the products."""
 
 
 def layer_products(
@@ -32,20 +36,33 @@ def layer_products(
 ) -> Tensor:
     """g_i . s_k, summed over the points, for each vector s_k of `vectors` [K, P] and each sample of some batches
     -> [K, samples]."""
-    s = [gather(layer, vectors) for layer in layers]
-    s = [
-        v if layer.classes else v.flatten(1)
-        for v, layer in zip(s, layers, strict=True)
-    ]
     total = vectors.new_zeros(len(vectors), sum(one.size for one in batches))
     parts = total.split([one.size for one in batches], 1)
+    gathered: dict[int, Tensor] = {}
     for part, batch in zip(parts, batches, strict=True):
-        for v, (a, g) in zip(s, _seen(points, layers, batch), strict=True):
+        for i, (a, g) in enumerate(_seen(points, layers, batch)):
+            layer = layers[i]
             if is_one_hot(a):
-                add_one_hot_products(part, v, a, g)
+                add_one_hot_products(part, gather(layer, vectors), a, g)
+                continue
+            rows = total.shape[1] * a.shape[2]
+            kernel = unfolded(layer)
+            if kernel and rows < LONGER * len(vectors) * layer.fan_out:
+                v = vectors[:, layer.weight]
+                a = _folded(a, *kernel)
+            elif i in gathered:
+                v = gathered[i]
             else:
-                _add_products(part, v, a, g)
+                v = gather(layer, vectors).flatten(1)
+                gathered[i] = v
+            _add_products(part, v, a, g)
     return total
+
+
+def _folded(a: Tensor, channels: int, taps: int) -> Tensor:
+    """Unfolded inputs [..., taps channels], as the weight has them [..., channels taps]."""
+    a = a.unflatten(-1, (taps, channels))
+    return a.mT.flatten(-2)
 
 
 def summed_gradients(

@@ -162,6 +162,16 @@ def gather(layer: Layer, v: Tensor) -> Tensor:
     return joined([W, *biases], -1)
 
 
+def unfolded(layer: Layer) -> tuple[int, int] | None:
+    """Channels and taps of a weight that `gather` puts in another order, if that is all it does."""
+    rule = layer.rule
+    if not isinstance(rule, Products):
+        return None
+    if rule.inputs_first or layer.bias is not None:
+        return None
+    return rule.unfolded
+
+
 def scatter(layer: Layer, W: Tensor, v: Tensor) -> None:
     """The inverse of `gather`, into v."""
     if isinstance(layer.rule, Sums):

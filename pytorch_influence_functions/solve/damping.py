@@ -26,7 +26,7 @@ from ..model.gradients import gradient_products, per_sample_gradients
 from ..model.objective import Objective
 from ..model.outputs import numbers_of
 from .problem import Problem
-from .search import ROUGHLY, Point, search
+from .search import ROUGHLY, Point, between, search
 from .set_up import Share
 from .solution import Damping
 from .weighted import block_gradients, weighted_gradients
@@ -42,8 +42,11 @@ seconds on one core."""
 BLOCKS = 16
 """A half is made of so many random blocks then, of which one backward pass each gives the gradients: those of single
 samples take three times as long, in a ResNet-18 a fifth of the whole choice. A half of random blocks is as random."""
-ROUGH_HALVES = 2
-"""Of them the search begins with, until it is near: the start may be thousands of times too small."""
+ROUGH_HALVES, ROUGH_EVERY = 2, 3
+"""Halves that the search begins with, until it is near, and the samples beside which it leaves out where they are
+expensive, one of so many stays: the start may be thousands of times too small."""
+HELD = 5
+"""Vectors of each half at the worst moment where no steps are taken: in the eigenbasis, scaled, corrected, returned."""
 ROWS_HELD = 4
 """So many times the gradients of all samples j have to fit: as they come, joined, and what else there is."""
 START = 4.0
@@ -139,9 +142,19 @@ class _Rule:
         )
         size = problem.budget.precise_batch(problem.activations)
         self.batches = list(problem.samples.ordered(size, chosen))
+        self._every = ROUGH_EVERY if self.dear else 1
+        few = chosen[:: self._every]
+        self._few = list(problem.samples.ordered(size, few))
         self._at, self.losses = self._precise(problem.objective)
-        together = problem.budget.halves(problem.row, count)
-        self._parts = self.halves.split(together)
+        self._parts = self.halves.split(self._together())
+
+    def _together(self) -> int:
+        """How many halves are shifted at a time."""
+        count, row = len(self.halves), self.problem.row
+        budget = self.problem.budget
+        if self.dear:  # no steps are
+            return budget.beside(count * row).halves(row, count, HELD)
+        return budget.halves(row, count)
 
     def _halves(self, count: int, generator: torch.Generator) -> Tensor:
         """The weight of each training sample in each half [count, n]."""
@@ -181,9 +194,10 @@ class _Rule:
 
     def begin(self, start: float, target: float) -> float:
         """Where the search for a target begins: near the end of one by a few of the halves, if all are expensive."""
-        if not self.dear or len(self._parts) > 1:
+        if not self.dear:
             return start
-        return self.roughly(start, target)
+        path = search(self._rough_error, start, target, ROUGHLY)[1]
+        return between(path, target)
 
     def roughly(self, start: float, target: float) -> float:
         """Near the end of a search, by a few of the halves."""
@@ -199,8 +213,15 @@ class _Rule:
     def _rough_error(self, damping: float) -> float:
         """`error` by a few halves."""
         shifts = self.shift(self._few_gradients, damping)
-        actual = self._changes(shifts)
-        return prediction_error(actual, self._predicted(shifts).to(actual))
+        few, rows = self._few, self._rows
+        before = self.losses[:: self._every]
+        actual = torch.stack(
+            [self._losses(self._at, d, few) - before for d in shifts]
+        )
+        if rows is not None:
+            rows = rows[:: self._every]
+        predicted = self._products(shifts, few, rows)
+        return prediction_error(actual, predicted.to(actual))
 
     def error(self, damping: float) -> float:
         """The prediction error at this damping; as many halves at a time as the memory holds."""
@@ -213,23 +234,35 @@ class _Rule:
 
     def _shifts(self, damping: float) -> Iterator[tuple[Tensor, Share]]:
         """The shifts of this process's share of the halves, as many at a time as the memory holds [h, P]."""
-        for halves in self._parts:
-            gradients = (
-                self._gradients
-                if len(self._parts) == 1
-                else weighted_gradients(self.problem, halves)
-            )
-            share = self.problem.set_up.share(len(halves))
-            yield self.shift(share.of(gradients), damping), share
+        for gradients, share in self._kept or map(self._part, self._parts):
+            yield self.shift(gradients, damping), share
+
+    def _part(self, halves: Tensor) -> tuple[Tensor, Share]:
+        """The sums of some halves that are this process's."""
+        return self._shared(weighted_gradients(self.problem, halves))
+
+    def _shared(self, gradients: Tensor) -> tuple[Tensor, Share]:
+        share = self.problem.set_up.share(len(gradients))
+        return share.of(gradients), share
+
+    @functools.cached_property
+    def _kept(self) -> list[tuple[Tensor, Share]]:
+        """The same of all halves, the same tensors each time; nothing where all of them do not fit.
+
+        Where they are expensive they are few, and each is a part of a pass: they are kept.
+        """
+        if len(self._parts) > 1 and not self.dear:
+            return []
+        together = len(self._parts[0])
+        return [self._shared(part) for part in self._gradients.split(together)]
 
     @functools.cached_property
     def _gradients(self) -> Tensor:
-        """The sum of the gradients of each half [halves, P], kept where all of them fit."""
+        """The sum of the gradients of each half [halves, P]."""
         if not self.blocks:
             return weighted_gradients(self.problem, self.halves)
-        sums = block_gradients(self.problem, self.blocks)
         weights = self.halves[:, [block[0] for block in self.blocks]]
-        return weights.to(sums) @ sums
+        return block_gradients(self.problem, self.blocks, weights)
 
     def _changes(self, shifts: Tensor) -> Tensor:
         """Actual changes of the samples' losses at the parameters plus each shift [h, P] -> [h, samples]."""
@@ -238,19 +271,22 @@ class _Rule:
         ]
         return torch.stack(changes)
 
-    def _predicted(self, shifts: Tensor, at: Objective | None = None) -> Tensor:
-        """The same to first order, by the gradients at theta or those of another objective [h, samples]."""
-        if at is None and self._rows is not None:
-            return shifts @ self._rows.T
-        objective = self.problem.objective if at is None else at
-        max_bytes = self.problem.budget.product
-        return torch.cat(
-            [
-                gradient_products(objective, batch, shifts, max_bytes)
-                for batch in self.batches
-            ],
-            1,
-        )
+    def _predicted(self, shifts: Tensor) -> Tensor:
+        """The same to first order, by the gradients at theta [h, samples]."""
+        return self._products(shifts, self.batches, self._rows)
+
+    def _products(
+        self,
+        shifts: Tensor,
+        batches: list[Batch],
+        rows: Tensor | None,
+    ) -> Tensor:
+        """Gradients at theta times each shift [h, samples], by these gradients [samples, P] where they are kept."""
+        if rows is not None:
+            return shifts @ rows.T
+        own, most = self.problem.objective, self.problem.budget.product
+        parts = [gradient_products(own, one, shifts, most) for one in batches]
+        return torch.cat(parts, 1)
 
     @functools.cached_property
     def _rows(self) -> Tensor | None:
@@ -268,10 +304,17 @@ class _Rule:
         ]
         return torch.cat(rows)
 
-    def _losses(self, way: Losses, shift: Tensor | float = 0.0) -> Tensor:
-        """Loss of each of the samples at the parameters, shifted by `shift` [P]."""
+    def _losses(
+        self,
+        way: Losses,
+        shift: Tensor | float = 0.0,
+        batches: list[Batch] | None = None,
+    ) -> Tensor:
+        """Loss of each of the samples, or of those in these batches, at the parameters, shifted by `shift` [P]."""
         with torch.no_grad():
-            return torch.cat([way(batch, shift) for batch in self.batches])
+            return torch.cat(
+                [way(batch, shift) for batch in batches or self.batches]
+            )
 
 
 Losses = Callable[[Batch, Tensor | float], Tensor]

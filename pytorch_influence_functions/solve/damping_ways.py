@@ -11,7 +11,7 @@ from .cg import iterate
 from .damping import HALVES
 from .ekfac import DAMPING_TARGET
 from .errors import NegativeCurvatureError
-from .factors import Ekfac
+from .factors import Ekfac, Inverses
 from .low_rank import LowRank, Woodbury, low_rank
 from .paired import choose_damping, error_curve
 from .problem import Problem
@@ -38,7 +38,7 @@ class Shift:
         self.basis, self.set_up = basis, problem.set_up
         self.product = heavy_product(problem, basis)
         self.steps = 2 if _steps_are_cheap(problem) else 0
-        self._turned: tuple[Tensor, Tensor] | None = None
+        self._turned = Inverses(basis.factors).turned
         self.most = int((INVERSE_WORK / problem.objective.P) ** 0.5)
 
     def __call__(self, g: Tensor, damping: float) -> Tensor:
@@ -50,13 +50,7 @@ class Shift:
             if not self.set_up.any(stepped is None):
                 return stepped  # type: ignore[return-value]
             self.steps = 0
-        return M.of_turned(self._in_eigenbasis(g))
-
-    def _in_eigenbasis(self, g: Tensor) -> Tensor:
-        """[K, P] -> [K, P], kept for the next damping, which is tried on the same."""
-        if self._turned is None or self._turned[0] is not g:
-            self._turned = g, self.basis.factors.to_eigenbasis(g)
-        return self._turned[1]
+        return M.of_turned(self._turned(g))
 
     def _stepped(self, g: Tensor, damping: float, M: Woodbury) -> Tensor | None:
         """None where the loss is not convex in the model's output."""
@@ -105,14 +99,17 @@ def damping_by_low_rank(
 
 def damping_by_ekfac(problem: Problem, factors: Ekfac) -> Damping:
     """Choose lambda where EKFAC is all that fits: the same rule, with steps preconditioned by it."""
+    if not _steps_are_cheap(problem):
+        return choose_damping(
+            problem,
+            Inverses(factors),
+            factors.mean_eigenvalue,
+            DAMPING_TARGET,
+        )
 
     def inverse(v: Tensor, damping: float) -> Tensor:
         return factors.power(v, damping, -1)
 
-    if not _steps_are_cheap(problem):
-        return choose_damping(
-            problem, inverse, factors.mean_eigenvalue, DAMPING_TARGET
-        )
     return choose_damping(
         problem,
         _stepped(problem, inverse, EKFAC_STEPS),

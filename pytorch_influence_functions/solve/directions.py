@@ -15,6 +15,7 @@ from ..model.layer_passes import Forward
 from ..model.likelihoods import (
     DENSE_OUTPUTS,
     Categorical,
+    Form,
     Likelihood,
     likelihood,
 )
@@ -33,6 +34,8 @@ to 0.969 to 0.993 (a vision transformer, 128 samples, three seeds), by two of ea
 signs of all directions in their place rank the latter to 0.925 to 0.95."""
 DRAW_STRIDE = 1_000_003
 """Between the seeds of two draws: a prime far above the seeds that people use."""
+Forms = dict[tuple[int, ...], Form]
+"""Of the likelihoods of batches, by their indices: the parameters stay the same over the passes."""
 SIGNS = 1
 """The stream of random signs, apart from that of the draws."""
 
@@ -43,15 +46,16 @@ def pseudo_gradients(
     batch: Batch,
     top: int | None,
     many: int | None = None,
+    forms: Forms | None = None,
 ) -> list[list[Tensor]]:
     """Output gradients e of a batch, as many tensors each as the model has outputs [B, ...].
 
     First the `top` largest eigenvectors of the loss's Hessian, then one draw of the rest; None: all eigenvectors where
     they are few and a pass costs little, else `many` draws of the whole (None: as `draws_of` says). Random signs and
-    draws are keyed by the sample, so that they do not depend on the batch.
+    draws are keyed by the sample, so that they do not depend on the batch. `forms` are of batches seen before.
     """
     y = [part.detach() for part in seen.y]
-    known = likelihood(problem.objective, y, seen.rebuild, batch)
+    known = _known(problem, seen, y, batch, {} if forms is None else forms)
     count = sum(part[0].numel() for part in y)
     if top is not None:
         top = directions(count, top)
@@ -66,6 +70,23 @@ def pseudo_gradients(
         _split_like(known.draw(seed, batch.indices) / many**0.5, y)
         for seed in seeds
     ]
+
+
+def _known(
+    problem: Problem,
+    seen: Forward,
+    y: Sequence[Tensor],
+    batch: Batch,
+    forms: Forms,
+) -> Likelihood:
+    """The likelihood of a batch, looked at the first time: that costs two passes of a language model's head."""
+    key = tuple(batch.indices)
+    if key in forms:
+        return forms[key].at(y)
+    known = likelihood(problem.objective, y, seen.rebuild, batch)
+    if isinstance(known, Categorical):
+        forms[key] = known.form
+    return known
 
 
 def draws_of(problem: Problem) -> int:

@@ -19,7 +19,7 @@ from ..model.outer_products import (
     one_hot_weighted_squares,
 )
 from .blocks import few
-from .factors import Ekfac, build
+from .factors import Ekfac, Inverses, build
 from .paired import choose_damping
 from .passes import batch_size
 from .problem import Problem
@@ -37,7 +37,10 @@ def ekfac(problem: Problem, damping: Damping | None = None) -> Prepared:
     factors = build(problem)
     if damping is None:
         damping = choose_damping(
-            problem, _shift(factors), factors.mean_eigenvalue, DAMPING_TARGET
+            problem,
+            Inverses(factors),
+            factors.mean_eigenvalue,
+            DAMPING_TARGET,
         )
     return solver(problem, factors, damping)
 
@@ -50,10 +53,6 @@ def require_gauss_newton(problem: Problem) -> None:
             "approximates the Gauss-Newton matrix; leave config['curvature'] out, or use config['solver'] = 'cg', "
             "which it may precondition"
         )
-
-
-def _shift(factors: Ekfac) -> Callable[[Tensor, float], Tensor]:
-    return lambda v, damping: factors.power(v, damping, -1)
 
 
 def solver(problem: Problem, factors: Ekfac, damping: Damping) -> Prepared:

@@ -10,12 +10,13 @@ input that is one: their block is exact. Parameters outside such layers have a d
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
-from ..model.layers import gather, scatter
+from ..model.budget import rows_block
+from ..model.layers import Layer, gather, scatter
 from ..model.objective import Objective
 from .bases import Basis, Moment
 from .blocks import Block
@@ -42,23 +43,27 @@ class Ekfac:
 
     def to_eigenbasis(self, v: Tensor) -> Tensor:
         """Each row of v [K, P] in the eigenbasis -> [K, P]."""
-        result = v.clone()
-        for block in self.blocks:
-            scatter(
-                block.layer, block.to_eigenbasis(gather(block.layer, v)), result
-            )
-        return result
+        return self._by(Block.to_eigenbasis, v.clone())
 
-    def from_eigenbasis(self, v: Tensor) -> Tensor:
+    def from_eigenbasis(self, v: Tensor, inplace: bool = False) -> Tensor:
         """The inverse of `to_eigenbasis`."""
-        result = v.clone()
+        if not inplace:
+            v = v.clone()
+        return self._by(Block.from_eigenbasis, v)
+
+    def _by(
+        self,
+        turn: Callable[[Block, Tensor], Tensor],
+        v: Tensor,
+    ) -> Tensor:
+        """Each layer's part of v [K, P] turned, in its place."""
         for block in self.blocks:
-            scatter(
-                block.layer,
-                block.from_eigenbasis(gather(block.layer, v)),
-                result,
-            )
-        return result
+            layer = block.layer
+            for part, into in _few_rows(layer, v, v):
+                W = gather(layer, part)
+                turned = turn(block, W)
+                scatter(layer, turned, into)
+        return v
 
     def power(self, v: Tensor, damping: float, exponent: float) -> Tensor:
         """(G + damping I)^exponent of each row of v [K, P] -> [K, P]."""
@@ -85,15 +90,63 @@ class Ekfac:
         result = v * values
         for block in self.blocks:
             layer = block.layer
-            W = block.to_eigenbasis(gather(layer, v))
-            W = W * gather(layer, values)
-            scatter(layer, block.from_eigenbasis(W), result)
+            own = gather(layer, values)
+            for part, into in _few_rows(layer, v, result):
+                W = gather(layer, part)
+                W = block.to_eigenbasis(W)
+                W = block.from_eigenbasis(W * own)
+                scatter(layer, W, into)
         return result
 
     @property
     def mean_eigenvalue(self) -> float:
         """Mean of the P eigenvalues."""
         return float(self.eigenvalues.mean())
+
+
+def _few_rows(
+    layer: Layer,
+    v: Tensor,
+    result: Tensor,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Some rows at a time of two stacks [K, P], of which the layer's part is turned."""
+    sizes = [place.stop - place.start for place in layer.places]
+    size = rows_block(
+        sum(sizes) * v.element_size(),
+        v.device.type,
+        len(v),
+    )
+    parts = v.split(size)
+    into = result.split(size)
+    return zip(parts, into, strict=True)
+
+
+class Inverses:
+    r"""(G + \lambda I)^{-1} of one stack at several \lambda, turned into the eigenbasis once: half the work.
+
+    Args:
+        factors: the approximation of G.
+    """
+
+    def __init__(self, factors: Ekfac) -> None:
+        self.factors = factors
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def __call__(self, v: Tensor, damping: float) -> Tensor:
+        """Of each row of v [K, P] -> [K, P]."""
+        weights = (self.factors.eigenvalues + damping) ** -1
+        scaled = self.turned(v) * weights
+        return self.factors.from_eigenbasis(scaled, inplace=True)
+
+    def turned(self, v: Tensor) -> Tensor:
+        """v in the eigenbasis, kept as long as the same v is asked for."""
+        last = self._last
+        if last is not None and last[0] is v:
+            return last[1]
+        self._last = None
+        turned = self.factors.to_eigenbasis(v)
+        self._last = v, turned
+        return turned
 
 
 def build(problem: Problem) -> Ekfac:

@@ -23,7 +23,7 @@ from ..model.layers import Layer
 from ..model.objective import Objective
 from ..model.outputs import attached, numbers_of
 from ..model.usable import usable_layers
-from .directions import pseudo_gradients
+from .directions import Forms, pseudo_gradients
 from .positions import Positions
 from .problem import Problem
 from .set_up import Share
@@ -115,6 +115,7 @@ class Passes:
                 outside[place] = False
         self.outside = outside.nonzero().squeeze(1).to(objective.device)
         self._kept: list[Seen] | None = None
+        self._forms: Forms = {}
         self.expensive = problem.product_work > EXPENSIVE
         _tell(objective, outside)
 
@@ -201,7 +202,12 @@ class Passes:
 
         def seen(one: Batch) -> tuple[Seen, Tensor]:
             return seen_by_layers(
-                self.problem, self.layers, one, look, self.outside
+                self.problem,
+                self.layers,
+                one,
+                look,
+                self.outside,
+                self._forms,
             )
 
         return by_parts(batch, seen)
@@ -225,13 +231,14 @@ def seen_by_layers(
     batch: Batch,
     look: Look,
     outside: Tensor,
+    forms: Forms | None = None,
 ) -> tuple[Seen, Tensor]:
     """What the layers see of a batch, and for each draw the summed gradients outside them [D, outside]."""
     objective = problem.objective
     one = forward(objective, layers, batch)
     every = Inputs(layers, one, batch.size)
     inputs: Inputs | list[Tensor] = every
-    es = pseudo_gradients(problem, one, batch, look.top, look.draws)
+    es = pseudo_gradients(problem, one, batch, look.top, look.draws, forms)
     gradients, sums = [], []
     for k, e in enumerate(es):
         last = k == len(es) - 1

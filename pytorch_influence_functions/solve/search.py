@@ -61,6 +61,22 @@ def search(
             damping = _between(low, high, target)
 
 
+def between(path: list[Point], target: float) -> float:
+    """Where the error reaches its target by what was tried on both sides of it; by one side alone the last that was."""
+    above: list[Point] = []
+    below: list[Point] = []
+    for point in path:
+        side = above if point[1] > target else below
+        side.append(point)
+    if not above or not below:
+        return path[-1][0]
+    return _between(
+        max(above),
+        min(below),
+        target,
+    )
+
+
 def _next_step(
     point: Point, target: float, tried: int, longest: float
 ) -> float:

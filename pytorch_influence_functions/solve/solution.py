@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..model.gradients import finite_rows
 from .errors import DivergenceError
 from .system import Residual, System
 
@@ -78,7 +79,7 @@ class Prepared:
 
 def require_solved(vectors: Tensor) -> None:
     """Raise where a solution [K, P] is not finite, though the right-hand sides are; the guard looks for the sample."""
-    if not bool(vectors.isfinite().all()):
+    if not bool(finite_rows(vectors).all()):
         raise DivergenceError(
             "the solution is NaN or infinite, though the loss and the gradient of each training sample are finite: "
             "raise config['damping'], or use the model in double precision"

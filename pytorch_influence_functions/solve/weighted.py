@@ -80,21 +80,28 @@ def summed_loss(
     return value, total
 
 
-def block_gradients(problem: Problem, blocks: list[list[int]]) -> Tensor:
-    r"""(1/n) \sum_{i in block} \nabla \ell_i of each block, in one pass -> [blocks, P]."""
-    rows = []
+def block_gradients(
+    problem: Problem,
+    blocks: list[list[int]],
+    weights: Tensor,
+) -> Tensor:
+    r"""(1/n) \sum_b w_hb \sum_{i in block b} \nabla \ell_i for weights w [h, blocks], in one pass -> [h, P]."""
+    objective = problem.objective
+    total = objective.theta.new_zeros(
+        len(weights),
+        objective.P,
+    )
     share = problem.set_up.share(len(blocks))
-    for block in share.of(blocks):
-        batches = problem.samples.ordered(problem.scoring_batch, block)
-        rows.append(
-            torch.stack(
-                [
-                    gradient(problem.objective, batch) * batch.size
-                    for batch in batches
-                ]
-            ).sum(0)
-        )
-    return share.joined(torch.stack(rows)) / problem.samples.n
+    mine = share.of(blocks)
+    columns = share.of(weights.T)
+    for block, column in zip(mine, columns, strict=True):
+        size = problem.scoring_batch
+        for batch in problem.samples.ordered(size, block):
+            g = gradient(objective, batch) * batch.size
+            for row, weight in zip(total, column, strict=True):
+                row.add_(g, alpha=float(weight))
+    total = share.total(total)
+    return total / problem.samples.n
 
 
 def by_sample(problem: Problem) -> bool:
