@@ -222,7 +222,7 @@ def _dual_outputs(
 def _twice_backward(
     objective: Objective, batch: Batch, theta: Tensor, v: Tensor
 ) -> tuple[list[Tensor], list[Tensor], Rebuild]:
-    """J v as the derivative in w of (J^T w) . v, for layers that have no forward mode (LSTM, grid_sample)."""
+    """J v as the derivative in w of (J^T w) . v, for layers that have no forward mode (grid_sample)."""
     y, rebuild = objective.all_outputs(theta, batch)
     reached = [part for part in y if part.requires_grad]
     w = [torch.zeros_like(part).requires_grad_() for part in reached]
