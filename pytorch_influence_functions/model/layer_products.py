@@ -96,7 +96,8 @@ def _add_products(total: Tensor, v: Tensor, a: Tensor, g: Tensor) -> None:
     size = cached_block(v[0].nbytes, a.device.type, len(a))
     pairs = zip(total.split(size, 1), g.split(size), a.split(size), strict=True)
     for part, x, y in pairs:
-        part += v @ outer_products(x, y).flatten(1).mT
+        gradients = outer_products(x, y)
+        part += v @ gradients.flatten(1).mT
 
 
 def seen_of_loss(

@@ -24,7 +24,8 @@ class Block(NamedTuple):
 
     def rotated(self, g: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
         """What the layer sees, in the eigenbasis: [..., T, groups, out], [B, T, groups, in] -> [..., groups, T, .]."""
-        g, a = g.transpose(-2, -3), a.transpose(-2, -3)
+        g = g.transpose(-2, -3)
+        a = a.transpose(-2, -3)
         if self.Q_out is not None:
             g = self.Q_out.turned(g)
         if self.Q_in is not None:
@@ -55,7 +56,8 @@ class Block(NamedTuple):
         if self._turns_first(g, a, len(g)):
             left, right = self.rotated(g, a)
             return _squares(left, right, self.layer.classes, max_bytes)
-        left, right = g.transpose(-2, -3), a.transpose(-2, -3)
+        left = g.transpose(-2, -3)
+        right = a.transpose(-2, -3)
         return _squares(left, right, None, max_bytes, self.to_eigenbasis)
 
     def products(self, g: Tensor, a: Tensor) -> Tensor:
@@ -63,16 +65,20 @@ class Block(NamedTuple):
         if self._turns_first(g, a, 1):
             left, right = self.rotated(g, a)
             return outer_products(left, right, self.layer.classes)
-        left, right = g.transpose(-2, -3), a.transpose(-2, -3)
-        return self.to_eigenbasis(outer_products(left, right))
+        left = g.transpose(-2, -3)
+        right = a.transpose(-2, -3)
+        gradients = outer_products(left, right)
+        return self.to_eigenbasis(gradients)
 
     def _turns_first(self, g: Tensor, a: Tensor, draws: int) -> bool:
         """Whether it is less work to turn what the layer sees than the gradients, of so many draws."""
         if self.layer.classes is not None:
             return True
-        T, outputs, inputs = g.shape[-3], g.shape[-1], a.shape[-1]
+        T, outputs = g.shape[-3], g.shape[-1]
+        inputs = a.shape[-1]
         seen = T * (inputs**2 + draws * outputs**2)
-        return seen <= draws * outputs * inputs * (outputs + inputs)
+        gradients = draws * outputs * inputs * (outputs + inputs)
+        return seen <= gradients
 
 
 def _squares(
@@ -86,9 +92,9 @@ def _squares(
     if classes is not None:
         return one_hot_squares(g, a, classes)
     if g.shape[3] == 1:
-        return g[:, :, :, 0].square().sum(0).permute(1, 2, 0) @ a[
-            :, :, 0
-        ].square().transpose(0, 1)
+        of_outputs = g[:, :, :, 0].square().sum(0)
+        of_inputs = a[:, :, 0].square()
+        return of_outputs.permute(1, 2, 0) @ of_inputs.transpose(0, 1)
     size = few(g[0], a, max_bytes)
     total = g.new_zeros(g.shape[2], g.shape[4], a.shape[3])
     size = min(size, cached_block(total.nbytes, a.device.type, len(a)))
@@ -101,6 +107,6 @@ def _squares(
 
 def few(g: Tensor, a: Tensor, max_bytes: float) -> int:
     """How many samples' gradients of a layer to hold at once; g [B, groups, T, out], a [B, groups, T, in]."""
-    return outer_block(
-        g.shape[1] * g.shape[3] * a.shape[3] * a.element_size(), max_bytes
-    )
+    numbers = g.shape[1] * g.shape[3] * a.shape[3]
+    size = numbers * a.element_size()
+    return outer_block(size, max_bytes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from typing import Any
 
@@ -18,7 +17,6 @@ from ..model.linear import INSIDE
 from ..model.objective import Objective
 from ..model.parameters import coverage
 from ..model.probe import probe
-from ..model.resident import Resident
 from ..utils import random_state, warn
 from .errors import DeviceWarning, VaryingDataWarning
 from .problem import Problem
@@ -58,13 +56,7 @@ def make_problem(
     logger.info("influence of %s", coverage(objective.model, objective.names))
     budget = Budget.of(config.max_memory, device)
     budget.require(objective.P, objective.theta.nbytes)
-    memory = config.max_memory
-    resident = None if memory is None else Resident(memory, device)
-    with (
-        random_state(config.seed),
-        objective.active(),
-        resident.watched() if resident else contextlib.nullcontext(),
-    ):
+    with random_state(config.seed), objective.active():
         samples = Samples(
             train_loader,
             device=device,
@@ -83,9 +75,7 @@ def make_problem(
     ):
         raise ValueError(objective.once)
     kind = Curvature(objective, config.curvature or curvature, budget.product)
-    problem = Problem(
-        objective, samples, kind, config, budget, resident=resident
-    )
+    problem = Problem(objective, samples, kind, config, budget)
     with random_state(config.seed), objective.active():
         return problem.with_shifts(config.fixed_shifts)
 

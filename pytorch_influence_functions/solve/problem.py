@@ -21,7 +21,6 @@ from ..model.gradients import activation_bytes, per_sample_gradients, reuse
 from ..model.lanczos import extreme_eigenvalues
 from ..model.layers import Layer
 from ..model.objective import Objective
-from ..model.resident import Resident
 from ..model.usable import TRIED, trusted_layers
 from ..utils import random_state, warn
 from .errors import (
@@ -66,7 +65,6 @@ class Problem:
         shifts: of the parameters, in pairs, over which gradients are averaged; 0: no smoothing.
         set_up: who helps to set up a solver of it.
         pilot_of: training samples of a larger run that this one is measured for; None: it is the run.
-        resident: the memory of the process, where the options bound it.
     """
 
     objective: Objective
@@ -77,7 +75,6 @@ class Problem:
     shifts: int = 0
     set_up: SetUp = dataclasses.field(default_factory=SetUp, compare=False)
     pilot_of: int | None = None
-    resident: Resident | None = dataclasses.field(default=None, compare=False)
 
     @property
     def row(self) -> int:
@@ -94,8 +91,6 @@ class Problem:
         with contextlib.ExitStack() as stack:
             stack.enter_context(random_state(self.config.seed))
             stack.enter_context(self.objective.active())
-            if self.resident is not None:
-                stack.enter_context(self.resident.watched())
             for samples in (self.samples, *others):
                 stack.enter_context(samples.kept())
             try:

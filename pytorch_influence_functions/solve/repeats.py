@@ -25,16 +25,23 @@ def resolved(chains: Row, k: int, draws: int = 64) -> float:
     r = len(chains)
     mean = chains.mean(0)
     generator = np.random.default_rng(0)
-    weights = generator.standard_normal((draws, r)) * (2 / (r * (r - 1))) ** 0.5
-    weights *= ((r - 1) / generator.chisquare(r - 1, (draws, 1))) ** 0.5
-    top = set(np.argpartition(-mean, k - 1)[:k].tolist())
-    again = (
-        np.argpartition(-(mean + w @ (chains - mean)), k - 1)[:k]
-        for w in weights
-    )
-    return float(
-        np.mean([len(top.intersection(new.tolist())) for new in again])
-    )
+    normal = generator.standard_normal((draws, r))
+    weights = normal * (2 / (r * (r - 1))) ** 0.5
+    freedom = generator.chisquare(r - 1, (draws, 1))
+    weights *= ((r - 1) / freedom) ** 0.5
+    differences = chains - mean
+    top = _largest(mean, k)
+    kept = []
+    for w in weights:
+        again = _largest(mean + w @ differences, k)
+        kept.append(len(top & again))
+    return float(np.mean(kept))
+
+
+def _largest(scores: Row, k: int) -> set[int]:
+    """Which k of them are the largest."""
+    places: list[int] = np.argpartition(-scores, k - 1)[:k].tolist()
+    return set(places)
 
 
 def resolved_ends(chains: Row, top_k: int) -> dict[str, float]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..config import Config
-from ..model.resident import trim_of_library
+from ..model.freed import give_back
 from .auto import auto
 from .cg import conjugate_gradient
 from .damping_ways import damping_by_low_rank, damping_by_steps
@@ -165,9 +165,7 @@ class Solver:
 
     def _give_back(self) -> None:
         """What the set-up freed, before the solutions are held: of a ResNet-18 of 11 million parameters 260 MiB."""
-        trim = trim_of_library()
-        if trim is not None and self.problem.objective.device.type == "cpu":
-            trim(0)
+        give_back(self.problem.objective.device)
 
     def take(self, prepared: Prepared | None) -> None:
         """Use what was set up elsewhere."""
