@@ -34,7 +34,8 @@ def uniform(
     places = torch.arange(count, dtype=torch.int64, device=device).unsqueeze(0)
     start = torch.tensor([[seed, stream + 1]], dtype=torch.int64, device=device)
     key = _mix(_mix(start[:, :1]) + GOLDEN * start[:, 1:])
-    bits = _mix(_mix(key + GOLDEN * (samples + 1)) + GOLDEN * (places + 1))
+    of_samples = _mix(key + GOLDEN * (samples + 1))
+    bits = _mix(of_samples + GOLDEN * (places + 1))
     return (_shifted(bits, 11).double() + 0.5) * 2.0**-53
 
 

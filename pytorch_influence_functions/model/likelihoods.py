@@ -90,9 +90,12 @@ class Categorical(NamedTuple):
         """See `Likelihood`."""
         result = self.p.new_zeros(len(self.p), self.outputs, self.outputs)
         for position in range(self.p.shape[1]):
-            p, at = self.p[:, position], self.places[position]
-            block = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
-            result[:, at[:, None], at] = self.c[:, position, None, None] * block
+            p = self.p[:, position]
+            at = self.places[position]
+            c = self.c[:, position, None, None]
+            outer = p.unsqueeze(2) * p.unsqueeze(1)
+            block = torch.diag_embed(p) - outer
+            result[:, at[:, None], at] = c * block
         return result
 
     def draw(self, seed: int, indices: Sequence[int]) -> Tensor:

@@ -227,7 +227,9 @@ class Outputs:
         """The tensors among the outputs in which the loss has a slope or a curvature."""
         one = next(few.singles())
         sizes = [part[0].numel() for part in self._parts(one)[0]]
-        known = whole.r.abs().amax(0) + whole.R.abs().amax((0, 1))
+        slopes = whole.r.abs().amax(0)
+        curvatures = whole.R.abs().amax((0, 1))
+        known = slopes + curvatures
         pieces = known.split(sizes)
         return [k for k, piece in enumerate(pieces) if bool(piece.any())]
 
